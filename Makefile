@@ -1,0 +1,47 @@
+# Everything a user or CI types. `make help` lists it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Wheels of packages that lie in the pip cache or a local folder are used as pip is configured to.
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint types check format bench clean
+
+help:  ## list what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP)  ## make the virtual environment in .venv, pinned by constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'disttrain needs Python 3.11 or newer; set PYTHON=/path/to/python3.11'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup  ## train the handwritten-digits example on 2 gloo ranks
+	$(BIN)/torchrun --standalone --nproc-per-node 2 -m disttrain.launch examples/digits.py
+
+test: setup  ## run the test suite (about 5 minutes on 2 cores)
+	$(BIN)/python -m pytest
+
+test-slow: setup  ## run the long tests too
+	$(BIN)/python -m pytest -m 'slow or not slow'
+
+lint: setup  ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup  ## check types, strictly
+	$(BIN)/mypy
+
+check: lint types  ## lint and types
+
+format: setup  ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what setup and the tools made; runs/ stays
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
