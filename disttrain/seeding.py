@@ -63,10 +63,12 @@ def get_random_state() -> dict[str, Any]:
 
     What comes back survives `torch.save` and `torch.load(weights_only=True)`.
     """
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
+    twister: dict[str, Any] = np.random.get_state(legacy=False)  # noqa: NPY002
+    keys = torch.from_numpy(twister["state"]["key"].astype(np.int64))
+    position, has_gauss = int(twister["state"]["pos"]), int(twister["has_gauss"])
     state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": (str(kind), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)),
+        "numpy": (str(twister["bit_generator"]), keys, position, has_gauss, float(twister["gauss"])),
         "torch": torch.get_rng_state(),
     }
     if (module := _accelerator()) is not None:

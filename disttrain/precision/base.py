@@ -48,7 +48,7 @@ class FP32:
         return nullcontext()
 
     def backward(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        loss.backward()
+        torch.autograd.backward(loss)
 
     def update(self, optimizer: torch.optim.Optimizer, before_step: BeforeStep | None = None) -> bool:
         if before_step is not None and before_step() is False:

@@ -1,0 +1,62 @@
+"""Which precision works on which device: the one table, asked before a model is built.
+
+| device    | fp32 | bf16 | fp16          | apex | auto                                     |
+|-----------|------|------|---------------|------|------------------------------------------|
+| cpu       | yes  | yes  | yes, scaled   | no   | fp32: its bfloat16 is rarely the faster  |
+| cuda      | yes  | yes  | yes, scaled   | yes  | bf16 where the GPU has it, else fp32     |
+| xla       | yes  | yes  | no            | no   | bf16                                     |
+| mps       | yes  | no   | no            | no   | fp32                                     |
+| any other | yes  | yes  | no            | no   | fp32                                     |
+
+Errors: ConfigError with what would work instead.
+"""
+
+import torch
+
+from disttrain.errors import ConfigError
+from disttrain.precision.amp import AMP
+from disttrain.precision.apex import Apex
+from disttrain.precision.base import FP32, Precision
+from disttrain.precision.xla import XLA
+
+NAMES = ("fp32", "bf16", "fp16", "apex", "auto")
+WORKS = {
+    "cpu": ("fp32", "bf16", "fp16"),
+    "cuda": ("fp32", "bf16", "fp16", "apex"),
+    "xla": ("fp32", "bf16"),
+    "mps": ("fp32",),
+}
+ANY_OTHER = ("fp32", "bf16")
+
+
+def choose(name: str, device: torch.device | str) -> Precision:
+    """Return the precision that a config calls `name`, for `device`."""
+    kind = torch.device(device).type
+    if name == "auto":
+        name = _best(kind)
+    works = WORKS.get(kind, ANY_OTHER)
+    if name not in works:
+        expected = " or ".join((*works, "auto"))
+        raise ConfigError(f"precision={name!r} does not work on a device of type {kind!r}; use {expected}")
+    try:
+        return _build(name, kind)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"precision={name!r}: {error}") from error
+
+
+def _build(name: str, kind: str) -> Precision:
+    if name == "apex":
+        return Apex()
+    if kind == "xla":
+        return XLA(torch.bfloat16 if name == "bf16" else None)
+    if name == "fp32":
+        return FP32()
+    if name == "bf16":
+        return AMP(kind, torch.bfloat16)
+    return AMP(kind, torch.float16, scaler=True)
+
+
+def _best(kind: str) -> str:
+    if kind == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if kind == "xla" else "fp32"

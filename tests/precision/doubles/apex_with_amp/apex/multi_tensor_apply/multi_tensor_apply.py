@@ -1,0 +1,1 @@
+"""Marks the package as NVIDIA's."""

@@ -1,0 +1,58 @@
+"""The table of devices and precisions: each pair works or is refused with what would work."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from disttrain.errors import ConfigError
+from disttrain.precision import AMP, FP32, choose
+
+
+@pytest.mark.parametrize(("name", "kind", "scaled"), [("fp32", FP32, False), ("bf16", AMP, False), ("fp16", AMP, True)])
+def test_cpu_has_all_three_of_torch(name, kind, scaled):
+    precision = choose(name, torch.device("cpu"))
+    assert (type(precision), precision.name) == (kind, name)
+    assert bool(getattr(precision, "scaler", None)) is scaled
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")  # torch's own, where there is no GPU
+def test_fp16_and_bf16_are_cudas_too():
+    assert choose("bf16", "cuda:0").name == "bf16"
+    assert choose("fp16", "cuda").name == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "instead"),
+    [
+        ("fp16", "xla", "use fp32 or bf16 or auto"),
+        ("bf16", "mps", "use fp32 or auto"),
+        ("apex", "cpu", "use fp32 or bf16 or fp16 or auto"),
+        ("apex", "xpu", "use fp32 or bf16 or auto"),
+        ("fp8", "cuda", "use fp32 or bf16 or fp16 or apex or auto"),
+    ],
+)
+def test_what_does_not_work_is_refused_with_what_does(name, device, instead):
+    with pytest.raises(ConfigError, match=f"precision='{name}' .*{device!r}.*{instead}"):
+        choose(name, device)
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "xpu"])
+def test_auto_is_fp32_where_bfloat16_is_not_surely_faster(device):
+    assert choose("auto", device).name == "fp32"
+
+
+@pytest.mark.parametrize(("has_it", "name"), [(True, "bf16"), (False, "fp32")])
+def test_auto_is_bf16_on_a_gpu_that_has_it(has_it, name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_it or including_emulation)
+    assert choose("auto", "cuda").name == name
+
+
+@pytest.mark.parametrize(("name", "device"), [("apex", "cuda"), ("fp32", "xla"), ("auto", "xla")])
+def test_a_missing_package_is_a_config_error_that_says_what_to_install(name, device, monkeypatch):
+    for package in ("apex", "torch_xla"):
+        monkeypatch.delitem(sys.modules, package, raising=False)
+        monkeypatch.setattr(sys, "path", [p for p in sys.path if not (Path(p) / package).exists()])
+    with pytest.raises(ConfigError, match=r"precision='\w+': expected .* install"):
+        choose(name, device)

@@ -1,0 +1,65 @@
+"""XLA's step: what is refused without torch_xla, and the order of the calls with a double of it.
+
+The double (`doubles/xla`) is one function over CPU tensors: it shows that the step is torch_xla's, called
+once, with a barrier, after `before_step`. It shows nothing about XLA; `make test-xla` runs the real one.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from disttrain.precision import XLA
+
+DOUBLE = Path(__file__).parent / "doubles" / "xla"
+
+
+def forget(monkeypatch) -> None:
+    for name in [n for n in sys.modules if n.partition(".")[0] == "torch_xla"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    forget(monkeypatch)
+    monkeypatch.syspath_prepend(DOUBLE)
+    from torch_xla.core import xla_model
+
+    yield xla_model.calls
+    forget(monkeypatch)
+
+
+def test_the_update_is_torch_xlas_step_with_a_barrier(calls):
+    parameter = nn.Parameter(torch.tensor([1.0]))
+    optimizer = torch.optim.SGD([parameter], lr=0.5)
+    precision = XLA()
+    with precision.forward():
+        loss = parameter.sum()
+    precision.backward(loss, optimizer)
+    assert precision.update(optimizer, lambda: calls.append("before_step")) is True
+    assert calls == ["before_step", {"optimizer": optimizer, "barrier": True}]
+    assert parameter.item() == 0.5
+
+
+def test_before_step_that_says_no_skips_it(calls):
+    parameter = nn.Parameter(torch.tensor([1.0]))
+    assert XLA().update(torch.optim.SGD([parameter], lr=0.5), lambda: False) is False
+    assert calls == []
+
+
+def test_bfloat16_is_autocasts_and_float16_is_refused(calls):
+    precision = XLA(torch.bfloat16)
+    context = precision.forward()
+    assert (context.device, context.fast_dtype) == ("xla", torch.bfloat16)
+    assert (precision.name, XLA().name) == ("bf16", "fp32")
+    with pytest.raises(ValueError, match=r"torch.bfloat16 on an xla device, got torch.float16"):
+        XLA(torch.float16)
+
+
+def test_without_torch_xla_it_says_what_to_install(monkeypatch):
+    forget(monkeypatch)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if not (Path(p) / "torch_xla").exists()])
+    with pytest.raises(ModuleNotFoundError, match=r"pip install .*torch_xla"):
+        XLA()
