@@ -1,0 +1,234 @@
+"""Who is called when: events registered, handlers added and removed, events fired.
+
+*Contract*: handlers run in the order they were added. One added while its event fires runs in that same firing; one
+removed before its turn does not.
+*Cost*: each handler knows the next iteration at which its filter passes (`due`), and each event the smallest of
+these; at any other iteration the loop finds that out with one comparison.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from disttrain.engine.events import (
+    NEVER,
+    CallableEventWithFilter,
+    Event,
+    EventEnum,
+    EventFilter,
+    Events,
+    EventsList,
+    NumericFilter,
+    RemovableEventHandle,
+)
+from disttrain.engine.signatures import takes_engine
+from disttrain.engine.state import State
+
+ALWAYS = -1
+"""Before any iteration: look at each firing."""
+
+LOOP_EVENTS: tuple[Events, ...] = (
+    Events.GET_BATCH_STARTED,
+    Events.GET_BATCH_COMPLETED,
+    Events.ITERATION_STARTED,
+    Events.ITERATION_COMPLETED,
+)
+"""Fired at rising iterations by the loop, so that what a handler waits for can be known ahead."""
+
+_ADDED_ARGUMENTS: dict[Event, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    Events.EXCEPTION_RAISED: (("exception",), ()),
+    Events.TERMINATE_SINGLE_EPOCH: ((), ("iter_counter",)),
+}
+"""What an event passes to its handlers: positional after the engine, and by keyword."""
+
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+
+class Registration:
+    """A handler on one event: how it is called, and the next iteration at which its filter can pass."""
+
+    __slots__ = ("__weakref__", "args", "bare", "due", "filter", "function", "kwargs", "removed", "takes_engine")
+
+    def __init__(
+        self,
+        event: Event,
+        function: Callable[..., Any],
+        event_filter: EventFilter | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.function = function
+        self.filter = event_filter
+        self.args = args
+        self.kwargs = kwargs
+        self.takes_engine = takes_engine(function, event, _ADDED_ARGUMENTS.get(event, ((), ())), args, kwargs)
+        self.bare = self.takes_engine and not args and not kwargs and event not in _ADDED_ARGUMENTS
+        self.due = ALWAYS
+        self.removed = False
+
+
+class Slot:
+    """A registered event with its handlers. `due`: no handler has to be called at an iteration below it."""
+
+    __slots__ = ("counted", "due", "event", "filtered", "firing", "handlers", "stale")
+
+    def __init__(self, event: Event) -> None:
+        self.event = event
+        self.handlers: list[Registration] = []
+        self.counted = event in LOOP_EVENTS
+        self.firing = 0
+        self.stale = False
+        self._changed()
+
+    def add(self, registration: Registration) -> None:
+        """Append a handler; a firing under way comes to it."""
+        self.handlers.append(registration)
+        self._changed()
+
+    def remove(self, handler: Callable[..., Any]) -> bool:
+        """Take every copy of `handler` off; return whether there was one."""
+        found = [kept for kept in self.handlers if not kept.removed and kept.function == handler]
+        for registration in found:
+            registration.removed = True
+            registration.due = NEVER
+        self.stale = self.stale or bool(found)
+        if not self.firing:
+            self.sweep()
+        return bool(found)
+
+    def sweep(self) -> None:
+        """Drop the removed; not while the list is being walked, or a handler would be passed over."""
+        self.handlers = [kept for kept in self.handlers if not kept.removed]
+        self.stale = False
+        self._changed()
+
+    def wake(self) -> None:
+        """Forget what is due when: the counters moved, or somebody has to look."""
+        for registration in self.handlers:
+            if not registration.removed:
+                registration.due = ALWAYS
+        self.due = ALWAYS
+
+    def _changed(self) -> None:
+        self.filtered = all(isinstance(registration.filter, NumericFilter) for registration in self.handlers)
+        self.due = ALWAYS if self.handlers else NEVER
+
+
+class Emitter:
+    """Holds handlers and fires events; `Engine` adds the loop."""
+
+    def __init__(self) -> None:
+        self.state = State()
+        self.last_event_name: Event | None = None
+        self._slots: dict[Event, Slot] = {}
+        self._stop_asked = False
+        self.register_events(*Events)
+
+    def register_events(self, *event_names: str | EventEnum, event_to_attr: dict[Any, str] | None = None) -> None:
+        """Allow further events to be fired and handled.
+
+        `event_to_attr` names the attribute of the state that an event's filters compare with; it starts at 0.
+        """
+        if event_to_attr is not None and not isinstance(event_to_attr, dict):
+            raise ValueError(f"event_to_attr must be a dict of event to attribute name, got {event_to_attr!r}")
+        for event in event_names:
+            if not isinstance(event, str | EventEnum):
+                raise TypeError(f"an event to register must be a str or an EventEnum, got {event!r}")
+        for event in event_names:
+            self._slots.setdefault(event, Slot(event))
+            if event_to_attr and event in event_to_attr:
+                self.state.event_to_attr[event] = event_to_attr[event]
+        self.state._start_mapped_attributes()
+
+    def has_registered_events(self, event: Event) -> bool:
+        """Return whether handlers can be added to the event."""
+        return isinstance(event, str | CallableEventWithFilter) and event in self._slots
+
+    def add_event_handler(
+        self, event_name: Event | EventsList, handler: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> RemovableEventHandle:
+        """Call `handler` when the event fires: `handler(engine, *args, **kwargs)`, without engine if it takes none.
+
+        EXCEPTION_RAISED passes the exception after the engine, TERMINATE_SINGLE_EPOCH `iter_counter` by keyword. A
+        handler that cannot be called so is refused here. Several events are joined by `|`.
+        """
+        events = event_name if isinstance(event_name, EventsList) else [event_name]
+        slots = [self._slot(event) for event in events]
+        added = [
+            Registration(slot.event, handler, getattr(event, "filter", None), args, kwargs)
+            for slot, event in zip(slots, events, strict=True)
+        ]
+        for slot, registration in zip(slots, added, strict=True):
+            slot.add(registration)
+        return RemovableEventHandle(event_name, added, self)
+
+    def on(self, event_name: Event | EventsList, *args: Any, **kwargs: Any) -> Callable[[Handler], Handler]:
+        """Decorate a function to add it as a handler; see `add_event_handler`."""
+
+        def add(handler: Handler) -> Handler:
+            self.add_event_handler(event_name, handler, *args, **kwargs)
+            return handler
+
+        return add
+
+    def has_event_handler(self, handler: Callable[..., Any], event_name: Event | EventsList | None = None) -> bool:
+        """Return whether `handler` is on the event; on any event, without one."""
+        if isinstance(event_name, EventsList):
+            return any(self.has_event_handler(handler, event) for event in event_name)
+        if event_name is None:
+            return any(self.has_event_handler(handler, event) for event in self._slots)
+        return self.has_registered_events(event_name) and any(
+            registration.function == handler and not registration.removed
+            for registration in self._slots[event_name].handlers
+        )
+
+    def remove_event_handler(self, handler: Callable[..., Any], event_name: Event) -> None:
+        """Take every copy of `handler` off the event; ValueError if there is none."""
+        slot = self._slot(event_name)
+        if not slot.remove(handler):
+            raise ValueError(f"expected a handler of {slot.event} to remove, got {handler!r}, which is not one")
+
+    def fire_event(self, event_name: Event) -> None:
+        """Call the handlers of the event whose filters pass now."""
+        self._emit(self._slot(event_name).event)
+
+    def _slot(self, event: Event) -> Slot:
+        if not self.has_registered_events(event):
+            raise ValueError(
+                f"expected a registered event, got {event!r}; registered are "
+                f"{', '.join(str(known) for known in self._slots)}; add others with register_events"
+            )
+        return self._slots[event]
+
+    def _emit(self, event: Event, *args: Any, **kwargs: Any) -> bool:
+        """Fire the event at whatever iteration; return as `_fire`."""
+        self.last_event_name = event
+        return self._fire(self._slots[event], NEVER - 1, *args, **kwargs)
+
+    def _fire(self, slot: Slot, position: int, *args: Any, **kwargs: Any) -> bool:
+        """Call the handlers that are due at `position` and whose filters pass; return whether a stop is asked for."""
+        slot.firing += 1
+        try:
+            for registration in slot.handlers:
+                if registration.due <= position and (registration.filter is None or self._passes(slot, registration)):
+                    if registration.bare:
+                        registration.function(self)
+                    elif registration.takes_engine:
+                        registration.function(self, *args, *registration.args, **registration.kwargs, **kwargs)
+                    else:
+                        registration.function(*args, *registration.args, **registration.kwargs, **kwargs)
+        finally:
+            del args  # may hold the exception that is passing through, which holds this frame: a cycle
+            slot.firing -= 1
+            if slot.stale and not slot.firing:
+                slot.sweep()
+        if slot.filtered:
+            slot.due = min((registration.due for registration in slot.handlers), default=NEVER)
+        return self._stop_asked
+
+    def _passes(self, slot: Slot, registration: Registration) -> bool:
+        """Ask the filter, and note the next iteration at which it is worth asking."""
+        event, event_filter = slot.event, registration.filter
+        value = self.state.get_event_attrib_value(event)
+        if slot.counted and isinstance(event_filter, NumericFilter) and self.state.event_to_attr[event] == "iteration":
+            registration.due = event_filter.following(value)
+        return event_filter is None or event_filter(self, value)

@@ -1,0 +1,159 @@
+"""Where a run starts and ends: anew or where the state says, within which limits; and the same as a dict to save."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from disttrain.engine.state import State
+
+
+class Progress(Protocol):
+    """The counters and the limits of a run; a `State` has them."""
+
+    iteration: int
+    epoch: int
+    epoch_length: int | None
+    max_epochs: int | None
+    max_iters: int | None
+
+
+@dataclass
+class Plan:
+    """The counters and the limits with which a run starts; `anew`: it starts from the beginning."""
+
+    iteration: int
+    epoch: int
+    epoch_length: int | None
+    max_epochs: int | None
+    max_iters: int | None
+    anew: bool = False
+
+    def apply(self, state: State) -> None:
+        """Write the plan into the state."""
+        state.iteration, state.epoch, state.epoch_length = self.iteration, self.epoch, self.epoch_length
+        state.max_epochs, state.max_iters = self.max_epochs, self.max_iters
+
+
+def is_done(progress: Progress) -> bool:
+    """Return whether one of the limits is reached."""
+    if progress.max_iters is not None and progress.iteration >= progress.max_iters:
+        return True
+    if progress.max_epochs is None:
+        return False
+    if progress.epoch >= progress.max_epochs:
+        return True
+    return progress.epoch_length is not None and progress.iteration >= progress.epoch_length * progress.max_epochs
+
+
+def plan_run(
+    state: State,
+    paused: bool,
+    data: Iterable[Any] | None,
+    max_epochs: int | None,
+    max_iters: int | None,
+    epoch_length: int | None,
+) -> Plan:
+    """Return how `Engine.run` with these arguments starts; TypeError or ValueError where they cannot be, or not now."""
+    _check_arguments(data, max_epochs, max_iters, epoch_length)
+    plan = Plan(state.iteration, state.epoch, state.epoch_length, state.max_epochs, state.max_iters)
+    plan.anew = plan.max_epochs is None and plan.max_iters is None
+    if not plan.anew:
+        _take_maximum(plan, max_epochs, max_iters)
+        plan.anew = not paused and is_done(plan)
+    if plan.anew:
+        plan = Plan(0, 0, plan.epoch_length or None, max_epochs, max_iters, anew=True)
+        plan.max_epochs = 1 if max_epochs is None and max_iters is None else max_epochs
+        plan.epoch_length = _first_known(epoch_length, _length_of(data), plan.epoch_length)
+    elif plan.epoch_length is None:
+        plan.epoch_length = _first_known(epoch_length, None if paused else _length_of(data))
+    elif epoch_length not in (None, plan.epoch_length):
+        raise ValueError(
+            f"epoch_length must stay {plan.epoch_length} while a run goes on, got {epoch_length}; "
+            "to start again from the beginning set engine.state.max_epochs = None first"
+        )
+    if plan.epoch_length is None and data is None and not paused:
+        raise ValueError("expected data or epoch_length, got neither; without data say how long an epoch is")
+    if plan.anew and plan.epoch_length == 0:
+        raise ValueError("expected data of at least one batch, got data of length 0")
+    return plan
+
+
+def _check_arguments(
+    data: Iterable[Any] | None, max_epochs: int | None, max_iters: int | None, epoch_length: int | None
+) -> None:
+    if data is not None and not (isinstance(data, Iterable) or hasattr(data, "__getitem__")):
+        raise TypeError(f"data must be iterable or None, got {data!r} of type {type(data).__name__}")
+    if max_epochs is not None and max_iters is not None:
+        raise ValueError(f"expected one of max_epochs and max_iters, got {max_epochs=} and {max_iters=}")
+    for name, given in (("max_epochs", max_epochs), ("max_iters", max_iters), ("epoch_length", epoch_length)):
+        if given is not None and given < 1:
+            raise ValueError(f"{name} must be at least 1, got {given}")
+
+
+def _take_maximum(plan: Plan, max_epochs: int | None, max_iters: int | None) -> None:
+    """Change the maximum of a run that has begun; not to the other kind, nor below the progress."""
+    for name, given, other, reached in (
+        ("max_epochs", max_epochs, "max_iters", plan.epoch),
+        ("max_iters", max_iters, "max_epochs", plan.iteration),
+    ):
+        if given is None:
+            continue
+        if getattr(plan, other) is not None:
+            raise ValueError(
+                f"expected {other}, by which this run goes ({other}={getattr(plan, other)}), got {name}={given}; "
+                f"to start again from the beginning set engine.state.{other} = None first"
+            )
+        if given < reached:
+            raise ValueError(
+                f"{name} must be at least {reached}, which is already run, got {given}; "
+                f"to start again from the beginning set engine.state.{name} = None first"
+            )
+        setattr(plan, name, given)
+
+
+def _length_of(data: Any) -> int | None:
+    """Return `len(data)`, None where it is not known."""
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
+def _first_known(*lengths: int | None) -> int | None:
+    return next((length for length in lengths if length is not None), None)
+
+
+def saved(state: State, user_keys: Iterable[str]) -> dict[str, Any]:
+    """Return what `loaded` needs to go on from here."""
+    maximum = "max_epochs" if state.max_iters is None else "max_iters"
+    keys = ["epoch_length", "iteration", maximum, *user_keys]
+    return {key: getattr(state, key) for key in keys}
+
+
+def loaded(state_dict: Mapping[str, Any], user_keys: Iterable[str]) -> Plan:
+    """Return where a saved dict says to go on; TypeError or ValueError where it does not say it."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
+    missing = [key for key in ("epoch_length", *user_keys) if key not in state_dict]
+    if missing:
+        raise ValueError(f"state_dict must hold {', '.join(missing)}, got the keys {sorted(state_dict)}")
+    for pair in (("iteration", "epoch"), ("max_epochs", "max_iters")):
+        if sum(key in state_dict for key in pair) != 1:
+            raise ValueError(f"state_dict must hold either {pair[0]} or {pair[1]}, got the keys {sorted(state_dict)}")
+    length = state_dict["epoch_length"]
+    if "epoch" in state_dict:
+        if length is None:
+            raise ValueError("state_dict with epoch must hold an epoch_length, got None; give iteration instead")
+        iteration = state_dict["epoch"] * length
+    else:
+        iteration = state_dict["iteration"]
+    epoch = iteration // length if length else 0
+    plan = Plan(iteration, epoch, length, state_dict.get("max_epochs"), state_dict.get("max_iters"))
+    too_few_epochs = length and plan.max_epochs is not None and plan.max_epochs * length < iteration
+    too_few_iterations = plan.max_iters is not None and plan.max_iters < iteration
+    if too_few_epochs or too_few_iterations:
+        raise ValueError(
+            f"state_dict must hold a maximum of at least the progress, got iteration {iteration}, epoch_length "
+            f"{length} and max_epochs={plan.max_epochs}, max_iters={plan.max_iters}"
+        )
+    return plan

@@ -1,0 +1,72 @@
+"""What a run knows about itself: counters, limits, the batch and the output, and whatever a program adds."""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from disttrain.engine.events import Event, Events
+
+_COUNTED_BY: Mapping[Event, str] = {
+    Events.GET_BATCH_STARTED: "iteration",
+    Events.GET_BATCH_COMPLETED: "iteration",
+    Events.ITERATION_STARTED: "iteration",
+    Events.ITERATION_COMPLETED: "iteration",
+    Events.EPOCH_STARTED: "epoch",
+    Events.EPOCH_COMPLETED: "epoch",
+    Events.STARTED: "epoch",
+    Events.COMPLETED: "epoch",
+}
+
+
+class State:
+    """Attributes that the engine, the handlers and the process function pass to each other; any name may be added.
+
+    `event_to_attr` maps an event to the name of the attribute that its filters compare with; each state has its own.
+    `times` holds the seconds of the last epoch under `Events.EPOCH_COMPLETED`, of the run under `Events.COMPLETED`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.iteration: int = 0
+        self.epoch: int = 0
+        self.epoch_length: int | None = None
+        self.max_epochs: int | None = None
+        self.max_iters: int | None = None
+        self.output: Any = None
+        self.batch: Any = None
+        self.dataloader: Iterable[Any] | None = None
+        self.seed: int | None = None
+        self.metrics: dict[str, Any] = {}
+        self.times: dict[Event, float | None] = {Events.EPOCH_COMPLETED: None, Events.COMPLETED: None}
+        self.event_to_attr: dict[Event, str] = dict(_COUNTED_BY)
+        for name, value in kwargs.items():
+            setattr(self, name, value)
+        self._start_mapped_attributes()
+
+    def _start_mapped_attributes(self) -> None:
+        for name in self.event_to_attr.values():
+            if not hasattr(self, name):
+                setattr(self, name, 0)
+
+    def get_event_attrib_value(self, event_name: Event) -> int:
+        """Return the value that filters on the event compare with; RuntimeError if it has none."""
+        try:
+            attribute = self.event_to_attr[event_name]
+        except (KeyError, TypeError):
+            raise RuntimeError(
+                f"expected an event with an attribute of the state to filter by, got {event_name!r}; "
+                f"give it one with register_events(..., event_to_attr={{event: attribute}})"
+            ) from None
+        value: int = getattr(self, attribute)
+        return value
+
+    if TYPE_CHECKING:
+        # Programs add attributes of their own, so a type checker has to let any name pass. Only the checker sees
+        # these two: at run time they would make every access of the loop slower.
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
+    def __repr__(self) -> str:
+        lines = ["State:"]
+        for name, value in vars(self).items():
+            shown = value if isinstance(value, str | int | float | bool | None) else type(value)
+            lines.append(f"\t{name}: {shown}")
+        return "\n".join(lines) + "\n"
