@@ -1,0 +1,187 @@
+"""From a path on the command line to a Config: runs a cfg.py, or the copy of it that a run directory holds.
+
+Contract: the file is run once, as a module under the stem of its name, its folder first on `sys.path` as
+for a script; nothing else changes, and both are taken back where it fails. So functions of a cfg.py can be sent to
+worker processes, spawned ones too. Where the stem is another module's name already (`random.py`), the module
+gets a name of its own, which forked workers know and spawned ones do not.
+
+*Errors*: ConfigError with one message, for whatever keeps the file from giving a Config.
+"""
+
+import difflib
+import hashlib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import NamedTuple
+
+from disttrain.config.fields import Config, Origin, replace, with_origin
+from disttrain.config.overrides import apply_overrides
+from disttrain.config.stored import from_json, read_overrides
+from disttrain.config.wording import both, either, got
+from disttrain.errors import ConfigError, DisttrainError
+
+_loaded: set[str] = set()
+"""Names of the modules that were loaded here: a later cfg.py of the same name may take their place."""
+
+
+class _Source(NamedTuple):
+    """A file to run: its path as it was given, and what a run directory remembers beside it."""
+
+    shown: Path
+    file: Path
+    name: str
+    folder: Path
+    overrides: list[str]
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Return the Config of a cfg.py or a run directory, with overrides laid over it.
+
+    A run directory brings its own overrides; the given ones come after them.
+    """
+    source = _find(Path(path))
+    texts = [*source.overrides, *overrides]
+    with _importable(source) as module:
+        _run(source, module)
+        config = apply_overrides(_config_of(source, module), texts)
+        if config.name is None:
+            config = replace(config, name=source.name)
+    return with_origin(config, Origin(source.file, module.__name__, tuple(texts), source.folder))
+
+
+def _find(path: Path) -> _Source:
+    """Return what to run for a path, which has to be a Python file or a run directory."""
+    try:
+        file = path.resolve()
+        if path.is_dir():
+            return _run_directory(path)
+        if path.is_file() and path.suffix == ".py":
+            return _Source(path, file, path.stem, file.parent, [])
+        exists = path.exists()
+    except (OSError, RuntimeError) as error:  # no permission, too long a name, a loop of links
+        raise ConfigError(f"{path}: expected a cfg.py or a run directory, got {error}.") from error
+    if exists:
+        raise ConfigError(f"{path}: expected a Python file whose name ends in .py, or a run directory.")
+    near = [str(path.parent / name) for name in difflib.get_close_matches(path.name, _names(path.parent))]
+    advice = f"did you mean {either(near)}?" if near else "expected a cfg.py or a run directory."
+    raise ConfigError(f"{path}: no such file; {advice}")
+
+
+def _run_directory(path: Path) -> _Source:
+    file, stored = path / "cfg.py", path / "config.json"
+    if not (file.is_file() and stored.is_file()):
+        names = _names(path)
+        found = f"; it has {both(names[:5])}" if names else ""
+        raise ConfigError(
+            f"{path}: a directory, but no run directory, which holds cfg.py and config.json; "
+            f"expected one, or a cfg.py{found}."
+        )
+    fields, _, folder = from_json(stored.read_text(encoding="utf-8", errors="replace"), str(stored))
+    name = fields.get("name")
+    stem = name if isinstance(name, str) else path.resolve().name
+    return _Source(file, file.resolve(), stem, folder or file.resolve().parent, read_overrides(path / "overrides.json"))
+
+
+def _names(folder: Path) -> list[str]:
+    """Return what can be loaded from a folder: its Python files and run directories."""
+    if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
+        return []
+    return sorted(p.name for p in folder.iterdir() if p.suffix == ".py" or (p / "config.json").is_file())
+
+
+@contextmanager
+def _importable(source: _Source) -> Iterator[ModuleType]:
+    """Give the module to fill, registered under its name; put everything back if filling it fails."""
+    before = sys.path[:]
+    folders = list(dict.fromkeys(str(f) for f in (source.file.parent, source.folder) if f.is_dir()))
+    sys.path[:] = [*folders, *(folder for folder in before if folder not in folders)]
+    importlib.invalidate_caches()
+    name = _module_name(source.file)
+    replaced = sys.modules.get(name)
+    spec = spec_from_file_location(name, source.file)
+    assert spec is not None  # the file's name ends in .py
+    sys.modules[name] = module = module_from_spec(spec)
+    try:
+        yield module
+    except BaseException:
+        sys.path[:] = before
+        sys.modules.pop(name)
+        if replaced is not None:
+            sys.modules[name] = replaced
+        raise
+    _loaded.add(name)
+
+
+def _module_name(file: Path) -> str:
+    """Return the stem where `import stem` finds this very file, in a spawned worker too; else a name of its own."""
+    stem = file.stem
+    if stem not in sys.stdlib_module_names and (stem not in sys.modules or stem in _loaded):
+        spec = PathFinder.find_spec(stem)
+        if spec is not None and spec.origin is not None and Path(spec.origin).resolve() == file:
+            return stem
+    return f"{stem.replace('.', '_')}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+
+
+def _run(source: _Source, module: ModuleType) -> None:
+    """Run the file; tell what it raised as a ConfigError that says where."""
+    code = _compiled(source)
+    try:
+        exec(code, vars(module))  # noqa: S102 - a cfg.py is the user's own program
+    except SyntaxError as error:  # in a module that it imports
+        raise ConfigError(_syntax(error)) from error
+    except (Exception, SystemExit) as error:  # whatever the user's program raises
+        raise ConfigError(_raised(source, error)) from error
+
+
+def _compiled(source: _Source) -> CodeType:
+    try:
+        return compile(source.file.read_bytes(), str(source.file), "exec", dont_inherit=True)
+    except OSError as error:
+        raise ConfigError(f"{source.shown}: expected a file that can be read, got {error.strerror}.") from error
+    except SyntaxError as error:
+        raise ConfigError(_syntax(error, source.shown)) from error
+    except ValueError as error:
+        raise ConfigError(f"{source.shown}: expected Python source, got {error}.") from error
+
+
+def _syntax(error: SyntaxError, shown: Path | None = None) -> str:
+    """Return the message of a syntax error with its line and a caret below the place."""
+    where = f"{shown or error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}"
+    if not error.text:
+        return where
+    line = error.text.rstrip("\r\n")
+    indent = len(line) - len(line.lstrip())
+    caret = max((error.offset or 1) - 1 - indent, 0)
+    return f"{where}\n    {line.lstrip()}\n    {' ' * caret}^"
+
+
+def _raised(source: _Source, error: BaseException) -> str:
+    """Return the message of an exception with the line of the cfg.py at which it happened."""
+    frames = traceback.extract_tb(error.__traceback__)
+    mine = [frame for frame in frames if frame.filename == str(source.file)]
+    where = f"{source.shown}, line {mine[-1].lineno}" if mine else str(source.shown)
+    if isinstance(error, DisttrainError):
+        lines = str(error).splitlines()
+        return f"{where}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{where}:", *lines])
+    line = f"\n    {mine[-1].line}" if mine and mine[-1].line else ""
+    deeper = "" if not mine or frames[-1] is mine[-1] else f"\n(raised in {frames[-1].filename}:{frames[-1].lineno})"
+    return f"{where}: {type(error).__name__}: {error}{line}{deeper}"
+
+
+def _config_of(source: _Source, module: ModuleType) -> Config:
+    """Return what the file calls `config`."""
+    config = getattr(module, "config", None)
+    if isinstance(config, Config):
+        return config
+    others = [name for name, value in vars(module).items() if isinstance(value, Config)]
+    advice = f"; rename {both(others)} to config" if others else "; end it in config = Config(...)"
+    found = "none" if not hasattr(module, "config") else got(config)
+    raise ConfigError(f"{source.shown}: expected a Config named config, got {found}{advice}.")

@@ -1,0 +1,90 @@
+"""How this room says what was expected, what was got, and what may have been meant."""
+
+import difflib
+import inspect
+import reprlib
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from disttrain.config.annotations import Leaf, leaves
+from disttrain.errors import ConfigError
+
+
+def got(value: object) -> str:
+    """Return a short text of a value: itself if it is a plain one, else what it is."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return reprlib.repr(value)
+    if inspect.isclass(value):
+        return f"the class {value.__name__}"
+    if inspect.isroutine(value):
+        return f"the function {getattr(value, '__name__', 'without a name')}"
+    if isinstance(value, list | tuple) and all(isinstance(each, bool | int | float | str) for each in value):
+        return reprlib.repr(value)
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+
+
+def either(words: Iterable[object], joint: str = "or") -> str:
+    """Join as a person would: `a`, `a or b`, `a, b or c`."""
+    *first, last = [str(word) for word in words]
+    return f"{', '.join(first)} {joint} {last}" if first else last
+
+
+def both(words: Iterable[object]) -> str:
+    """Join as a person would: `a`, `a and b`, `a, b and c`."""
+    return either(words, "and")
+
+
+def meant(word: str, words: Iterable[str]) -> str:
+    """Return `; did you mean optimizer.lr?` for the nearest of `words`, or nothing where none is near."""
+    scores = {known: _nearness(word, known) for known in sorted(set(words))}
+    best = max(scores.values(), default=0.0)
+    near = [known for known in scores if scores[known] >= max(best - 0.15, 0.6)]
+    near.sort(key=lambda known: -scores[known])
+    return f"; did you mean {either(near[:3])}?" if near else ""
+
+
+def _nearness(word: str, known: str) -> float:
+    """Return 0 to 1: how alike the parts are, each for itself; with the same last part, `lr` is near `optimizer.lr`."""
+    parts, known_parts = word.split("."), known.split(".")
+    ratios = [difflib.SequenceMatcher(None, a, b).ratio() for a, b in zip(parts, known_parts, strict=False)]
+    whole = sum(ratios) / len(ratios) if len(parts) == len(known_parts) and min(ratios) >= 0.6 else 0.0
+    tail = difflib.SequenceMatcher(None, parts[-1], known_parts[-1]).ratio()
+    return max(whole, 0.9 * tail if tail >= 0.85 else 0.0)
+
+
+def sentence(text: str) -> str:
+    """Return the text with a full stop, unless it ends in a mark already."""
+    return text if text.endswith((".", "?")) else f"{text}."
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> str:
+    """Return pydantic's complaints as one line a problem: field, expected, got, and the name that was meant."""
+    fields = {leaf.name: leaf for leaf in leaves(model, prefix)}
+    lines = [sentence(_line(dict(each), fields, model, prefix)) for each in error.errors(include_url=False)]
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _line(problem: dict[str, Any], fields: dict[str, Leaf], model: type[BaseModel], prefix: str) -> str:
+    """Return the line, or the lines where a group or a check has put them together already."""
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return str(cause)
+    head, *rest = problem["loc"] or ("",)
+    name = f"{prefix}{head}"
+    if problem["type"] == "extra_forbidden":
+        top = [prefix + field for field in model.model_fields]
+        return f"{name}: no such field{meant(name, [*top, *fields])}"
+    leaf = fields.get(name)
+    if leaf is None:
+        group = model.model_fields[str(head)].annotation
+        expected = f"a {getattr(group, '__name__', group)} or a dict of its fields"
+    elif leaf.about.within and rest and "[key]" not in rest:
+        expected, name = leaf.about.takes, f"{name}.{rest[0]}"
+    else:
+        expected = leaf.type_text
+    if problem["type"] == "missing":
+        return f"{name}: missing; expected {expected}"
+    return f"{name}: expected {expected}, got {got(problem['input'])}"

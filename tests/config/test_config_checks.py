@@ -1,0 +1,127 @@
+"""What goes together in a Config: one length, one loss, callable functions, slots that fit, what must wait."""
+
+import pytest
+import torch
+from config_samples import loss, net, sample
+from torch import nn
+
+from disttrain.config import WAITING, check_slots, field_table
+from disttrain.errors import ConfigError
+
+
+def refused(**changes: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        sample(**changes)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "a\\b", ".hidden", "", "..", " a", "a\n", "x" * 201])
+def test_a_name_is_one_plain_part_of_a_path(name: str) -> None:
+    assert "name: expected a folder's name such as 'digits'" in refused(name=name)
+
+
+@pytest.mark.parametrize("name", ["digits", "digits 2", "v1.2-b_3", "ziffern-äöü"])
+def test_plain_names_are_taken(name: str) -> None:
+    assert sample(name=name).name == name
+
+
+def test_exactly_one_length() -> None:
+    assert "max_epochs, max_steps: expected one of the two, got both" in refused(max_steps=3)
+    assert "max_epochs, max_steps: expected one of the two, got neither" in refused(max_epochs=None)
+
+
+def test_exactly_one_of_loss_and_forward() -> None:
+    assert "loss, forward: expected one of the two, got neither" in refused(loss=None)
+    assert "loss, forward: expected one of the two, got both" in refused(forward=lambda model, batch: (0, 0))
+    assert sample(loss=None, forward=lambda model, batch: (0, 0)).loss is None
+
+
+def test_what_is_built_already_is_no_factory() -> None:
+    assert "model: expected () -> Module, got a Linear, built already" in refused(model=nn.Linear(2, 2))
+    assert "metrics.a: expected () -> Metric, got a Linear, built already" in refused(metrics={"a": nn.Linear(2, 2)})
+    assert sample(loss=nn.CrossEntropyLoss()).loss is not None
+
+
+def test_functions_can_be_called_as_they_will_be() -> None:
+    assert "missing a required argument: 'width'" in refused(model=lambda width: None)
+    assert "too many positional arguments" in refused(schedule=lambda optimizer: None)
+    assert "handlers.0: expected (trainer, run) -> None" in refused(handlers=[lambda run: None])
+    config = sample(model=net, optimizer=torch.optim.AdamW, loss=torch.nn.functional.cross_entropy, collate=max)
+    assert config.collate is max
+
+
+def test_metric_names_can_be_part_of_a_dotted_key() -> None:
+    assert "metrics: expected names without '.'" in refused(metrics={"top.5": lambda: None})
+    assert list(sample(metrics={"top-5/all": lambda: None}).metrics) == ["top-5/all"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "works"),
+    [
+        ({"strategy": "fsdp"}, "strategy", '"ddp"'),
+        ({"precision": "apex"}, "precision", '"fp32", "bf16", "fp16" or "auto"'),
+        ({"backend": "xla"}, "backend", '"gloo"'),
+        ({"on_nan": "rollback"}, "on_nan", '"stop" or "skip"'),
+        ({"checkpoint": {"asynchronous": True}}, "checkpoint.asynchronous", "False"),
+        ({"checkpoint": {"target": "s3://b"}}, "checkpoint.target", "the run directory"),
+        ({"ledger": {"every_steps": 10}}, "ledger.every_steps", "100"),
+    ],
+)
+def test_what_waits_says_for_what_and_what_works(changes: dict[str, object], field: str, works: str) -> None:
+    message = refused(**changes)
+    assert message.startswith(f"{field}: expected ")
+    assert works in message
+    assert WAITING[field].waits_for in message
+
+
+def test_every_waiting_field_exists() -> None:
+    assert set(WAITING) <= {row.name for row in field_table()}
+
+
+def test_slots_that_do_not_divide_name_what_fits() -> None:
+    expected = (
+        "global_batch_size=100 cannot be cut into num_slots=8 equal slots; use 96 or 104, or num_slots=4, 5 or 10."
+    )
+    assert refused(global_batch_size=100, num_slots=8) == expected
+
+
+def test_slots_that_default_to_the_world_size_say_so() -> None:
+    assert check_slots(96, None, 3) == 3
+    with pytest.raises(
+        ConfigError, match=r"num_slots=3 \(the world size\) equal slots; use 126 or 129, or num_slots=4"
+    ):
+        check_slots(128, None, 3)
+
+
+def test_a_batch_smaller_than_the_slots_grows() -> None:
+    with pytest.raises(ConfigError, match=r"use 8, or num_slots=1, 2 or 4\."):
+        check_slots(4, 8)
+
+
+def test_more_ranks_than_slots_says_what_to_do() -> None:
+    assert check_slots(96, 4, 4) == 4
+    with pytest.raises(
+        ConfigError, match=r"num_slots=4 is too few for 6 ranks.*at most 4 ranks.*num_slots=6, 8 or 12\."
+    ):
+        check_slots(96, 4, 6)
+    with pytest.raises(ConfigError, match=r"use at most 1 rank\."):
+        check_slots(1, 1, 2)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 12, 97, 100, 128])
+def test_every_suggestion_of_check_slots_is_accepted(batch: int) -> None:
+    for world_size in range(1, 9):
+        for slots in range(1, 20):
+            try:
+                assert check_slots(batch, slots, world_size) == slots
+            except ConfigError as error:
+                text = str(error).rpartition("num_slots=")[2] if str(error).count("num_slots=") > 1 else ""
+                for suggested in text.replace(",", " ").replace(".", " ").replace(" or ", " ").split():
+                    assert check_slots(batch, int(suggested), world_size) == int(suggested)
+            else:
+                assert batch % slots == 0
+                assert slots >= world_size
+
+
+def test_the_sample_is_sound() -> None:
+    assert sample().loss is loss
