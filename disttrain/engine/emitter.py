@@ -46,7 +46,18 @@ Handler = TypeVar("Handler", bound=Callable[..., Any])
 class Registration:
     """A handler on one event: how it is called, and the next iteration at which its filter can pass."""
 
-    __slots__ = ("__weakref__", "args", "bare", "due", "filter", "function", "kwargs", "removed", "takes_engine")
+    __slots__ = (
+        "__weakref__",
+        "args",
+        "bare",
+        "due",
+        "filter",
+        "following",
+        "function",
+        "kwargs",
+        "removed",
+        "takes_engine",
+    )
 
     def __init__(
         self,
@@ -58,6 +69,7 @@ class Registration:
     ) -> None:
         self.function = function
         self.filter = event_filter
+        self.following = event_filter.following if isinstance(event_filter, NumericFilter) else None
         self.args = args
         self.kwargs = kwargs
         self.takes_engine = takes_engine(function, event, _ADDED_ARGUMENTS.get(event, ((), ())), args, kwargs)
@@ -67,14 +79,18 @@ class Registration:
 
 
 class Slot:
-    """A registered event with its handlers. `due`: no handler has to be called at an iteration below it."""
+    """A registered event with its handlers.
 
-    __slots__ = ("counted", "due", "event", "filtered", "firing", "handlers", "stale")
+    `due`: no handler has to be called at an iteration below it. `by_iteration`: the event is the loop's own and its
+    filters go by `state.iteration`, which rises from one firing to the next, so that `due` can be known ahead.
+    """
+
+    __slots__ = ("by_iteration", "due", "event", "firing", "handlers", "stale")
 
     def __init__(self, event: Event) -> None:
         self.event = event
         self.handlers: list[Registration] = []
-        self.counted = event in LOOP_EVENTS
+        self.by_iteration = False
         self.firing = 0
         self.stale = False
         self._changed()
@@ -108,9 +124,18 @@ class Slot:
                 registration.due = ALWAYS
         self.due = ALWAYS
 
+    def __reduce__(self) -> tuple[Callable[..., "Slot"], tuple[Event, list[Registration]]]:
+        return _slot_with, (self.event, [kept for kept in self.handlers if not kept.removed])
+
     def _changed(self) -> None:
-        self.filtered = all(isinstance(registration.filter, NumericFilter) for registration in self.handlers)
         self.due = ALWAYS if self.handlers else NEVER
+
+
+def _slot_with(event: Event, handlers: list[Registration]) -> Slot:
+    slot = Slot(event)
+    for registration in handlers:
+        slot.add(registration)
+    return slot
 
 
 class Emitter:
@@ -120,6 +145,7 @@ class Emitter:
         self.state = State()
         self.last_event_name: Event | None = None
         self._slots: dict[Event, Slot] = {}
+        self._event_to_attr: dict[Event, str] = {}
         self._stop_asked = False
         self.register_events(*Events)
 
@@ -136,8 +162,15 @@ class Emitter:
         for event in event_names:
             self._slots.setdefault(event, Slot(event))
             if event_to_attr and event in event_to_attr:
-                self.state.event_to_attr[event] = event_to_attr[event]
-        self.state._start_mapped_attributes()
+                self._event_to_attr[event] = event_to_attr[event]
+        self._map_attributes()
+
+    def _map_attributes(self) -> None:
+        """Tell the state, which a program may have replaced, of the attributes that events are mapped to."""
+        self.state.event_to_attr.update(self._event_to_attr)
+        for name in self.state.event_to_attr.values():
+            if not hasattr(self.state, name):
+                setattr(self.state, name, 0)
 
     def has_registered_events(self, event: Event) -> bool:
         """Return whether handlers can be added to the event."""
@@ -206,6 +239,7 @@ class Emitter:
 
     def _fire(self, slot: Slot, position: int, *args: Any, **kwargs: Any) -> bool:
         """Call the handlers that are due at `position` and whose filters pass; return whether a stop is asked for."""
+        due = NEVER
         slot.firing += 1
         try:
             for registration in slot.handlers:
@@ -216,19 +250,21 @@ class Emitter:
                         registration.function(self, *args, *registration.args, **registration.kwargs, **kwargs)
                     else:
                         registration.function(*args, *registration.args, **registration.kwargs, **kwargs)
+                if registration.due < due:
+                    due = registration.due
         finally:
             del args  # may hold the exception that is passing through, which holds this frame: a cycle
             slot.firing -= 1
             if slot.stale and not slot.firing:
                 slot.sweep()
-        if slot.filtered:
-            slot.due = min((registration.due for registration in slot.handlers), default=NEVER)
-        return self._stop_asked
+        if self._stop_asked:
+            return True  # and `due` stays as `wake` has left it
+        slot.due = due
+        return False
 
     def _passes(self, slot: Slot, registration: Registration) -> bool:
         """Ask the filter, and note the next iteration at which it is worth asking."""
-        event, event_filter = slot.event, registration.filter
-        value = self.state.get_event_attrib_value(event)
-        if slot.counted and isinstance(event_filter, NumericFilter) and self.state.event_to_attr[event] == "iteration":
-            registration.due = event_filter.following(value)
-        return event_filter is None or event_filter(self, value)
+        value = self.state.iteration if slot.by_iteration else self.state.get_event_attrib_value(slot.event)
+        if slot.by_iteration and registration.following is not None:
+            registration.due = registration.following(value)
+        return registration.filter is None or registration.filter(self, value)

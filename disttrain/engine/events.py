@@ -126,7 +126,7 @@ class CallableEventWithFilter:
         return NotImplemented
 
     def __hash__(self) -> int:
-        return hash(self.name)
+        return hash(self._name_)
 
     def __repr__(self) -> str:
         return f"<event={self.name}, filter={self.filter}>"

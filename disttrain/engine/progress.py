@@ -64,25 +64,31 @@ def plan_run(
         plan = Plan(0, 0, plan.epoch_length or None, max_epochs, max_iters, anew=True)
         plan.max_epochs = 1 if max_epochs is None and max_iters is None else max_epochs
         plan.epoch_length = _first_known(epoch_length, _length_of(data), plan.epoch_length)
-    elif plan.epoch_length is None:
+    elif not plan.epoch_length:
         plan.epoch_length = _first_known(epoch_length, None if paused else _length_of(data))
     elif epoch_length not in (None, plan.epoch_length):
         raise ValueError(
             f"epoch_length must stay {plan.epoch_length} while a run goes on, got {epoch_length}; "
             "to start again from the beginning set engine.state.max_epochs = None first"
         )
-    if plan.epoch_length is None and data is None and not paused:
+    if plan.epoch_length is None and data is None and (plan.anew or not paused):
         raise ValueError("expected data or epoch_length, got neither; without data say how long an epoch is")
     if plan.anew and plan.epoch_length == 0:
         raise ValueError("expected data of at least one batch, got data of length 0")
     return plan
 
 
+def check_iterable(data: object) -> None:
+    """TypeError unless `iter(data)` can work; it is not tried, since it may start worker processes."""
+    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+        raise TypeError(f"data must be iterable, got {data!r} of type {type(data).__name__}")
+
+
 def _check_arguments(
     data: Iterable[Any] | None, max_epochs: int | None, max_iters: int | None, epoch_length: int | None
 ) -> None:
-    if data is not None and not (isinstance(data, Iterable) or hasattr(data, "__getitem__")):
-        raise TypeError(f"data must be iterable or None, got {data!r} of type {type(data).__name__}")
+    if data is not None:
+        check_iterable(data)
     if max_epochs is not None and max_iters is not None:
         raise ValueError(f"expected one of max_epochs and max_iters, got {max_epochs=} and {max_iters=}")
     for name, given in (("max_epochs", max_epochs), ("max_iters", max_iters), ("epoch_length", epoch_length)):

@@ -39,12 +39,6 @@ class State:
         self.event_to_attr: dict[Event, str] = dict(_COUNTED_BY)
         for name, value in kwargs.items():
             setattr(self, name, value)
-        self._start_mapped_attributes()
-
-    def _start_mapped_attributes(self) -> None:
-        for name in self.event_to_attr.values():
-            if not hasattr(self, name):
-                setattr(self, name, 0)
 
     def get_event_attrib_value(self, event_name: Event) -> int:
         """Return the value that filters on the event compare with; RuntimeError if it has none."""
