@@ -1,0 +1,66 @@
+"""Choosing a backend and connecting it; the only place that knows them all."""
+
+import math
+
+import torch
+
+from disttrain.backend.base import Backend, Place
+from disttrain.backend.environment import Launch, read_launch
+from disttrain.backend.native import GROUPS, NativeBackend, choose_device, explicit_device
+from disttrain.backend.single import SingleBackend
+from disttrain.backend.xla import refuse_xla
+from disttrain.errors import BackendError, ConfigError
+
+NAMES = ("auto", "gloo", "nccl", "single", "xla")
+
+
+def connect(name: str = "auto", *, timeout_s: float = 300.0, device: str | torch.device | None = None) -> Backend:
+    """Connect this process to the other ranks of its run and return its backend.
+
+    "auto": under a launcher nccl where CUDA is there and gloo where not; `single` without a launcher. "gloo" and
+    "nccl" without a launcher are a world of one. `timeout_s` is the longest silence of a rank in a collective, at
+    the start too. `device` overrides the choice: an accelerator where there is one and the backend runs there.
+    """
+    if name not in NAMES:
+        raise ConfigError(f"expected backend to be one of {', '.join(NAMES)}, got {name!r}")
+    if not (math.isfinite(timeout_s) and timeout_s > 0):
+        raise ConfigError(f"expected timeout_s to be a positive number of seconds, got {timeout_s!r}")
+    if name == "xla":
+        raise refuse_xla()
+    launch = read_launch()
+    asked = torch.device(device) if device is not None else None
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        name = _automatic(launch, asked or accelerator)
+    if name == "single":
+        return _single(launch, asked or accelerator or torch.device("cpu"))
+    device_type = next(kind for kind, group in GROUPS.items() if group == name)
+    if device_type != "cpu" and (accelerator is None or accelerator.type != device_type):
+        raise BackendError(
+            f"backend={name!r} expected a {device_type} device, got {accelerator or 'none'}; "
+            "use backend='gloo' on CPUs, or install a torch build and a driver for the device"
+        )
+    place = launch.place if launch is not None else Place()
+    if asked is not None:
+        chosen = explicit_device(asked, device_type, name)
+    else:
+        num_devices = 0 if device_type == "cpu" else torch.accelerator.device_count()
+        chosen = choose_device(device_type, num_devices, place)
+    return NativeBackend(launch, chosen, timeout_s)
+
+
+def _automatic(launch: Launch | None, device: torch.device | None) -> str:
+    if launch is None:
+        return "single"
+    return GROUPS.get(device.type, "gloo") if device is not None else "gloo"
+
+
+def _single(launch: Launch | None, device: torch.device) -> SingleBackend:
+    if launch is not None and launch.place.world_size > 1:
+        raise BackendError(
+            f"backend='single' is one process, got {launch.place.world_size} ranks from {launch.launcher}, "
+            "each of which would do the whole run; use backend='auto', or start one process"
+        )
+    if device.index is None and device.type not in ("cpu", "mps"):
+        device = torch.device(device.type, 0)
+    return SingleBackend(device, launch.restarts if launch is not None else 0)

@@ -1,0 +1,191 @@
+"""The one file that reads environment variables: what torchrun or Slurm says about this process.
+
+*Contract*: `read_launch` is a function of the mapping it is given. torchrun's variables win over Slurm's (one
+agent per node inside `srun` is common). Slurm's count only in a step that `srun` started with several tasks: a
+batch script, or `srun --pty bash`, is one process.
+
+*Errors*: half-set or contradictory variables are a BackendError that names them with their values.
+
+*Source*: torch.distributed.run's page "Environment Variables"; srun(1), "OUTPUT ENVIRONMENT VARIABLES".
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from disttrain.backend.base import Place
+from disttrain.errors import BackendError
+
+_CORE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_MEETING = ("MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher told this process: its place, and where the ranks meet.
+
+    `has_agent_store`: torchrun's agent keeps a store at `address:port`; otherwise rank 0 opens one there.
+    """
+
+    launcher: Literal["torchrun", "slurm"]
+    place: Place
+    address: str
+    port: int
+    has_agent_store: bool = False
+    restarts: int = 0
+
+
+def read_launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
+    """Return what the launcher said, or None for a process that was started by hand."""
+    if any(name in environ for name in _CORE):
+        return _read_torchrun(environ)
+    if "SLURM_PROCID" in environ and "SLURM_STEP_NODELIST" in environ and _num_tasks(environ) > 1:
+        return _read_slurm(environ)
+    return None
+
+
+def set_default(name: str, value: str) -> str:
+    """Set a variable that the libraries below us read, unless the user has; return what it is."""
+    return os.environ.setdefault(name, value)
+
+
+def _read_torchrun(environ: Mapping[str, str]) -> Launch:
+    missing = [name for name in (*_CORE, *_MEETING) if not environ.get(name)]
+    if missing:
+        present = [f"{name}={environ[name]}" for name in (*_CORE, *_MEETING) if environ.get(name)]
+        raise BackendError(
+            f"expected all of {', '.join((*_CORE, *_MEETING))} in the environment, got "
+            f"{', '.join(present) or 'none set'} without {', '.join(missing)}; "
+            "start with torchrun, set the missing ones, or unset all for one process"
+        )
+    rank, world_size, local_rank, local_world_size = (_integer(environ, name) for name in _CORE)
+    place = Place(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=local_world_size,
+        node_rank=_integer(environ, "GROUP_RANK", rank // max(1, local_world_size)),
+        num_nodes=_integer(environ, "GROUP_WORLD_SIZE", -(-world_size // max(1, local_world_size))),
+    )
+    shown = [f"{name}={environ[name]}" for name in (*_CORE, "GROUP_RANK", "GROUP_WORLD_SIZE") if name in environ]
+    _check(place, shown)
+    return Launch(
+        "torchrun",
+        place,
+        environ["MASTER_ADDR"],
+        _port(environ, "MASTER_PORT"),
+        has_agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        restarts=_integer(environ, "TORCHELASTIC_RESTART_COUNT", 0),
+    )
+
+
+def _read_slurm(environ: Mapping[str, str]) -> Launch:
+    needed = ("SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID")
+    missing = [name for name in needed if not environ.get(name)]
+    if missing:
+        raise BackendError(
+            f"expected srun to set {', '.join(needed)}, got SLURM_PROCID={environ['SLURM_PROCID']} without "
+            f"{', '.join(missing)}; start the tasks with srun, or unset SLURM_PROCID for one process"
+        )
+    node_rank = _integer(environ, "SLURM_NODEID")
+    nodes_name = "SLURM_STEP_NUM_NODES" if "SLURM_STEP_NUM_NODES" in environ else "SLURM_NNODES"
+    place = Place(
+        rank=_integer(environ, "SLURM_PROCID"),
+        world_size=_num_tasks(environ),
+        local_rank=_integer(environ, "SLURM_LOCALID"),
+        local_world_size=_tasks_on_node(environ, node_rank),
+        node_rank=node_rank,
+        num_nodes=_integer(environ, nodes_name, 1),
+    )
+    names = (
+        *("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID", nodes_name),
+        *("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"),
+    )
+    _check(place, [f"{name}={environ[name]}" for name in names if name in environ])
+    step = _integer(environ, "SLURM_STEP_ID", 0)
+    default_port = 20000 + (_integer(environ, "SLURM_JOB_ID") + 1009 * step) % 12000
+    return Launch(
+        "slurm",
+        place,
+        environ.get("MASTER_ADDR") or first_host(environ["SLURM_STEP_NODELIST"]),
+        _port(environ, "MASTER_PORT", default_port),
+        restarts=_integer(environ, "SLURM_RESTART_COUNT", 0),
+    )
+
+
+def _num_tasks(environ: Mapping[str, str]) -> int:
+    name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
+    return _integer(environ, name, 1)
+
+
+def _tasks_on_node(environ: Mapping[str, str], node_rank: int) -> int:
+    for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):
+        if name in environ:
+            counts = tasks_per_node(name, environ[name])
+            if node_rank >= len(counts):
+                raise BackendError(
+                    f"expected SLURM_NODEID below the {len(counts)} nodes of {name}={environ[name]}, got {node_rank}; "
+                    "start the tasks with srun"
+                )
+            return counts[node_rank]
+    return _integer(environ, "SLURM_NTASKS_PER_NODE", 1)
+
+
+def tasks_per_node(name: str, text: str) -> list[int]:
+    """Expand Slurm's list of tasks by node: "2(x3),1" is [2, 2, 2, 1]."""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            raise BackendError(f"expected {name} in a form like 2(x3),1, got {text!r}; start the tasks with srun")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def first_host(nodelist: str) -> str:
+    """Return the first host of a Slurm node list: that of "n[03-05,9],m1" is "n03"."""
+    host = ""
+    for text, inside in re.findall(r"([^\[\],]+)|\[([^\]]*)\]", re.split(r",(?![^\[]*\])", nodelist)[0]):
+        host += text or re.split(r"[-,]", inside)[0]
+    if not host:
+        raise BackendError(
+            f"expected SLURM_STEP_NODELIST in a form like n[03-05,9],m1, got {nodelist!r}; "
+            "set MASTER_ADDR to rank 0's host"
+        )
+    return host
+
+
+def _integer(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name)
+    if not text and default is not None:
+        return default
+    if text is None or not re.fullmatch(r"[0-9]+", text):
+        raise BackendError(f"expected {name} to be a whole number, got {text!r}; the launcher sets it, or unset it")
+    return int(text)
+
+
+def _port(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    port = _integer(environ, name, default)
+    if not 0 < port < 2**16:
+        raise BackendError(f"expected {name} to be a port from 1 to 65535, got {port}; choose a free one")
+    return port
+
+
+def _check(place: Place, shown: list[str]) -> None:
+    """Refuse a place that cannot be: what must hold between the numbers is written as the message."""
+    rules = {
+        "the rank is below the number of ranks": place.rank < place.world_size,
+        "the local rank is below the number of local ranks": place.local_rank < place.local_world_size,
+        "a node has no more ranks than there are in all": place.local_world_size <= place.world_size,
+        "the local rank is not above the rank": place.local_rank <= place.rank,
+        "the node's rank is below the number of nodes": place.node_rank < place.num_nodes,
+        "every node has a rank": place.num_nodes <= place.world_size,
+    }
+    broken = [rule for rule, holds in rules.items() if not holds]
+    if broken:
+        raise BackendError(
+            f"expected variables that fit together ({'; '.join(broken)}), got {', '.join(shown)}; "
+            "start with torchrun or srun, which set them, or unset them all for one process"
+        )

@@ -1,0 +1,133 @@
+"""The first failure of a run, posted where every rank hears of it, wherever it is blocked.
+
+*Contract*: the first failure posted wins and is never replaced. `first` asks nobody: what there is to know has
+been brought here by then, so it works after the store's host has gone.
+
+*How*: rank r's listener, one sleeping thread with a connection of its own, waits for the key `bell/r` in the
+rendezvous store. Who fails posts the failure by compare-and-set and rings every bell. A listener that is rung
+keeps the message, acknowledges it and calls `on_failure`, which breaks this rank's connections: a collective
+that its main thread is blocked in then raises at once. The poster waits for the acknowledgements, so that
+neither the store (rank 0's) nor the launcher's clean-up takes the message away before it is read.
+"""
+
+import json
+import logging
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+
+from disttrain.backend.calls import describe_error
+from disttrain.backend.stores import Store
+from disttrain.errors import RemoteError
+
+logger = logging.getLogger(__name__)
+
+FIRST = "failure/first"
+LINGER_S = 5.0
+_CLOSING = "closing"
+
+
+class Board:
+    """The board of one process alone: it remembers the first failure."""
+
+    def __init__(self, rank: int = 0) -> None:
+        self._rank = rank
+        self._failure: RemoteError | None = None
+        self._heard = threading.Event()
+
+    def publish(self, error: BaseException) -> None:
+        """Post `error`, unless another failure was first. Never raises."""
+        self._hear(_to_post(self._rank, error))
+
+    def first(self, wait_s: float) -> RemoteError | None:
+        """Return the first failure that was posted, waiting for it up to `wait_s`."""
+        self._heard.wait(wait_s)
+        failure = self._failure
+        return None if failure is None else RemoteError(failure.rank, failure.message)
+
+    def close(self) -> None:
+        """Stop listening. A failure that was heard is still known."""
+
+    def _hear(self, posted: str) -> None:
+        if self._failure is None:
+            rank, message = json.loads(posted)
+            self._failure = RemoteError(rank, message)
+        self._heard.set()
+
+
+class StoreBoard(Board):
+    """The board of several ranks; `connect_store` opens a new connection to their common store."""
+
+    def __init__(
+        self, rank: int, world_size: int, connect_store: Callable[[], Store], on_failure: Callable[[], None]
+    ) -> None:
+        super().__init__(rank)
+        self._others = [other for other in range(world_size) if other != rank]
+        self._store = connect_store()
+        self._on_failure = on_failure
+        self._closed = False
+        self._lingered = False
+        self._listener = threading.Thread(
+            target=self._listen, args=(connect_store(),), name="disttrain-failure-listener", daemon=True
+        )
+        self._listener.start()
+
+    def publish(self, error: BaseException) -> None:
+        if not self._closed:
+            try:
+                posted = self._store.compare_set(FIRST, "", _to_post(self._rank, error)).decode()
+                for other in self._others:
+                    self._store.set(f"failure/bell/{other}", posted)
+                self._hear(posted)
+            except RuntimeError as gone:
+                logger.warning("the other ranks could not be told that this one failed: %s", gone)
+        super().publish(error)
+        self._on_failure()
+        self._linger()
+
+    def close(self) -> None:
+        """Stop listening, once the others have heard of a failure that this rank knows of."""
+        if self._closed:
+            return
+        if self._failure is not None:
+            self._linger()
+        self._closed = True
+        try:
+            self._store.set(f"failure/ack/{self._rank}", _CLOSING)
+            self._store.set(f"failure/bell/{self._rank}", _CLOSING)
+        except RuntimeError:
+            logger.debug("the store has gone, and the listener with it")
+        self._listener.join(LINGER_S)
+
+    def _linger(self) -> None:
+        """Wait, once, until every rank has heard."""
+        if self._lingered:
+            return
+        self._lingered = True
+        keys = [f"failure/ack/{other}" for other in self._others]
+        try:
+            self._store.set(f"failure/ack/{self._rank}", "heard")
+            self._store.wait(keys, timedelta(seconds=LINGER_S))
+        except RuntimeError as silent:
+            logger.debug("not every rank acknowledged the failure: %s", silent)
+
+    def _listen(self, store: Store) -> None:
+        bell = f"failure/bell/{self._rank}"
+        try:
+            store.wait([bell], timedelta(days=365))
+            posted = store.get(bell).decode()
+            if posted == _CLOSING:
+                return
+            self._hear(posted)
+            store.set(f"failure/ack/{self._rank}", "heard")
+        except RuntimeError as gone:
+            logger.debug("rank %s stops listening for failures, the store has gone: %s", self._rank, gone)
+        if self._failure is not None:
+            self._on_failure()
+
+
+def _to_post(rank: int, error: BaseException) -> str:
+    """Return what is posted; a rank that only passes on another's failure posts that one."""
+    if isinstance(error, RemoteError):
+        return json.dumps([error.rank, error.message])
+    return json.dumps([rank, describe_error(error)])

@@ -1,0 +1,176 @@
+"""Ranks that torch.distributed connects: gloo on CPUs, and an accelerator's own library where there is one.
+
+*Contract*: `process_group` is the default group and runs on `device`. Beside it every backend keeps a gloo group
+of its own for headers, numbers, objects and CPU tensors, so that agreeing on something never waits for an
+accelerator's queue, and never meets the gradients' traffic. Both have the timeout `timeout_s`.
+
+*Cost*: one more TCP connection for each pair of ranks, and one sleeping thread (failure.py).
+"""
+
+import atexit
+import logging
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from disttrain.backend.base import Place
+from disttrain.backend.checked import CheckedBackend
+from disttrain.backend.environment import Launch, set_default
+from disttrain.backend.failure import Board, StoreBoard
+from disttrain.backend.rendezvous import Meeting, meet
+from disttrain.backend.sockets import loopback_name, open_sockets, shut_down
+from disttrain.backend.stores import HashStore, PrefixStore, Store
+from disttrain.errors import BackendError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+GROUPS = {"cpu": "gloo", "cuda": "nccl"}
+"""Device type to the library that connects it. Another accelerator of torch.accelerator is another row."""
+
+
+class NativeBackend(CheckedBackend):
+    """Ranks connected by torch.distributed; without a launch, a world of one."""
+
+    def __init__(self, launch: Launch | None, device: torch.device, timeout_s: float) -> None:
+        if dist.is_initialized():
+            raise BackendError(
+                "expected no process group in this process, got one that is initialized already; "
+                "close the other backend, or call dist.destroy_process_group(), before connect()"
+            )
+        self.name = GROUPS[device.type]
+        self.device = device
+        self.place = launch.place if launch is not None else Place()
+        self.restarts = launch.restarts if launch is not None else 0
+        self._timeout = timedelta(seconds=timeout_s)
+        self._sockets: dict[int, str] = {}
+        self._broken = False
+        meeting = meet(launch, timeout_s) if launch is not None and self.world_size > 1 else None
+        try:
+            self._open_groups(meeting.store if meeting is not None else HashStore())
+            self._board = self._open_board(meeting)
+            self._check_devices()
+        except BaseException:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            raise
+        atexit.register(self.close)
+
+    def _open_groups(self, store: Store) -> None:
+        if self.place.local_world_size == self.world_size and (loopback := loopback_name()) is not None:
+            # A host whose name resolves to an address that it does not have would stall gloo for minutes.
+            set_default("GLOO_SOCKET_IFNAME", loopback)
+        bound = self.device if self.device.type != "cpu" else None
+        if bound is not None and bound.index is not None:
+            torch.accelerator.set_device_index(bound.index)
+        before = open_sockets() if bound is None else {}
+        dist.init_process_group(
+            self.name,
+            store=PrefixStore("disttrain/groups", store),
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=self._timeout,
+            device_id=bound,
+        )
+        before = before if bound is None else open_sockets()
+        self._control = dist.new_group(backend="gloo", timeout=self._timeout)
+        # A group in several processes is never absent on a rank: new_group() without ranks holds them all.
+        self._sockets = {fd: inode for fd, inode in open_sockets().items() if before.get(fd) != inode}
+        self._group = dist.group.WORLD
+
+    def _open_board(self, meeting: Meeting | None) -> Board:
+        if meeting is None:
+            return Board()
+        return StoreBoard(self.rank, self.world_size, meeting.connect, self._break)
+
+    def _check_devices(self) -> None:
+        """Refuse two ranks on one accelerator, which its library would refuse later and less clearly."""
+        if self.device.type == "cpu":
+            return
+        properties = torch.get_device_module(self.device).get_device_properties(self.device)
+        mine = str(getattr(properties, "uuid", f"node {self.node_rank}, {self.device}"))
+        ranks_by_device: dict[str, list[int]] = {}
+        for rank, name in enumerate(self.all_gather(mine)):
+            ranks_by_device.setdefault(name, []).append(rank)
+        for name, ranks in ranks_by_device.items():
+            if len(ranks) > 1:
+                raise BackendError(
+                    f"expected an accelerator of its own for every rank, got ranks {', '.join(map(str, ranks))} on "
+                    f"{self.device.type} {name}; start one rank per accelerator, or use backend='gloo'"
+                )
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        if self._closed:
+            raise BackendError("process_group was asked of a backend that is closed; call connect() again")
+        return self._group
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        self._board.close()
+        try:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        except RuntimeError as error:
+            if not self._broken:
+                raise
+            logger.debug("a broken process group could not be destroyed: %s", error)
+
+    def _break(self) -> None:
+        """Make every collective under way on this rank raise. Called by the listener's thread too."""
+        if self._broken or self._closed:
+            return
+        self._broken = True
+        shut_down(self._sockets)
+        if self.device.type != "cpu" and self._group is not None:
+            self._group.abort()
+
+    def _start_gather(self, data: Tensor) -> Callable[[], Tensor]:
+        group, sent = self._route(data)
+        rows = sent.new_empty(self.world_size, sent.numel())
+        work = dist.all_gather(list(rows.unbind()), sent, group=group, async_op=True)
+
+        def collect() -> Tensor:
+            if work is not None:
+                work.wait()
+            return rows.to(data.device)
+
+        return collect
+
+    def _spread(self, data: Tensor, source: int) -> None:
+        group, sent = self._route(data)
+        dist.broadcast(sent, src=source, group=group)
+        if sent is not data:
+            data.copy_(sent)
+
+    def _route(self, data: Tensor) -> tuple[dist.ProcessGroup | None, Tensor]:
+        """Return the group that moves `data`, and `data` where that group wants it."""
+        if data.device.type == self.device.type and self.device.type != "cpu":
+            return self._group, data
+        return self._control, data.cpu()
+
+
+def choose_device(device_type: str, num_devices: int, place: Place) -> torch.device:
+    """Return the device of one rank: its local rank's, or the only one that the launcher lets it see."""
+    if device_type == "cpu":
+        return torch.device("cpu")
+    if num_devices >= place.local_world_size:
+        return torch.device(device_type, place.local_rank)
+    if num_devices == 1:
+        return torch.device(device_type, 0)  # its own by --gpus-per-task, or shared: connecting finds out
+    raise BackendError(
+        f"expected at most {num_devices} ranks on this host, one for each {device_type} device, got "
+        f"{place.local_world_size}; start fewer, or use backend='gloo'"
+    )
+
+
+def explicit_device(asked: torch.device, device_type: str, name: str) -> torch.device:
+    """Return the device that the caller asked for, if the backend runs there."""
+    if asked.type != device_type:
+        raise ConfigError(f"backend={name!r} runs on {device_type!r}, got device={str(asked)!r}; leave device out")
+    return asked

@@ -1,0 +1,56 @@
+"""The connections that a process group opened, so that a failure can break them.
+
+gloo has no abort: its connections live as long as any object that refers to the group, and a peer that waits for
+one of them waits until this process ends. Shutting the sockets down wakes both ends at once. It is done to the
+descriptor's own socket, checked by inode, and closes nothing: gloo still does that.
+
+*Contract*: Linux only (/proc); elsewhere nothing is found, nothing is shut down, and peers hear when the process ends.
+"""
+
+import os
+import socket
+from collections.abc import Mapping
+
+_FDS = "/proc/self/fd"
+
+
+def loopback_name() -> str | None:
+    """Return the name of the loopback interface, None where there is none that we know."""
+    names = {name for _, name in socket.if_nameindex()}
+    return next((name for name in ("lo", "lo0") if name in names), None)
+
+
+def open_sockets() -> dict[int, str]:
+    """Return this process's sockets: descriptor to inode."""
+    if not os.path.isdir(_FDS):
+        return {}
+    found: dict[int, str] = {}
+    for name in os.listdir(_FDS):
+        target = _target(int(name))
+        if target.startswith("socket:"):
+            found[int(name)] = target
+    return found
+
+
+def shut_down(sockets: Mapping[int, str]) -> None:
+    """Break those connections that are still open; listening sockets are left alone."""
+    for descriptor, inode in sockets.items():
+        if _target(descriptor) == inode:
+            _break(descriptor)
+
+
+def _target(descriptor: int) -> str:
+    try:
+        return os.readlink(f"{_FDS}/{descriptor}")
+    except OSError:  # closed since it was listed
+        return ""
+
+
+def _break(descriptor: int) -> bool:
+    try:
+        with socket.socket(fileno=os.dup(descriptor)) as connection:
+            connection.getpeername()  # raises for a listening socket, which gloo would abort over
+            connection.shutdown(socket.SHUT_RDWR)
+    except OSError:  # broken already, or listening
+        return False
+    return True

@@ -1,0 +1,21 @@
+"""The key-value stores of torch.distributed, under names that a type checker knows."""
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
+else:
+    from torch.distributed import HashStore, PrefixStore, Store, TCPStore
+
+__all__ = ["HashStore", "PrefixStore", "Store", "TCPStore", "connect_store", "open_store"]
+
+
+def open_store(port: int, timeout_s: float) -> TCPStore:
+    """Open a store in this process, at `port` or at a free one for 0. It lives as long as what refers to it."""
+    return TCPStore("localhost", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+
+
+def connect_store(host: str, port: int, timeout_s: float) -> TCPStore:
+    """Connect to a store that another process opened; RuntimeError where none answers within `timeout_s`."""
+    return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
