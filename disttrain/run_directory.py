@@ -1,6 +1,6 @@
 """A run's directory: its names, its lock, and the small files that say what the run is and how it ended.
 
-Contract: only rank 0 writes here (each rank its own log apart). Every small file is replaced in one step, so
+*Contract*: only rank 0 writes here (each rank its own log apart). Every small file is replaced in one step, so
 a reader sees the old one or the new one. One process at a time holds a run directory; the lock goes with
 the process, however it dies.
 
@@ -17,32 +17,21 @@ the process, however it dies.
 import fcntl
 import json
 import os
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from disttrain.errors import ConfigError
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replace `path` by `value` as JSON, in one step, flushed to the disk."""
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text`, in one step, flushed to the disk."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-def read_json(path: Path) -> Any:
-    """Return what the file at `path` holds, or None where there is no such file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}; restore it, or start anew with --fresh") from None
 
 
 class RunDirectory:
@@ -59,9 +48,9 @@ class RunDirectory:
         self.logs = path / "logs"
         self._lock: IO[str] | None = None
 
-    def exists(self) -> bool:
-        """Return whether a run was started here."""
-        return self.config_json.exists()
+    def has_begun(self) -> bool:
+        """Return whether a run has saved anything here; before that nothing binds the next one."""
+        return self.checkpoints.is_dir() and any(not p.name.startswith(".") for p in self.checkpoints.iterdir())
 
     def open(self, *, fresh: bool = False) -> Path | None:
         """Create the directory or take it as it is, and lock it; with `fresh`, a run that is there makes room.
@@ -72,7 +61,7 @@ class RunDirectory:
         kept = None
         try:
             self._acquire()
-            if fresh and self.exists():
+            if fresh and self.has_begun():
                 kept = self._make_room()
                 self._acquire()
             for folder in (self.checkpoints, self.metrics, self.logs):
@@ -86,8 +75,8 @@ class RunDirectory:
 
     def _acquire(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        strangers = sorted(p.name for p in self.path.iterdir() if p.name not in (".lock", "logs"))
-        if strangers and not self.exists() and not (self.path / ".lock").exists():
+        strangers = sorted(p.name for p in self.path.iterdir())
+        if strangers and not (self.path / ".lock").exists() and not self.config_json.exists():
             raise ConfigError(
                 f"{self.path} exists and holds no run ({', '.join(strangers[:3])}); "
                 "choose another name=NAME or another place with --runs DIR"
@@ -101,7 +90,8 @@ class RunDirectory:
             holder = lock.read().strip() or "another process"
             lock.close()
             raise ConfigError(
-                f"the run directory {self.path} is in use by {holder}; wait for it, stop it, or choose another name=NAME"
+                f"the run directory {self.path} is in use by {holder}; "
+                "wait for it, stop it, or choose another name=NAME"
             ) from None
         lock.truncate(0)
         lock.write(f"process {os.getpid()}")
@@ -116,19 +106,24 @@ class RunDirectory:
         self.close()
         return kept
 
-    def describe(self, config: dict[str, Any], cfg: Path, overrides: list[str]) -> None:
-        """Keep the resolved config, the file it came from and the overrides."""
+    def describe(self, config: str, cfg: Path, overrides: Sequence[str]) -> None:
+        """Keep the resolved config (as JSON), the file it came from and the overrides."""
         if not (self.cfg_py.exists() and self.cfg_py.samefile(cfg)):
-            temporary = self.cfg_py.with_name(".cfg.py.tmp")
-            shutil.copyfile(cfg, temporary)
-            temporary.replace(self.cfg_py)
-        write_json(self.overrides_json, overrides)
-        write_json(self.config_json, config)  # last: it is what makes the directory a run's
+            write_text(self.cfg_py, cfg.read_text(encoding="utf-8"))
+        write_text(self.overrides_json, json.dumps(list(overrides)) + "\n")
+        write_text(self.config_json, config)  # last: it is what makes the directory a run's
 
     def result(self) -> dict[str, Any] | None:
         """Return how the run ended, or None while it has not."""
-        result: dict[str, Any] | None = read_json(self.result_json)
+        try:
+            result: dict[str, Any] = json.loads(self.result_json.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None  # none, or a damaged one: the run goes on from its checkpoint and writes it again
         return result
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Keep how the run ended."""
+        write_text(self.result_json, json.dumps(result, indent=2) + "\n")
 
     def close(self) -> None:
         """Give the lock back; any number of times."""

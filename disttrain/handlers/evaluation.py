@@ -1,0 +1,117 @@
+"""The model over the whole validation data: every sample exactly once, on any number of ranks.
+
+*Contract*: batches are the same whatever the world size and each rank takes whole ones, so every sample is
+seen once on exactly one rank and a metric is that of the data set. Batch losses are folded in batch order in
+float64; metric states are merged in rank order. The training generators are left as they were found.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from disttrain.backend import Backend
+from disttrain.errors import DataError
+from disttrain.precision import Precision
+from disttrain.seeding import keep_random_state
+
+Compute = Callable[[nn.Module, Any], tuple[Tensor, Any]]
+"""(model, batch) -> (mean loss of the batch, outputs); the metrics are updated with the outputs."""
+
+
+def num_samples(batch: Any) -> int:
+    """Return the number of samples of a batch: the length of the first tensor in it."""
+    if isinstance(batch, Tensor) and batch.ndim > 0:
+        return len(batch)
+    for part in batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ():
+        if isinstance(part, (Tensor, Mapping, list, tuple)):
+            return num_samples(part)
+    raise DataError(f"expected a tensor in each validation batch, got {type(batch).__name__}; see the field collate")
+
+
+class Evaluation:
+    """Evaluates `model` over what `batches()` returns: (batch number, batch) of this rank, perhaps none."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Callable[[], Iterable[tuple[int, Any]]],
+        compute: Compute,
+        metrics: Mapping[str, Metric],
+        *,
+        precision: Precision,
+        backend: Backend,
+    ) -> None:
+        self.model = model
+        self.batches = batches
+        self.compute = compute
+        self.metrics = dict(metrics)
+        self.precision = precision
+        self.backend = backend
+        for metric in self.metrics.values():
+            for part in metric.modules():
+                if isinstance(part, Metric):
+                    # torchmetrics would ask torch.distributed by itself; it is given the run's backend instead.
+                    part.dist_sync_fn = self._by_rank
+                    part.distributed_available_fn = lambda: backend.world_size > 1
+
+    @keep_random_state
+    def run(self) -> dict[str, Any]:
+        """Return the validation loss and the metrics, the same on every rank."""
+        training = self.model.training
+        self.model.eval()
+        for metric in self.metrics.values():
+            metric.reset()
+        losses = {}
+        try:
+            with torch.no_grad():
+                for number, batch in self.batches():
+                    losses[number] = self._evaluate(batch)
+        finally:
+            self.model.train(training)
+        return {"loss": self._mean(losses), **{name: self._value(metric) for name, metric in self.metrics.items()}}
+
+    def _evaluate(self, batch: Any) -> tuple[float, int]:
+        with self.precision.forward():
+            loss, outputs = self.compute(self.model, batch)
+        for metric in self.metrics.values():
+            if isinstance(outputs, tuple):
+                metric.update(*outputs)
+            else:
+                metric.update(outputs)
+        return float(loss), num_samples(batch)
+
+    def _mean(self, losses: dict[int, tuple[float, int]]) -> float:
+        together: dict[int, tuple[float, int]] = {}
+        for part in self.backend.all_gather(losses):
+            together.update(part)
+        total, num = 0.0, 0
+        for _, (loss, count) in sorted(together.items()):
+            total += loss * count  # not sum(), which rounds otherwise from Python 3.12 on
+            num += count
+        return total / num
+
+    def _value(self, metric: Metric) -> Any:
+        with warnings.catch_warnings():
+            # A rank without a batch has nothing to say, and that is in order.
+            warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+            value = metric.compute()
+        return plain(value)
+
+    def _by_rank(self, state: Tensor, group: Any = None) -> list[Tensor]:
+        """Gather a metric's state, whose shape may differ over the ranks, in rank order."""
+        return [part.to(state.device) for (part,) in self.backend.all_gather((state.detach().cpu(),))]
+
+
+def plain(value: Any) -> Any:
+    """Return a metric's value as plain numbers, lists and dicts."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    return value

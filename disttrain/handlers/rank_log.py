@@ -1,0 +1,48 @@
+"""Each rank's own log file, `logs/rank-N.log`, for as long as a run lasts."""
+
+import logging
+import sys
+from pathlib import Path
+from types import TracebackType
+
+FORMAT = "%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"
+
+
+class _LogFile(logging.FileHandler):
+    """A log file whose disk may fill up: that is said once, and does not bury the run's own message."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.failed:
+            self.failed = True
+            print(f"the log {self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
+
+
+class RankLog:
+    """A context in which everything logged, and on other ranks than 0 every warning, goes to the rank's file."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"rank-{rank}.log"
+        self._file = _LogFile(self.path, encoding="utf-8")
+        self._file.setFormatter(logging.Formatter(FORMAT.format(rank=rank)))
+        self._capture = rank != 0
+        self._level = logging.WARNING
+
+    def __enter__(self) -> "RankLog":
+        root = logging.getLogger()
+        self._level = root.level
+        root.setLevel(min(root.level, logging.INFO))
+        root.addHandler(self._file)
+        if self._capture:
+            logging.captureWarnings(True)  # rank 0 shows them; once is enough
+        return self
+
+    def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
+        root = logging.getLogger()
+        root.removeHandler(self._file)
+        root.setLevel(self._level)
+        if self._capture:
+            logging.captureWarnings(False)
+        self._file.close()

@@ -1,0 +1,94 @@
+"""What happens when a step is over, always in this order: fetch losses, validate, save, stop.
+
+*Contract*: a checkpoint comes after everything else of its step, so a run that is killed right after it has
+nothing to do again; at an epoch's end it comes after EPOCH_COMPLETED's other handlers. Each act falls due by
+the step's number alone (or by all ranks' agreement), so all ranks act alike.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from disttrain.engine import Engine, Events
+from disttrain.handlers.losses import LossLog
+from disttrain.handlers.preemption import NOTHING, STOP, Preemption
+
+
+def due(every_steps: int, step: int, epoch_ends: bool) -> bool:
+    """Return whether something that happens every so many steps (0: at each epoch's end) happens now."""
+    return step % every_steps == 0 if every_steps else epoch_ends
+
+
+class StepEnd:
+    """Attached last of all. `validate` returns the results of the validation data, `save` makes a checkpoint."""
+
+    def __init__(
+        self,
+        losses: LossLog,
+        preemption: Preemption,
+        *,
+        save: Callable[[Engine], None],
+        validate: Callable[[Engine], dict[str, Any]] | None,
+        total_steps: int,
+        log_every_steps: int,
+        save_every_steps: int,
+        validate_every_steps: int,
+    ) -> None:
+        self.losses = losses
+        self.preemption = preemption
+        self.total_steps = total_steps
+        self.log_every_steps = log_every_steps
+        self.save_every_steps = save_every_steps
+        self.validate_every_steps = validate_every_steps
+        self.interrupted = False
+        self.metrics: dict[str, Any] = {}
+        self._save = save
+        self._validate = validate
+        self._saved_at = 0
+        self._validated_at = -1
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.inside_epoch)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_end)
+
+    def inside_epoch(self, engine: Engine) -> None:
+        if engine.state.iteration % (engine.state.epoch_length or 1):
+            self._act(engine, epoch_ends=False)
+
+    def epoch_end(self, engine: Engine) -> None:
+        self._act(engine, epoch_ends=True)
+
+    def _act(self, engine: Engine, *, epoch_ends: bool) -> None:
+        step = engine.state.iteration
+        if epoch_ends or step % self.log_every_steps == 0:
+            self.losses.fetch(engine)
+        if due(self.validate_every_steps, step, epoch_ends):
+            self.validate(engine)
+        wish = self.preemption.agreed()
+        if wish != NOTHING or due(self.save_every_steps, step, epoch_ends):
+            self.save(engine)
+        if wish == STOP and step < self.total_steps:
+            self.interrupted = True
+            engine.interrupt()
+
+    def finish(self, engine: Engine) -> None:
+        """Do what the last step has left undone; called once, when all steps are over."""
+        self.preemption.settle()
+        self.losses.fetch(engine)
+        self.validate(engine)
+        self.save(engine)
+
+    def resumed_at(self, step: int) -> None:
+        """Note that a checkpoint of `step` is there already."""
+        self._saved_at = step
+
+    def validate(self, engine: Engine) -> None:
+        if self._validate is not None and self._validated_at != engine.state.iteration:
+            self._validated_at = engine.state.iteration
+            self.metrics = self._validate(engine)
+
+    def save(self, engine: Engine) -> None:
+        if self._saved_at != engine.state.iteration:
+            self.losses.fetch(engine)
+            self._save(engine)
+            self._saved_at = engine.state.iteration
+            self.preemption.saved()

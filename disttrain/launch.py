@@ -1,0 +1,251 @@
+"""The launcher: `torchrun ... -m disttrain.launch cfg.py [key=value ...]`, or `python -m` for one process.
+
+*Contract*: a mistake gives one message, printed by the rank that failed first, and every rank ends with the
+exit code that `EXIT_CODES` lists. An existing run is untouched until all that can be checked has been.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from disttrain import recipe
+from disttrain.backend import Backend, connect
+from disttrain.backend.parent import end_with_launcher
+from disttrain.config import (
+    Config,
+    Description,
+    blocking_differences,
+    check_slots,
+    config_hash,
+    describe,
+    differences,
+    field_table,
+    from_json,
+    load_config,
+    with_num_slots,
+)
+from disttrain.errors import ConfigError, DisttrainError, RemoteError
+from disttrain.handlers.progress import number
+from disttrain.run_directory import RunDirectory
+from disttrain.version import __version__
+
+COMPLETED, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 75
+EXIT_CODES = {
+    COMPLETED: "completed, now or before",
+    FAILED: "failed while running; the last checkpoint is kept",
+    USAGE: "the command, the config or the data cannot be run",
+    INTERRUPTED: "interrupted by a signal, after a checkpoint; the same command goes on",
+}
+
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the command line says; return the exit code."""
+    options = parser().parse_args(arguments)
+    config, mistake = None, None
+    try:
+        config = load_config(Path(options.config), options.overrides)
+    except ConfigError as error:
+        mistake = error
+    if config is not None and options.print_config:
+        print(json.dumps(describe(config), indent=2))
+        return COMPLETED
+    if config is not None and options.check:
+        return check(config)
+    try:
+        end_with_launcher()
+        backend = connect(config.backend if config else "auto", timeout_s=config.timeout_s if config else 60.0)
+    except DisttrainError as error:
+        return tell(mistake or error, options)
+    with backend:
+        try:
+            with backend.agree("loading the config"):
+                if mistake is not None:
+                    raise mistake
+            assert config is not None
+            return start(config, options, backend)
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last place that can tell a person
+            return report(error, backend, options)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser; --help lists every field of a Config."""
+    made = argparse.ArgumentParser(
+        prog="python -m disttrain.launch",
+        description="Train what a cfg.py declares: in one process, or on every rank that torchrun or srun starts. "
+        "Run it again and it goes on from its newest checkpoint.",
+        epilog="exit codes: " + "; ".join(f"{code}: {meaning}" for code, meaning in EXIT_CODES.items()),
+        add_help=False,
+    )
+    made.add_argument("config", metavar="CFG.PY", help="a file that ends in config = Config(...), or a run directory")
+    made.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="fields to set, such as optimizer.lr=3e-4")
+    made.add_argument("--runs", metavar="DIR", type=Path, default=Path("runs"), help="where run directories are (runs)")
+    made.add_argument("--fresh", action="store_true", help="start anew; the old run is kept under another name")
+    made.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    made.add_argument("--check", action="store_true", help="check the config without starting ranks, and stop")
+    made.add_argument("--traceback", action="store_true", help="print where in the code a mistake was found")
+    made.add_argument("--version", action="version", version=f"disttrain {__version__}")
+    made.add_argument("-h", "--help", action=_Help, nargs=0, help="show this, with every field of a Config, and stop")
+    return made
+
+
+class _Help(argparse.Action):
+    """Prints the usual help and then the table of fields, made from the Config itself."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        parser.print_help()
+        table = Table(title="fields of a Config", title_justify="left", box=None, pad_edge=False)
+        for heading in ("field", "type", "unit", "default", "meaning"):
+            table.add_column(heading, overflow="fold", no_wrap=heading == "field")
+        for row in field_table():
+            table.add_row(row.name, row.type, row.unit, row.default, row.meaning)
+        console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
+        console.print()
+        console.print(table)
+        parser.exit()
+
+
+def check(config: Config) -> int:
+    """Say that the config holds, as far as that can be seen without ranks and data."""
+    slots = "as many slots as ranks" if config.num_slots is None else f"{config.num_slots} slots"
+    print(f"{config.name}: the config is in order; {slots}, config hash {config_hash(config)[:12]}")
+    return COMPLETED
+
+
+def start(config: Config, options: argparse.Namespace, backend: Backend) -> int:
+    """Hold the config against the other ranks and the run that may be there, then run it."""
+    console = Console(quiet=backend.rank != 0, highlight=False)
+    path = Path(options.config)
+    directory = RunDirectory(path if path.is_dir() else options.runs / str(config.name))
+    fresh = options.fresh and backend.restarts == 0  # a restarted rank goes on with what this launch began
+    with backend.agree("reading the run directory"):
+        if options.fresh and path.is_dir():
+            raise ConfigError(f"--fresh wants a cfg.py, got the run directory {path}; use {path / 'cfg.py'}")
+        there = begun(directory) if backend.rank == 0 and not fresh else None
+    stored, ended = backend.broadcast((there, directory.result()) if backend.rank == 0 else None)
+    with backend.agree("checking the config"):
+        config = settle_slots(config, stored, backend.world_size)
+    compare(config, stored, directory, backend)
+    if stored is not None and ended is not None and finished(ended, config):
+        console.print(f"{directory.path} is completed; --fresh starts it anew")
+        summarise(ended, directory, console)
+        return COMPLETED
+    greet(config, directory, backend, console)
+    result = recipe.run(config, backend, directory, console, fresh=fresh)
+    summarise(result, directory, console)
+    return COMPLETED if result["status"] == "completed" else INTERRUPTED
+
+
+def begun(directory: RunDirectory) -> Description | None:
+    """Return the config of the run that is there, or None where none has saved anything."""
+    if not directory.has_begun():
+        return None
+    try:
+        return from_json(directory.config_json.read_text(encoding="utf-8"), str(directory.config_json)).fields
+    except OSError as error:
+        raise ConfigError(
+            f"{directory.config_json} cannot be read: {error.strerror}; restore it, or use --fresh"
+        ) from None
+
+
+def compare(config: Config, stored: Description | None, directory: RunDirectory, backend: Backend) -> None:
+    """Hold the config against the other ranks' and the run's; ConfigError, on every rank, where they differ."""
+    mine = describe(config)
+    by_rank = backend.all_gather(mine)
+    for rank, theirs in enumerate(by_rank):
+        if differing := differences(by_rank[0], theirs):
+            said = "; ".join(f"{d.field}: rank 0 has {d.old!r}, rank {rank} has {d.new!r}" for d in differing)
+            raise ConfigError(f"the ranks have different configs: {said}; start all with the same cfg.py and overrides")
+    # A directory may be moved, so the name under which a run began does not bind it.
+    if stored is not None and (differing := blocking_differences({**stored, "name": mine["name"]}, mine)):
+        raise ConfigError(
+            f"{directory.path} holds a run of another config: {'; '.join(map(str, differing))}. "
+            "Go back to its values, give this run another name=NAME, or start anew with --fresh"
+        )
+
+
+def settle_slots(config: Config, stored: Description | None, world_size: int) -> Config:
+    """Return the config with its number of slots: its own, that of the run that is there, or the world size."""
+    kept = None if stored is None else stored.get("num_slots")
+    num_slots = config.num_slots or (kept if isinstance(kept, int) else None)
+    return with_num_slots(config, check_slots(config.global_batch_size, num_slots, world_size))
+
+
+def finished(result: dict[str, Any], config: Config) -> bool:
+    """Return whether a run that ended so has nothing left to do under this config."""
+    if result["status"] != "completed":
+        return False
+    if config.max_steps is not None:
+        return int(result["step"]) >= config.max_steps
+    return int(result["epoch"]) >= (config.max_epochs or 0)
+
+
+def greet(config: Config, directory: RunDirectory, backend: Backend, console: Console) -> None:
+    """Say what is about to run, where, and how many cores stay idle."""
+    ranks = f"{backend.world_size} rank" + "s" * (backend.world_size > 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    busy = backend.local_world_size * (config.cpu_threads + config.num_workers)
+    idle = f", {cores - busy} of {cores} cores idle" if busy < cores else ""
+    threads = f"{config.cpu_threads} thread{'s' * (config.cpu_threads > 1)} a rank{idle}"
+    console.print(
+        f"disttrain {__version__}: {config.name} on {ranks} ({backend.name}, {backend.device}), "
+        f"{config.num_slots} slots, {config.precision}, {threads}; in {directory.path}",
+        soft_wrap=True,
+    )
+
+
+def summarise(result: dict[str, Any], directory: RunDirectory, console: Console) -> None:
+    """Print the end of a run as a person wants to read it."""
+    table = Table.grid(padding=(0, 2))
+    table.add_row("steps", f"{result['step']:,} ({result['epoch']} epochs), {result['status']}")
+    for name, value in result["metrics"].items():
+        table.add_row(name, number(value))
+    table.add_row("pace", f"{result['samples_per_second']:,.0f} samples/s, {result['wall_s']:.1f} s")
+    table.add_row("checkpoint", str(directory.checkpoints / result["checkpoint"]))
+    table.add_row("logs", f"{directory.logs}, {directory.metrics}")
+    table.add_row("weights", f"sha256 {result['params_sha256']}")
+    console.print(table, soft_wrap=True)
+
+
+def report(error: BaseException, backend: Backend, options: argparse.Namespace) -> int:
+    """Tell a person what went wrong, on the rank where it did; return this rank's exit code."""
+    logger.error("%s: %s", type(error).__name__, error, exc_info=error)
+    if isinstance(error, RemoteError):
+        return FAILED
+    if isinstance(error, RuntimeError) and not isinstance(error, DisttrainError):
+        # A collective that broke is not the cause but the news of it: who failed has said why.
+        heard = backend.first_failure(wait_s=2.0)
+    else:
+        heard = None
+    if heard is None:
+        backend.fail(error)
+        heard = backend.first_failure(wait_s=0.0)
+    if heard is not None and heard.rank != backend.rank:
+        return FAILED
+    return tell(error, options)
+
+
+def tell(error: BaseException, options: argparse.Namespace) -> int:
+    """Print a person's mistake as one message, anything else with its traceback; return the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        print("stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        return INTERRUPTED
+    if options.traceback or not isinstance(error, (DisttrainError, OSError)):
+        traceback.print_exception(error)
+    else:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    return USAGE if isinstance(error, ConfigError) else FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""A Config and a Backend become a run: where all parts meet, none of whose insides are known here.
+
+The way of a batch: `SlotLoader` (data/) hands this rank's microbatches of a step to `Engine.run` (engine/),
+which calls the step body (engine/supervised.py); that runs `model(x)` once for each slot, while
+`SlotGradients` (parallel/) merges the gradients in the order of the run's tree; the optimizer steps; when the
+step is over, `StepEnd` (handlers/) fetches losses, validates and saves.
+"""
+
+import math
+import platform
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from disttrain.assemble import Run, assemble
+from disttrain.backend import Backend, make_deterministic
+from disttrain.checkpoint import DirectorySaver, checkpoint_name, load_newest, params_sha256
+from disttrain.config import Config, to_json
+from disttrain.engine import Engine
+from disttrain.errors import DataError, DisttrainError
+from disttrain.handlers.checkpoint import Checkpoint
+from disttrain.handlers.curves import Curves
+from disttrain.handlers.losses import LossLog, Pace
+from disttrain.handlers.preemption import Preemption
+from disttrain.handlers.progress import ProgressDisplay
+from disttrain.handlers.rank_log import RankLog
+from disttrain.handlers.step_end import StepEnd
+from disttrain.run_directory import RunDirectory
+from disttrain.version import __version__
+
+
+def run(
+    config: Config, backend: Backend, directory: RunDirectory, console: Console, *, fresh: bool = False
+) -> dict[str, Any]:
+    """Train `config` in `directory` from its newest checkpoint to its end; return what result.json holds.
+
+    `config.num_slots` is a number. With `fresh` a run that is there makes room once everything is built.
+    """
+    make_deterministic(cpu_threads=config.cpu_threads)
+    with ExitStack() as stack:
+        preemption = stack.enter_context(Preemption(backend, save_every_s=config.checkpoint.every_s))
+        made = assemble(config, backend, directory)
+        stack.callback(made.loader.close)
+        take(directory, backend, console, fresh=fresh, stack=stack)
+        step = restore(made, console)
+        end = observe(made, preemption, console, step, stack)
+        began = time.perf_counter()
+        if step < made.total_steps:
+            made.trainer.run(
+                made.loader, max_epochs=config.max_epochs, max_iters=config.max_steps, epoch_length=len(made.loader)
+            )
+        if not end.interrupted:
+            end.finish(made.trainer)
+        result = outcome(made, end, step, time.perf_counter() - began)
+        with backend.agree("writing the result"):
+            if backend.rank == 0:
+                directory.finish(result)
+        return result
+
+
+def to_save(made: Run) -> dict[str, Any]:
+    """Return everything that a checkpoint holds, by name."""
+    parts = {"model": made.model, "optimizer": made.optimizer, "trainer": made.trainer, "precision": made.precision}
+    if made.schedule is not None:
+        parts["schedule"] = made.schedule
+    return parts
+
+
+def take(directory: RunDirectory, backend: Backend, console: Console, *, fresh: bool, stack: ExitStack) -> None:
+    """Open the run directory on rank 0, and on every rank its log."""
+    with backend.agree("opening the run directory"):
+        if backend.rank == 0:
+            stack.callback(directory.close)
+            kept = directory.open(fresh=fresh)
+            if kept is not None:
+                console.print(f"the old run is kept as {kept}")
+    with backend.agree("opening the logs"):
+        stack.enter_context(RankLog(directory.logs, backend.rank))
+
+
+def restore(made: Run, console: Console) -> int:
+    """Take the newest good checkpoint, if there is one; return its step, 0 without. Loud where one is damaged."""
+    found = load_newest(made.directory.checkpoints, made.backend)
+    step = 0
+    if found is not None:
+        step, position = found.manifest.step, found.manifest.position
+        for name, reason in found.skipped:
+            console.print(f"[bold yellow]WARNING[/]: checkpoint {name} is damaged: {reason}")
+        there = {name: position.get(name) for name in made.data}
+        if there != made.data and not made.config.accept_other_data:
+            raise DataError(
+                f"the training data has changed since the run began: expected {there}, got {made.data}; "
+                "restore it, start anew with --fresh, or go on all the same with accept_other_data=true"
+            )
+        with made.backend.agree("loading the checkpoint"):
+            Checkpoint.load_objects(to_save(made), found.state)
+        console.print(f"resuming from step {step} (epoch {step // len(made.loader) + 1})")
+    with made.backend.agree("describing the run"):
+        if made.backend.rank == 0 and (origin := made.config.origin) is not None:
+            made.directory.describe(to_json(made.config), origin.file, origin.overrides)
+    return step
+
+
+def observe(made: Run, preemption: Preemption, console: Console, step: int, stack: ExitStack) -> StepEnd:
+    """Attach what logs, shows, validates, saves and stops."""
+    config, backend, trainer = made.config, made.backend, made.trainer
+    display = ProgressDisplay(
+        console, total_steps=made.total_steps, max_epochs=config.max_epochs, line_every_s=config.log.every_s
+    )
+    stack.callback(display.close)
+    curves = None
+    if backend.rank == 0:
+        curves = Curves(made.directory.metrics, step, tensorboard=config.log.tensorboard)
+        stack.callback(curves.close)
+        display.attach(trainer)
+
+    def fetched(lines: list[dict[str, Any]], pace: Pace) -> None:
+        if curves is not None:
+            curves.trained(lines, pace)
+            display.pace(pace)
+
+    def validate(engine: Engine) -> dict[str, Any]:
+        assert made.evaluation is not None
+        values = made.evaluation.run()
+        if curves is not None:
+            curves.validated(engine.state.iteration, engine.state.epoch, values)
+            display.validated(engine.state.iteration, engine.state.epoch, values)
+        return values
+
+    losses = LossLog(
+        backend,
+        made.optimizer,
+        samples_per_step=config.global_batch_size,
+        stop_on_nan=config.on_nan == "stop",
+        fetched=fetched,
+    )
+    end = StepEnd(
+        losses,
+        preemption,
+        save=Checkpoint(
+            to_save(made),
+            DirectorySaver(made.directory.checkpoints, describe=made.about, backend=backend),
+            n_saved=config.checkpoint.keep,
+            backend=backend,
+        ),
+        validate=None if made.evaluation is None else validate,
+        total_steps=made.total_steps,
+        log_every_steps=config.log.every_steps,
+        save_every_steps=config.checkpoint.every_steps,
+        validate_every_steps=config.validate.every_steps,
+    )
+    end.resumed_at(step)
+    losses.attach(trainer)
+    end.attach(trainer)
+    return end
+
+
+def outcome(made: Run, end: StepEnd, resumed_at: int, wall_s: float) -> dict[str, Any]:
+    """Check that all ranks hold the same weights, and return what result.json holds."""
+    backend, step = made.backend, made.trainer.state.iteration
+    digests = backend.all_gather(params_sha256(made.model))
+    if len(set(digests)) > 1:
+        listing = ", ".join(f"rank {rank}: {digest[:12]}" for rank, digest in enumerate(digests))
+        raise DisttrainError(f"the ranks ended with different weights ({listing}), expected the same on each")
+    trained = (step - resumed_at) * made.config.global_batch_size
+    return {
+        "status": "interrupted" if end.interrupted else "completed",
+        "step": step,
+        "epoch": math.ceil(step / len(made.loader)),
+        "metrics": end.metrics,
+        "params_sha256": digests[0],
+        "world_size": backend.world_size,
+        "num_slots": made.slots.num_slots,
+        "checkpoint": checkpoint_name(step),
+        "skipped_steps": made.skipped_steps,
+        "samples_per_second": round(trained / max(wall_s, 1e-9), 1),
+        "wall_s": round(wall_s, 3),
+        "disttrain": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": str(backend.device),
+    }

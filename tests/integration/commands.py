@@ -1,0 +1,137 @@
+"""Runs the real commands that people type, and reads what they leave behind."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+DIGITS = ROOT / "examples" / "digits.py"
+
+# A run of a second or two on real data: the digits, a model with everything that draws random numbers.
+SMALL = """
+from functools import partial
+import random
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import Dataset
+from disttrain import Config
+
+class Noisy(Dataset):
+    def __init__(self):
+        scans = load_digits()
+        self.x = torch.tensor(scans.data[:200], dtype=torch.float32) / 16
+        self.y = torch.tensor(scans.target[:200])
+    def __len__(self):
+        return len(self.x)
+    def __getitem__(self, i):
+        noise = torch.rand(64) + torch.from_numpy(np.random.rand(64)).float() + random.random()
+        return self.x[i] + 0.1 * noise, self.y[i]
+
+def net():
+    return nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 10))
+
+fields = dict(
+    name="small", model=net, train_data=Noisy, valid_data=Noisy, loss=nn.CrossEntropyLoss(),
+    optimizer=partial(torch.optim.AdamW, lr=1e-3), global_batch_size=40, num_slots=4, max_epochs=3,
+)
+"""
+
+
+@dataclass
+class Done:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def text(self) -> str:
+        return self.out + self.err
+
+    def ranks_say(self) -> str:
+        """Return what the ranks printed, without torchrun's own report of which of them failed."""
+        return re.sub(r"(?s)(^|\n)[EW]\d{4} .*", "", self.text)
+
+
+def command(*words: object, ranks: int = 0, torchrun: tuple[str, ...] = ()) -> list[str]:
+    """Return the launch command; `ranks=0` is `python -m disttrain.launch`, else torchrun starts that many."""
+    if ranks:
+        start = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(ranks),
+            *torchrun,
+        ]
+    else:
+        start = [sys.executable]
+    return [*start, "-m", "disttrain.launch", *map(str, words)]
+
+
+def launch(*words: object, ranks: int = 0, cwd: Path, timeout_s: float = 120, torchrun: tuple[str, ...] = ()) -> Done:
+    done = subprocess.run(
+        command(*words, ranks=ranks, torchrun=torchrun),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env=environment(),
+        check=False,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def start(*words: object, ranks: int = 0, cwd: Path) -> subprocess.Popen[str]:
+    """Start the command in a process group of its own and return at once."""
+    return subprocess.Popen(
+        command(*words, ranks=ranks),
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL a command and all that it started, as a power cut would."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def environment() -> dict[str, str]:
+    """Return this process's environment without what a launcher around the tests may have left in it."""
+    hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {k: v for k, v in os.environ.items() if k not in hidden and not k.startswith(("TORCHELASTIC", "SLURM"))}
+
+
+def write_cfg(folder: Path, change: str = "", name: str = "cfg.py") -> Path:
+    """Write the small cfg.py; `change` is code that may put other things into `fields` first."""
+    path = folder / name
+    path.write_text(SMALL + textwrap.dedent(change) + "\nconfig = Config(**fields)\n")
+    return path
+
+
+def result(run: Path) -> dict[str, Any]:
+    return json.loads((run / "result.json").read_text())
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def checkpoints(run: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
