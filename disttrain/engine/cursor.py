@@ -1,7 +1,7 @@
 """Where a run stands between two places of the loop, and the requests that make it stop there."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ BEGIN, FIRST_EPOCH, EPOCH, BATCH, FETCH, COUNT, PROCESS, NEXT, EPOCH_END, END, O
 class Cursor:
     """A run under way or paused."""
 
+    began: float
     at: int = BEGIN
     count: int = 0
     """Batches of this epoch so far."""
@@ -29,7 +30,6 @@ class Cursor:
     exhausted: bool = False
     """An epoch found no batch at all, so that a run that counts iterations would never end."""
     paused: bool = False
-    began: float = field(default_factory=perf_counter)
     epoch_began: float = 0.0
     paused_at: float = 0.0
 

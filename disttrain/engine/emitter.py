@@ -2,11 +2,11 @@
 
 *Contract*: handlers run in the order they were added. One added while its event fires runs in that same firing; one
 removed before its turn does not.
-*Cost*: each handler knows the next iteration at which its filter passes (`due`), and each event the smallest of
-these; at any other iteration the loop finds that out with one comparison.
+*Cost*: at an iteration for which no handler of an event is due, the loop finds that out with one comparison.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from disttrain.engine.events import (
@@ -14,128 +14,14 @@ from disttrain.engine.events import (
     CallableEventWithFilter,
     Event,
     EventEnum,
-    EventFilter,
     Events,
     EventsList,
-    NumericFilter,
     RemovableEventHandle,
 )
-from disttrain.engine.signatures import takes_engine
+from disttrain.engine.registration import GONE, Registration, Slot
 from disttrain.engine.state import State
 
-ALWAYS = -1
-"""Before any iteration: look at each firing."""
-
-LOOP_EVENTS: tuple[Events, ...] = (
-    Events.GET_BATCH_STARTED,
-    Events.GET_BATCH_COMPLETED,
-    Events.ITERATION_STARTED,
-    Events.ITERATION_COMPLETED,
-)
-"""Fired at rising iterations by the loop, so that what a handler waits for can be known ahead."""
-
-_ADDED_ARGUMENTS: dict[Event, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    Events.EXCEPTION_RAISED: (("exception",), ()),
-    Events.TERMINATE_SINGLE_EPOCH: ((), ("iter_counter",)),
-}
-"""What an event passes to its handlers: positional after the engine, and by keyword."""
-
 Handler = TypeVar("Handler", bound=Callable[..., Any])
-
-
-class Registration:
-    """A handler on one event: how it is called, and the next iteration at which its filter can pass."""
-
-    __slots__ = (
-        "__weakref__",
-        "args",
-        "bare",
-        "due",
-        "filter",
-        "following",
-        "function",
-        "kwargs",
-        "removed",
-        "takes_engine",
-    )
-
-    def __init__(
-        self,
-        event: Event,
-        function: Callable[..., Any],
-        event_filter: EventFilter | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
-        self.function = function
-        self.filter = event_filter
-        self.following = event_filter.following if isinstance(event_filter, NumericFilter) else None
-        self.args = args
-        self.kwargs = kwargs
-        self.takes_engine = takes_engine(function, event, _ADDED_ARGUMENTS.get(event, ((), ())), args, kwargs)
-        self.bare = self.takes_engine and not args and not kwargs and event not in _ADDED_ARGUMENTS
-        self.due = ALWAYS
-        self.removed = False
-
-
-class Slot:
-    """A registered event with its handlers.
-
-    `due`: no handler has to be called at an iteration below it. `by_iteration`: the event is the loop's own and its
-    filters go by `state.iteration`, which rises from one firing to the next, so that `due` can be known ahead.
-    """
-
-    __slots__ = ("by_iteration", "due", "event", "firing", "handlers", "stale")
-
-    def __init__(self, event: Event) -> None:
-        self.event = event
-        self.handlers: list[Registration] = []
-        self.by_iteration = False
-        self.firing = 0
-        self.stale = False
-        self._changed()
-
-    def add(self, registration: Registration) -> None:
-        """Append a handler; a firing under way comes to it."""
-        self.handlers.append(registration)
-        self._changed()
-
-    def remove(self, handler: Callable[..., Any]) -> bool:
-        """Take every copy of `handler` off; return whether there was one."""
-        found = [kept for kept in self.handlers if not kept.removed and kept.function == handler]
-        for registration in found:
-            registration.removed = True
-            registration.due = NEVER
-        self.stale = self.stale or bool(found)
-        if not self.firing:
-            self.sweep()
-        return bool(found)
-
-    def sweep(self) -> None:
-        """Drop the removed; not while the list is being walked, or a handler would be passed over."""
-        self.handlers = [kept for kept in self.handlers if not kept.removed]
-        self.stale = False
-        self._changed()
-
-    def wake(self) -> None:
-        """Forget what is due when: the counters moved, or somebody has to look."""
-        for registration in self.handlers:
-            if not registration.removed:
-                registration.due = ALWAYS
-        self.due = ALWAYS
-
-    def __reduce__(self) -> tuple[Callable[..., "Slot"], tuple[Event, list[Registration]]]:
-        return _slot_with, (self.event, [kept for kept in self.handlers if not kept.removed])
-
-    def _changed(self) -> None:
-        self.due = ALWAYS if self.handlers else NEVER
-
-
-def _slot_with(event: Event, handlers: list[Registration]) -> Slot:
-    slot = Slot(event)
-    for registration in handlers:
-        slot.add(registration)
-    return slot
 
 
 class Emitter:
@@ -187,7 +73,7 @@ class Emitter:
         events = event_name if isinstance(event_name, EventsList) else [event_name]
         slots = [self._slot(event) for event in events]
         added = [
-            Registration(slot.event, handler, getattr(event, "filter", None), args, kwargs)
+            Registration(slot.event, handler, getattr(event, "filter", None), args, kwargs, self)
             for slot, event in zip(slots, events, strict=True)
         ]
         for slot, registration in zip(slots, added, strict=True):
@@ -210,7 +96,7 @@ class Emitter:
         if event_name is None:
             return any(self.has_event_handler(handler, event) for event in self._slots)
         return self.has_registered_events(event_name) and any(
-            registration.function == handler and not registration.removed
+            registration.function == handler and registration.due != GONE
             for registration in self._slots[event_name].handlers
         )
 
@@ -235,9 +121,11 @@ class Emitter:
     def _emit(self, event: Event, *args: Any, **kwargs: Any) -> bool:
         """Fire the event at whatever iteration; return as `_fire`."""
         self.last_event_name = event
-        return self._fire(self._slots[event], NEVER - 1, *args, **kwargs)
+        return self._fire(self._slots[event], NEVER, args, kwargs)
 
-    def _fire(self, slot: Slot, position: int, *args: Any, **kwargs: Any) -> bool:
+    def _fire(
+        self, slot: Slot, position: int, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = MappingProxyType({})
+    ) -> bool:
         """Call the handlers that are due at `position` and whose filters pass; return whether a stop is asked for."""
         due = NEVER
         slot.firing += 1
@@ -253,7 +141,6 @@ class Emitter:
                 if registration.due < due:
                     due = registration.due
         finally:
-            del args  # may hold the exception that is passing through, which holds this frame: a cycle
             slot.firing -= 1
             if slot.stale and not slot.firing:
                 slot.sweep()

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from time import perf_counter
 from typing import Any, Self
 
 from disttrain.engine.cursor import BATCH, EPOCH_END, Cursor
@@ -65,7 +66,7 @@ class Engine(Loop):
         plan.apply(self.state)
         self._map_attributes()
         if self._cursor is None or plan.anew:
-            self._cursor = Cursor()
+            self._cursor = Cursor(began=perf_counter())
             self.state.dataloader, self._next_data = data, None
             self._forget_stops()
         else:

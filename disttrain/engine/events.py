@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Self, SupportsIndex, overload
 from disttrain.engine.signatures import check_takes_two
 
 if TYPE_CHECKING:
-    from disttrain.engine.emitter import Emitter, Registration
+    from disttrain.engine.emitter import Emitter
+    from disttrain.engine.registration import Registration
 
 NEVER = 2**62
 """A value that no counter reaches."""
@@ -197,7 +198,7 @@ class RemovableEventHandle:
     """Takes a handler off its events again: by `remove()`, or on leaving a `with` block.
 
     It keeps neither the engine nor the handler alive. As with `Engine.remove_event_handler`, every copy of the handler
-    on the event goes.
+    on these events goes.
     """
 
     def __init__(self, event_name: "Event | EventsList", added: "Sequence[Registration]", engine: "Emitter") -> None:

@@ -30,13 +30,18 @@ from disttrain.engine.cursor import (
     Cursor,
     StopRequest,
 )
-from disttrain.engine.emitter import LOOP_EVENTS, Emitter, Slot
+from disttrain.engine.emitter import Emitter
 from disttrain.engine.events import Events
 from disttrain.engine.progress import is_done
+from disttrain.engine.registration import Slot
 from disttrain.engine.state import State
 
 # Looked up on the class, a member of an enum costs ten times as much.
-GET_BATCH_STARTED, GET_BATCH_COMPLETED, ITERATION_STARTED, ITERATION_COMPLETED = LOOP_EVENTS
+GET_BATCH_STARTED = Events.GET_BATCH_STARTED
+GET_BATCH_COMPLETED = Events.GET_BATCH_COMPLETED
+ITERATION_STARTED = Events.ITERATION_STARTED
+ITERATION_COMPLETED = Events.ITERATION_COMPLETED
+LOOP_EVENTS = (GET_BATCH_STARTED, GET_BATCH_COMPLETED, ITERATION_STARTED, ITERATION_COMPLETED)
 
 _NO_MORE = object()
 
@@ -88,8 +93,9 @@ class Loop(Emitter):
                         if batch_started.due <= n and self._fire(batch_started, n):
                             return FETCH
                     if at <= FETCH:
-                        batch = next(run.iterator, _NO_MORE)
-                        if batch is _NO_MORE:
+                        state.batch = next(run.iterator, _NO_MORE)
+                        if state.batch is _NO_MORE:
+                            state.batch = None
                             if state.epoch_length is None or run.empty_at == run.count:
                                 self._end_of_data(run)
                                 break
@@ -99,7 +105,7 @@ class Loop(Emitter):
                             run.iterator = self._open(run)
                             at = FETCH
                             continue
-                        state.batch, state.output = batch, None
+                        state.output = None
                         self.last_event_name = GET_BATCH_COMPLETED
                         if batch_completed.due <= n and self._fire(batch_completed, n):
                             return COUNT
@@ -134,7 +140,10 @@ class Loop(Emitter):
         return OVER
 
     def _drive(self, run: Cursor) -> State:
-        """Run the loop from stop to stop, until the run is over or paused."""
+        """Run the loop from stop to stop, until the run is over or paused.
+
+        What is asked for while a run is paused is done first when it goes on.
+        """
         self._running = True
         try:
             while run.at < OVER and not run.paused:
@@ -187,9 +196,14 @@ class Loop(Emitter):
             )
 
     def _swallows(self, run: Cursor, error: BaseException) -> bool:
-        """Show the error to the handlers of EXCEPTION_RAISED; return False when it is to be raised."""
+        """Show the error to the handlers of EXCEPTION_RAISED; return False when it is to be raised.
+
+        Shown inside the iterations it ends the epoch, elsewhere the run; a KeyboardInterrupt ends the run anywhere.
+        SystemExit and its like, meant for the process, are shown and raised all the same.
+        """
         state = self.state
-        self.logger.error("%s at epoch %d, iteration %d: %s", type(error).__name__, state.epoch, state.iteration, error)
+        name, message = type(error).__name__, str(error)  # the error itself would live as long as the log record
+        self.logger.error("%s at epoch %d, iteration %d: %s", name, state.epoch, state.iteration, message)
         if not self._slots[Events.EXCEPTION_RAISED].handlers:
             return False
         trace = error.__traceback__
@@ -223,7 +237,10 @@ class Loop(Emitter):
         return itertools.repeat(None) if state.dataloader is None else self._iterate(first)
 
     def _end_of_data(self, run: Cursor) -> None:
-        """End the epoch for want of data: it is as long as what there was, or two iterators in a row were empty."""
+        """End the epoch for want of data: it is as long as what there was, or two fetches in a row were empty.
+
+        A run that counts iterations ends with an epoch that had none: the next would have none either.
+        """
         state = self.state
         if state.epoch_length is None:
             state.epoch_length = run.count

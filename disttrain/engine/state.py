@@ -42,13 +42,12 @@ class State:
 
     def get_event_attrib_value(self, event_name: Event) -> int:
         """Return the value that filters on the event compare with; RuntimeError if it has none."""
-        try:
-            attribute = self.event_to_attr[event_name]
-        except (KeyError, TypeError):
+        attribute = self.event_to_attr.get(event_name)
+        if attribute is None:
             raise RuntimeError(
                 f"expected an event with an attribute of the state to filter by, got {event_name!r}; "
                 f"give it one with register_events(..., event_to_attr={{event: attribute}})"
-            ) from None
+            )
         value: int = getattr(self, attribute)
         return value
 

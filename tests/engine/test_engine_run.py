@@ -1,0 +1,420 @@
+"""run's arguments, resuming, the state dict, set_data and times."""
+
+from types import MappingProxyType
+
+import pytest
+
+from disttrain.engine import Engine, Events, State
+
+
+def recording():
+    """Return an engine and the list of (epoch, iteration, batch) it processes."""
+    log = []
+    return Engine(lambda engine, batch: log.append((engine.state.epoch, engine.state.iteration, batch))), log
+
+
+class Unsized:
+    def __init__(self, count):
+        self.count = count
+
+    def __iter__(self):
+        return iter(range(self.count))
+
+
+@pytest.mark.parametrize("data", [3, object(), lambda: None])
+def test_data_that_is_not_iterable(data):
+    with pytest.raises(TypeError, match="data must be iterable"):
+        recording()[0].run(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "arguments", "message"),
+    [
+        ("ab", {"max_epochs": 2, "max_iters": 2}, "one of max_epochs and max_iters"),
+        ("ab", {"max_epochs": 0}, "max_epochs must be at least 1, got 0"),
+        ("ab", {"max_epochs": -2}, "max_epochs must be at least 1, got -2"),
+        ("ab", {"max_iters": 0}, "max_iters must be at least 1, got 0"),
+        ("ab", {"epoch_length": 0}, "epoch_length must be at least 1, got 0"),
+        ("", {}, "data of length 0"),
+        (None, {}, "expected data or epoch_length"),
+        (None, {"max_epochs": 3}, "expected data or epoch_length"),
+    ],
+)
+def test_arguments_that_cannot_be(data, arguments, message):
+    engine, log = recording()
+    with pytest.raises(ValueError, match=message):
+        engine.run(data, **arguments)
+    assert log == []
+    assert engine.state.max_epochs is engine.state.max_iters is engine.state.epoch_length is None
+
+
+def test_a_refused_run_changes_nothing():
+    engine, _ = recording()
+    engine.load_state_dict({"iteration": 4, "epoch_length": 2, "max_epochs": 5})
+    before = dict(vars(engine.state))
+    for arguments in ({"max_epochs": 7, "epoch_length": 3}, {"max_iters": 7}, {"max_epochs": 1}):
+        with pytest.raises(ValueError):
+            engine.run("ab", **arguments)
+        assert vars(engine.state) == before
+
+
+def test_defaults_of_a_new_state():
+    engine, log = recording()
+    state = engine.run("abc")
+    assert (state.max_epochs, state.max_iters, state.epoch_length) == (1, None, 3)
+    assert log == [(1, 1, "a"), (1, 2, "b"), (1, 3, "c")]
+
+
+def test_epoch_length_is_the_argument_else_the_datas_else_the_previous():
+    engine, _ = recording()
+    assert engine.run("abc", epoch_length=2).epoch_length == 2
+    assert engine.run("abc").epoch_length == 3
+    assert engine.run(iter("abc")).epoch_length == 3
+    assert engine.run(None).epoch_length == 3
+    assert engine.run(Unsized(9), epoch_length=4).epoch_length == 4
+
+
+def test_a_done_run_starts_anew():
+    engine, log = recording()
+    engine.run("ab", max_epochs=2)
+    log.clear()
+    engine.run("xyz")
+    assert log == [(1, 1, "x"), (1, 2, "y"), (1, 3, "z")]
+    assert engine.state.max_epochs == 1
+
+
+def test_a_done_run_of_iterations_starts_anew_from_0():
+    engine, log = recording()
+    engine.run("abc", max_iters=4)
+    log.clear()
+    engine.run("abc", max_iters=4)
+    assert log == [(1, 1, "a"), (1, 2, "b"), (1, 3, "c"), (2, 4, "a")]
+
+
+def test_a_larger_maximum_goes_on():
+    engine, log = recording()
+    engine.run("ab", max_epochs=1)
+    engine.run("xy", max_epochs=3)
+    assert log == [(1, 1, "a"), (1, 2, "b"), (2, 3, "x"), (2, 4, "y"), (3, 5, "x"), (3, 6, "y")]
+
+
+def test_a_larger_max_iters_goes_on_with_the_next_epoch():
+    engine, log = recording()
+    engine.run("abc", max_iters=2)
+    engine.run("xyz", max_iters=4)
+    assert log == [(1, 1, "a"), (1, 2, "b"), (2, 3, "x"), (2, 4, "y")]
+
+
+def test_a_larger_maximum_after_a_shortened_epoch_runs_whole_epochs():
+    engine, log = recording()
+    handle = engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda engine: engine.terminate_epoch())
+    engine.run("abc", max_epochs=1)
+    handle.remove()
+    engine.run("abc", max_epochs=2)
+    assert [batch for _, _, batch in log] == ["a", "a", "b", "c"]
+
+
+def test_a_maximum_below_the_progress():
+    engine, _ = recording()
+    engine.run("ab", max_epochs=3)
+    with pytest.raises(ValueError, match=r"max_epochs must be at least 3.*state.max_epochs = None"):
+        engine.run("ab", max_epochs=2)
+    engine, _ = recording()
+    engine.run("ab", max_iters=5)
+    with pytest.raises(ValueError, match=r"max_iters must be at least 5.*state.max_iters = None"):
+        engine.run("ab", max_iters=4)
+    engine.state.max_iters = None
+    assert engine.run("ab", max_iters=4).iteration == 4
+
+
+def test_another_epoch_length_on_resume():
+    engine, _ = recording()
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda engine: engine.terminate())
+    engine.run("ab", max_epochs=3)
+    with pytest.raises(ValueError, match="epoch_length must stay 2 while a run goes on, got 3"):
+        engine.run("ab", epoch_length=3)
+    assert engine.run("ab", epoch_length=2).epoch == 3
+    assert engine.run("ab", epoch_length=3).epoch_length == 3
+
+
+def test_switching_between_the_maxima():
+    engine, log = recording()
+    engine.run("ab", max_epochs=2)
+    with pytest.raises(ValueError, match=r"expected max_epochs.*state.max_epochs = None"):
+        engine.run("ab", max_iters=8)
+    engine.state.max_epochs = None
+    engine.run("ab", max_iters=3)
+    with pytest.raises(ValueError, match=r"expected max_iters.*state.max_iters = None"):
+        engine.run("ab", max_epochs=2)
+    engine.state.max_iters = None
+    assert engine.run("ab", max_epochs=1).iteration == 2
+    assert len(log) == 4 + 3 + 2
+
+
+@pytest.mark.parametrize(
+    ("counters", "done"),
+    [
+        ({"iteration": 10, "max_iters": 10}, True),
+        ({"iteration": 9, "max_iters": 10}, False),
+        ({"iteration": 6, "epoch_length": 3, "max_epochs": 2}, True),
+        ({"iteration": 5, "epoch_length": 3, "max_epochs": 2}, False),
+        ({"iteration": 1, "epoch": 2, "epoch_length": 3, "max_epochs": 2}, True),
+        ({"iteration": 1, "epoch": 2, "max_epochs": 2}, True),
+        ({"iteration": 1, "epoch": 1, "max_epochs": 2}, False),
+    ],
+)
+def test_done(counters, done):
+    engine, log = recording()
+    engine.state = State(**counters)
+    engine.run("abc")
+    assert (log[0][1] == 1) == done
+
+
+def test_max_epochs_none_forces_a_restart():
+    engine, log = recording()
+    engine.load_state_dict({"iteration": 3, "epoch_length": 2, "max_epochs": 5})
+    engine.state.max_epochs = None
+    engine.run("ab")
+    assert log == [(1, 1, "a"), (1, 2, "b")]
+
+
+def test_after_terminate_the_next_run_goes_on_with_the_next_epoch():
+    engine, log = recording()
+    handle = engine.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: engine.terminate())
+    engine.run("abc", max_epochs=3)
+    assert engine.should_terminate
+    handle.remove()
+    engine.run("xyz")
+    assert log == [(1, 1, "a"), *((2, 2 + i, "xyz"[i]) for i in range(3)), *((3, 5 + i, "xyz"[i]) for i in range(3))]
+    assert not engine.should_terminate
+
+
+def test_after_terminate_in_the_last_epoch_the_next_run_starts_anew():
+    engine, log = recording()
+    handle = engine.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: engine.terminate())
+    engine.run("abc")
+    handle.remove()
+    engine.run("abc")
+    assert log == [(1, 1, "a"), (1, 1, "a"), (1, 2, "b"), (1, 3, "c")]
+
+
+def test_from_a_loaded_state_it_goes_on_inside_the_epoch():
+    engine, log = recording()
+    ends = []
+    engine.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: ends.append(engine.state.iteration))
+    engine.load_state_dict({"iteration": 7, "epoch_length": 5, "max_epochs": 3})
+    engine.run("abcde")
+    assert log[:4] == [(2, 8, "a"), (2, 9, "b"), (2, 10, "c"), (3, 11, "d")]
+    assert ends == [10, 15]
+
+
+def test_a_state_loaded_by_a_handler_of_started():
+    engine, log = recording()
+
+    @engine.on(Events.STARTED)
+    def load(engine):
+        engine.load_state_dict({"iteration": 7, "epoch_length": 5, "max_epochs": 2})
+
+    engine.run("abcde", max_epochs=2)
+    assert [(epoch, iteration) for epoch, iteration, _ in log] == [(2, 8), (2, 9), (2, 10)]
+
+
+def test_a_state_loaded_inside_an_iteration_moves_the_counters():
+    engine, log = recording()
+    loads = [{"iteration": 8, "epoch_length": 5, "max_epochs": 2}]
+    seen = []
+    engine.add_event_handler(Events.ITERATION_STARTED(every=10), lambda engine: seen.append(engine.state.iteration))
+
+    @engine.on(Events.ITERATION_COMPLETED(once=2))
+    def load(engine):
+        engine.load_state_dict(loads[0])
+
+    engine.run("abcde", max_epochs=2)
+    assert [iteration for _, iteration, _ in log] == [1, 2, 9, 10, 11]
+    assert seen == [10]
+
+
+def test_a_state_loaded_into_an_engine_that_ran():
+    engine, log = recording()
+    engine.run("abcde")
+    engine.load_state_dict({"iteration": 3, "epoch_length": 5, "max_epochs": 1})
+    log.clear()
+    engine.run("vwxyz")
+    assert log == [(1, 4, "v"), (1, 5, "w")]
+
+
+def test_a_run_terminated_before_its_first_epoch_keeps_its_place():
+    engine, log = recording()
+    handle = engine.add_event_handler(Events.STARTED, lambda engine: engine.terminate())
+    engine.load_state_dict({"iteration": 3, "epoch_length": 5, "max_epochs": 1})
+    engine.run("vwxyz")
+    handle.remove()
+    engine.run("vwxyz")
+    assert log == [(1, 4, "v"), (1, 5, "w")]
+
+
+def test_a_loaded_state_of_unknown_length_takes_the_length_of_the_data():
+    engine, log = recording()
+    engine.load_state_dict({"iteration": 1, "epoch_length": None, "max_epochs": 1})
+    engine.run("abc")
+    assert engine.state.epoch_length == 3
+    assert [iteration for _, iteration, _ in log] == [2, 3]
+
+
+def test_a_run_that_goes_on_fires_started():
+    engine, _ = recording()
+    seen = []
+    engine.add_event_handler(Events.STARTED, lambda engine: seen.append(engine.state.iteration))
+    engine.load_state_dict({"iteration": 3, "epoch_length": 5, "max_epochs": 1})
+    engine.run("abcde")
+    assert seen == [3]
+
+
+@pytest.mark.parametrize(
+    ("event", "batches"),
+    [
+        (Events.GET_BATCH_STARTED, "abwxy"),
+        (Events.GET_BATCH_COMPLETED, "abcwx"),
+        (Events.ITERATION_STARTED, "abwxy"),
+        (Events.ITERATION_COMPLETED, "abwxy"),
+    ],
+)
+def test_set_data_swaps_the_iterator_at_once(event, batches):
+    engine, log = recording()
+    engine.add_event_handler(event(once=2), lambda engine: engine.set_data("wxyz"))
+    engine.run("abcde")
+    assert "".join(batch for _, _, batch in log) == batches
+    assert engine.state.dataloader == "wxyz"
+
+
+def test_set_data_from_the_process_function():
+    seen = []
+
+    def step(engine, batch):
+        seen.append(batch)
+        if batch == "b":
+            engine.set_data("wxyz")
+
+    Engine(step).run("abcde")
+    assert seen == ["a", "b", "w", "x", "y"]
+
+
+def test_set_data_from_no_data_fires_the_data_events():
+    engine, log = recording()
+    seen = []
+    engine.add_event_handler(Events.GET_BATCH_COMPLETED, lambda engine: seen.append(engine.state.batch))
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda engine: engine.set_data("ab"))
+    engine.run(epoch_length=4)
+    assert [batch for _, _, batch in log] == [None, None, "a", "b"]
+    assert seen == ["a", "b"]
+
+
+def test_set_data_before_a_run_is_what_a_run_without_data_goes_over():
+    engine, log = recording()
+    engine.set_data("ab")
+    engine.run()
+    engine.set_data("ab")
+    engine.run("xy")
+    assert [batch for _, _, batch in log] == ["a", "b", "x", "y"]
+    with pytest.raises(TypeError, match="data must be iterable"):
+        engine.set_data(3)
+
+
+def test_times_are_set_before_their_events_fire():
+    engine, _ = recording()
+    seen = []
+    assert engine.state.times[Events.COMPLETED] is None
+
+    @engine.on(Events.EPOCH_COMPLETED | Events.COMPLETED)
+    def note(engine):
+        seen.append(engine.state.times[engine.last_event_name])
+
+    engine.run("ab", max_epochs=2)
+    first, second, whole = seen
+    assert 0 < first < whole
+    assert 0 < second < whole
+    assert engine.state.times["COMPLETED"] == whole
+    assert engine.state.times["EPOCH_COMPLETED"] == second
+
+
+def test_state_dict_of_a_fresh_engine_loads():
+    engine, log = recording()
+    assert engine.state_dict() == {"epoch_length": None, "iteration": 0, "max_epochs": None}
+    engine.load_state_dict(engine.state_dict())
+    engine.run("ab")
+    assert len(log) == 2
+
+
+def test_state_dict_after_a_run():
+    engine, _ = recording()
+    engine.run("abc", max_epochs=2)
+    assert engine.state_dict() == {"epoch_length": 3, "iteration": 6, "max_epochs": 2}
+    engine.state.max_epochs = None
+    engine.run("abc", max_iters=4)
+    assert engine.state_dict() == {"epoch_length": 3, "iteration": 4, "max_iters": 4}
+
+
+def test_state_dict_holds_the_user_keys():
+    engine, _ = recording()
+    engine.state_dict_user_keys.append("alpha")
+    engine.state.alpha = 0.5
+    saved = engine.state_dict()
+    assert saved["alpha"] == 0.5
+    other, _ = recording()
+    other.state_dict_user_keys.append("alpha")
+    with pytest.raises(ValueError, match="alpha"):
+        other.load_state_dict({"epoch_length": None, "iteration": 0, "max_epochs": None})
+    other.load_state_dict(saved)
+    assert other.state.alpha == 0.5
+
+
+def test_loading_sets_iteration_epoch_and_limits():
+    engine, _ = recording()
+    engine.load_state_dict({"iteration": 7, "epoch_length": 3, "max_iters": 20})
+    state = engine.state
+    assert (state.iteration, state.epoch, state.epoch_length) == (7, 2, 3)
+    assert (state.max_epochs, state.max_iters) == (None, 20)
+    engine.load_state_dict(MappingProxyType({"epoch": 2, "epoch_length": 3, "max_epochs": 4}))
+    assert (state.iteration, state.epoch, state.epoch_length) == (6, 2, 3)
+    assert (state.max_epochs, state.max_iters) == (4, None)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, "text", [("iteration", 0)]])
+def test_a_state_dict_must_be_a_mapping(wrong):
+    with pytest.raises(TypeError, match="mapping"):
+        recording()[0].load_state_dict(wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({}, "epoch_length"),
+        ({"iteration": 0, "max_epochs": 3}, "epoch_length"),
+        ({"epoch_length": 3, "max_epochs": 3}, "either iteration or epoch"),
+        ({"epoch_length": 3, "max_epochs": 3, "iteration": 0, "epoch": 0}, "either iteration or epoch"),
+        ({"epoch_length": 3, "iteration": 0}, "either max_epochs or max_iters"),
+        ({"epoch_length": 3, "iteration": 0, "max_epochs": 3, "max_iters": 9}, "either max_epochs or max_iters"),
+        ({"epoch_length": 3, "iteration": 7, "max_epochs": 2}, "maximum of at least the progress"),
+        ({"epoch_length": 3, "epoch": 3, "max_epochs": 2}, "maximum of at least the progress"),
+        ({"epoch_length": 3, "iteration": 7, "max_iters": 6}, "maximum of at least the progress"),
+        ({"epoch_length": None, "epoch": 3, "max_epochs": 5}, "epoch_length"),
+    ],
+)
+def test_a_state_dict_that_says_too_little_or_too_much(wrong, message):
+    engine, _ = recording()
+    before = dict(vars(engine.state))
+    with pytest.raises(ValueError, match=message):
+        engine.load_state_dict(wrong)
+    assert vars(engine.state) == before
+
+
+def test_saving_and_loading_at_every_iteration_gives_the_same_counters():
+    engine, log = recording()
+    saved = []
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: saved.append(engine.state_dict()))
+    engine.run("abc", max_epochs=3)
+    for done, state_dict in enumerate(saved[:-1], start=1):
+        other, rest = recording()
+        other.load_state_dict(state_dict)
+        other.run("abc")
+        assert [counters[:2] for counters in rest] == [counters[:2] for counters in log[done:]]
