@@ -1,0 +1,118 @@
+"""MANIFEST.json and SHA256SUMS: what a checkpoint says about itself, and how that is checked.
+
+*Contract*: the same checkpoint gives the same manifest, byte for byte: no times, no host names. SHA256SUMS
+follows from the manifest (its own hash included), so each of the two guards the other, and `sha256sum -c
+SHA256SUMS` checks a checkpoint without this package.
+
+*Errors*: a manifest that no release wrote is a DamagedError; one of a newer format a CheckpointError.
+"""
+
+import hashlib
+import json
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError
+
+from disttrain.checkpoint.damage import DamagedError
+from disttrain.checkpoint.tree import Json
+from disttrain.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST = "MANIFEST.json"
+SUMS = "SHA256SUMS"
+TENSORS = "tensors.safetensors"
+MAX_STEP = 10**15 - 1
+MAX_MANIFEST_BYTES = 64 * 2**20
+"""Largest manifest that is written, and read into memory; long lists of numbers belong into a tensor."""
+
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
+"""A plain name: no separator, no leading dot, so that it cannot leave the directory."""
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class About(BaseModel):
+    """What a checkpoint says about the run that wrote it, besides the state; all of it optional."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+    position: dict[str, JsonValue] = {}
+    """Where the run stands: epoch, step in epoch, samples seen, global batch size, fingerprint of the data."""
+    seed: int | None = None
+    num_slots: Annotated[int, Field(ge=1)] | None = None
+    config_sha256: Sha256 | None = None
+
+
+class FileRecord(BaseModel):
+    """The size and the hash of one file."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    size_bytes: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+
+
+class Manifest(About):
+    """All that MANIFEST.json holds."""
+
+    format: Annotated[int, Field(ge=1, le=FORMAT)] = FORMAT
+    step: Annotated[int, Field(ge=0, le=MAX_STEP)]
+    world_size: Annotated[int, Field(ge=1)] = 1
+    versions: dict[str, str] = {}
+    """Of disttrain, torch and python, when it was written."""
+    files: dict[FileName, FileRecord]
+    state: Any = None
+    """The tree of plain values, with references to the tensors (see `tree`)."""
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """Return the content of MANIFEST.json."""
+    fields = manifest.model_dump(exclude={"state"})
+    # One field a line: short enough to read, and `grep` finds a field.
+    lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in fields.items()]
+    lines.append(f'"state": {json.dumps(manifest.state, allow_nan=False)}')
+    data = ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise CheckpointError(
+            f"the plain values of the state take {len(data)} bytes as JSON; at most {MAX_MANIFEST_BYTES}: "
+            "put long lists of numbers into tensors"
+        )
+    return data
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """Return the manifest that `manifest_bytes` wrote."""
+    try:
+        fields: Json = json.loads(data.decode(), parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{MANIFEST} is no JSON: {error}") from error
+    if not isinstance(fields, dict) or type(fields.get("format")) is not int:
+        raise DamagedError(f"{MANIFEST} is no manifest of a checkpoint: it has no format number")
+    if fields["format"] > FORMAT:
+        raise CheckpointError(
+            f"{MANIFEST} has format {fields['format']}, this release reads up to {FORMAT}: "
+            f"use the release that wrote it ({str(fields.get('versions'))[:200]}) or a newer one"
+        )
+    try:
+        manifest = Manifest.model_validate(fields)
+    except ValidationError as error:
+        raise DamagedError(f"{MANIFEST} is no manifest of a checkpoint: {explain(error)}") from error
+    if reserved := {MANIFEST, SUMS} & set(manifest.files):
+        raise DamagedError(f"{MANIFEST} lists {sorted(reserved)} among the files")
+    return manifest
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def explain(error: ValidationError) -> str:
+    """Return the first thing that is wrong, in one line."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc']))[:200]}: {first['msg']}"
+
+
+def sums_bytes(files: dict[str, FileRecord], manifest: bytes) -> bytes:
+    """Return the content of SHA256SUMS, given that of MANIFEST.json."""
+    hashes = {name: record.sha256 for name, record in files.items()}
+    hashes[MANIFEST] = hashlib.sha256(manifest).hexdigest()
+    return "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes)).encode()

@@ -1,0 +1,156 @@
+"""Tensors in a safetensors file: written one at a time and hashed on the way, read by the safetensors library.
+
+*Contract*: any safetensors reader opens the files. The few dtypes that the format lacks (complex128 and other
+rare ones) are stored as flat bytes; the manifest holds their dtype and shape. The same tensors give the same
+bytes.
+
+*Cost*: of tensors on a device or not contiguous, one copy at a time is held. Writing here rather than by the
+library gives that, the hash without reading the file again, and a full disk as the OSError it is.
+
+*Source*: the format: 8 bytes of header length, a JSON header, the tensors' bytes without holes
+(https://github.com/huggingface/safetensors#format).
+"""
+
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from itertools import chain
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from disttrain.checkpoint.damage import DamagedError
+from disttrain.checkpoint.tree import dtype_name
+from disttrain.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000
+"""What readers of the format accept at the most."""
+
+_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_AS_BYTES = {
+    dtype_name(dtype): dtype
+    for name in ("complex128", "complex32", "float8_e8m0fnu", "float4_e2m1fn_x2")
+    if (dtype := getattr(torch, name, None)) is not None
+}
+
+
+def little_endian_bytes(tensor: Tensor, byteorder: str = sys.byteorder) -> memoryview:
+    """Return the tensor's values in row-major order as little-endian bytes; a copy only where one is needed."""
+    dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    flat = dense.as_strided((dense.numel(),), (1,))  # where there is at most one element, its strides may be odd
+    raw = flat.view(torch.uint8)
+    if byteorder == "big":
+        number_bytes = flat.itemsize // 2 if flat.is_complex() else flat.itemsize
+        raw = raw.view(-1, number_bytes).flip(1).reshape(-1)
+    return raw.numpy().data
+
+
+def check_dtypes(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a tensor that cannot be written, before anything is."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _CODES and dtype_name(tensor.dtype) not in _AS_BYTES:
+            raise CheckpointError(f"tensor {name} has dtype {tensor.dtype}, which a checkpoint cannot hold; convert it")
+
+
+def _header(tensors: Mapping[str, Tensor], order: list[str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name in order:
+        tensor = tensors[name]
+        code, shape = _CODES.get(tensor.dtype), list(tensor.shape)
+        if code is None:
+            code, shape = "U8", [tensor.nbytes]
+        entries[name] = {"dtype": code, "shape": shape, "data_offsets": [start, start + tensor.nbytes]}
+        start += tensor.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise CheckpointError(f"{len(tensors)} tensors need a header of {len(text)} bytes; at most {MAX_HEADER_BYTES}")
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+    """Write `tensors` to the new file `path`, flushed to the disk; return its size in bytes and its sha256."""
+    # Widest first keeps each tensor aligned to its own item size, as readers that map the file expect.
+    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    digest = hashlib.sha256()
+    size = 0
+    with path.open("xb") as file:
+        header = memoryview(_header(tensors, order))
+        for data in chain([header], (little_endian_bytes(tensors[name]) for name in order)):
+            digest.update(data)
+            file.write(data)
+            size += len(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return size, digest.hexdigest()
+
+
+class TensorReader:
+    """The tensors of one safetensors file, as copies in memory, each read once; a context."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read: dict[str, Tensor] = {}
+        try:
+            self._file: Any = safe_open(path, framework="pt", device="cpu")
+        except SafetensorError as error:
+            raise DamagedError(f"{path.name} is no safetensors file: {error}") from error
+
+    def __enter__(self) -> "TensorReader":
+        self._file.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.__exit__(kind, error, trace)
+
+    def fetch(self, name: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
+        """Return tensor `name`, which must have that dtype and shape; the same object each time."""
+        if name not in self._read:
+            self._read[name] = self._load(name, dtype, shape)
+        tensor = self._read[name]
+        if dtype_name(tensor.dtype) != dtype or tuple(tensor.shape) != shape:
+            got = f"{dtype_name(tensor.dtype)} of shape {list(tensor.shape)}"
+            raise DamagedError(f"{self._path.name}: {name} should be {dtype} of shape {list(shape)}, got {got}")
+        return tensor
+
+    def _load(self, name: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
+        try:
+            stored: Tensor = self._file.get_tensor(name)
+        except SafetensorError as error:
+            raise DamagedError(f"{self._path.name} holds no tensor {name!r}: {error}") from error
+        # A copy: what is mapped would be lost with the file, and rotation removes files.
+        stored = stored.clone()
+        if (special := _AS_BYTES.get(dtype)) is None or stored.dtype != torch.uint8:
+            return stored
+        if stored.ndim != 1 or stored.numel() != math.prod(shape) * special.itemsize:
+            raise DamagedError(f"{self._path.name}: {name} holds too few or too many bytes for {dtype} {list(shape)}")
+        return stored.view(special).reshape(shape)

@@ -1,0 +1,313 @@
+"""Save objects while an engine runs, keep the newest or the best of them, and load them again.
+
+*Contract*: `trainer.add_event_handler(Events.EPOCH_COMPLETED, Checkpoint(to_save, save_handler))` saves the
+`state_dict` of every object in `to_save` each time the event fires. An old checkpoint goes only after the new
+one is safe. A save handler is a directory (files by `DiskSaver`), a `DiskSaver`, a `DirectorySaver`, or any
+callable `(checkpoint, filename, metadata)`; one that has `remove(filename)` is asked to remove what is rotated out.
+
+On several ranks pass the `backend`: every rank calls the handler, one writes (all, if the save handler is made
+for that), all take its score, and a failure there is a failure on each.
+
+File names, such as `checkpoint_50000.pt` and `best_model_7_accuracy=0.9150.pt`:
+
+    [PREFIX_]NAME[_STEP][_SCORENAME=SCORE].pt       NAME: the object's if there is one, else "checkpoint"
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from disttrain.checkpoint import DiskSaver, on_one_rank
+from disttrain.checkpoint.agree import Ranks
+from disttrain.engine import Engine
+from disttrain.handlers.objects import bare, load_objects, map_objects, strongly, weakly
+
+T = TypeVar("T")
+
+SaveHandler = Callable[..., Any]
+"""`(checkpoint, filename, metadata)`, or `(checkpoint, filename)`. It may have:
+
+- `remove(filename)`, which removes what was saved under that name;
+- `filename_pattern`, the names that it wants, and `step_attribute`, what of the engine's state their steps count;
+- `at_least`, the fewest checkpoints that it agrees to keep;
+- `every_rank = True`: it is called on every rank and sees to it that all agree;
+- `saved() -> [(step, filename)]`, oldest first: what is there already, to be rotated out too.
+"""
+
+_FIELDS = ("filename_prefix", "name", "global_step", "score_name", "score", "ext")
+_SELF = "checkpointer"
+
+
+class Item(NamedTuple):
+    """A checkpoint that was saved: its score, or its step where there is no score."""
+
+    priority: int | float
+    filename: str
+
+
+class Checkpoint:
+    """Saves `to_save` when called with an engine.
+
+    - `to_save`: name to object with `state_dict`, or to a list or dict of such. A wrapped model (DataParallel,
+      DistributedDataParallel, torch.compile) is saved as the bare one. An Engine is referred to weakly.
+    - `score_function(engine)`: higher is better; the `n_saved` best are kept instead of the newest. With only a
+      `score_name` the score is `engine.state.metrics[score_name]`. A nan is worse than any number.
+    - `n_saved`: None keeps all.
+    - `global_step_transform(engine, event)`: the step in the file name, by default the event's count of `engine`;
+      for a handler of an evaluator pass one that gives the trainer's.
+    - `include_self`: the list of what was saved is saved too, as "checkpointer".
+    - `greater_or_equal`: an equal score replaces the oldest of the worst.
+    """
+
+    def __init__(
+        self,
+        to_save: Mapping[str, Any],
+        save_handler: str | Path | SaveHandler,
+        filename_prefix: str = "",
+        score_function: Callable[[Engine], Any] | None = None,
+        score_name: str | None = None,
+        n_saved: int | None = 1,
+        global_step_transform: Callable[[Engine, Any], int] | None = None,
+        filename_pattern: str | None = None,
+        include_self: bool = False,
+        greater_or_equal: bool = False,
+        save_on_rank: int = 0,
+        backend: Ranks | None = None,
+    ) -> None:
+        if not isinstance(to_save, Mapping):
+            raise TypeError(f"expected to_save to be a dict of objects, got {type(to_save).__name__}")
+        if not to_save:
+            raise ValueError("expected at least one object in to_save, got none")
+        if include_self and _SELF in to_save:
+            raise ValueError(f"to_save has the name {_SELF!r}, which include_self=True takes; choose another name")
+        for argument, value in (("score_function", score_function), ("global_step_transform", global_step_transform)):
+            if value is not None and not callable(value):
+                raise TypeError(f"expected {argument} to be callable, got {type(value).__name__}")
+        if n_saved is not None and n_saved < 1:
+            raise ValueError(f"expected n_saved to be at least 1, or None to keep all, got {n_saved}")
+        self._objects = map_objects(dict(to_save), weakly)
+        if isinstance(save_handler, (str, Path)):
+            save_handler = DiskSaver(save_handler)
+        if not callable(save_handler):
+            raise TypeError(f"expected save_handler to be a directory or callable, got {type(save_handler).__name__}")
+        if score_function is None and score_name is not None:
+            score_function = self.get_default_score_fn(score_name)
+        self.save_handler: SaveHandler = save_handler
+        self.filename_prefix = filename_prefix
+        self.score_function = score_function
+        self.score_name = score_name
+        self.n_saved = None if n_saved is None else max(n_saved, getattr(save_handler, "at_least", 1))
+        self.global_step_transform = global_step_transform
+        self.include_self = include_self
+        self.greater_or_equal = greater_or_equal
+        self.save_on_rank = save_on_rank
+        self._backend = backend
+        self._with_metadata = _takes_three(save_handler)
+        self._pattern = self._choose_pattern(filename_pattern or getattr(save_handler, "filename_pattern", None))
+        self._saved: list[Item] = []
+        self._looked = False
+
+    def _choose_pattern(self, given: str | None) -> str:
+        if given is None:
+            scored = self.score_function is not None
+            return self.setup_filename_pattern(
+                with_prefix=bool(self.filename_prefix),
+                with_score=scored,
+                with_score_name=scored and self.score_name is not None,
+                with_global_step=not scored or self.global_step_transform is not None,
+            )
+        try:
+            given.format(filename_prefix="", name="", global_step=0, score_name="", score="", ext="")
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"filename_pattern={given!r} cannot be filled in; use the fields {_FIELDS}") from error
+        return given
+
+    def attach(self, engine: Engine, event: Any) -> Any:
+        """Save each time `event` of `engine` fires; return the handle that undoes it."""
+        return engine.add_event_handler(event, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Save, if there is room or the score is better than the worst, then remove what is one too many."""
+        global_step, priority = self._progress(engine)
+        self._look()
+        if not self._wanted(priority):
+            return
+        filename = self._filename(global_step, priority)
+        saved, removed = self._rotated(Item(priority, filename))
+        metadata = {
+            "basename": "_".join(filter(None, (self.filename_prefix, self._name()))),
+            "score_name": self.score_name,
+            "priority": priority,
+            "global_step": global_step,
+        }
+
+        def write() -> None:
+            arguments = (self._collect(saved), filename, metadata)
+            self.save_handler(*(arguments if self._with_metadata else arguments[:2]))
+
+        self._on_writers(write)
+        self._saved = saved
+        if removed and hasattr(self.save_handler, "remove"):
+            self._on_writers(lambda: self._remove(removed))
+
+    def _remove(self, items: list[Item]) -> None:
+        for item in items:
+            self.save_handler.remove(item.filename)  # type: ignore[attr-defined]
+
+    def _on_writers(self, action: Callable[[], T]) -> T:
+        """Run `action` where the save handler belongs: on every rank, or on one while the others wait for it."""
+        if getattr(self.save_handler, "every_rank", False):
+            return action()
+        return on_one_rank(self._backend, action, self.save_on_rank)
+
+    def _progress(self, engine: Engine) -> tuple[int, int | float]:
+        """Return the step for the file name and the priority, those of one rank on all."""
+        event = engine.last_event_name
+        if self.global_step_transform is not None:
+            global_step: Any = self.global_step_transform(engine, event)
+        elif (attribute := getattr(self.save_handler, "step_attribute", None)) is not None:
+            global_step = getattr(engine.state, attribute)
+        elif event is None:
+            raise RuntimeError("expected to be called by an event of a run; outside one pass global_step_transform")
+        else:
+            global_step = engine.state.get_event_attrib_value(event)
+        priority = global_step if self.score_function is None else _number(self.score_function(engine))
+        if self._backend is not None and self._backend.world_size > 1:
+            global_step, priority = self._backend.broadcast((global_step, priority), source=self.save_on_rank)
+        return global_step, priority
+
+    def _look(self) -> None:
+        """Before the first save, take over what the save handler finds there from an earlier process."""
+        if not self._looked and self.score_function is None and hasattr(self.save_handler, "saved"):
+            self._saved = [Item(step, filename) for step, filename in self._on_writers(self.save_handler.saved)]
+        self._looked = True
+
+    def _wanted(self, priority: int | float) -> bool:
+        # Without a score the newest is always wanted: also when a second run counts from 1 again.
+        if self.score_function is None or self.n_saved is None or len(self._saved) < self.n_saved:
+            return True
+        worst = _rank(self._saved[0])
+        new = _rank(Item(priority, ""))
+        return new >= worst if self.greater_or_equal else new > worst
+
+    def _rotated(self, item: Item) -> tuple[list[Item], list[Item]]:
+        """Return what will be there after `item` was saved, worst or oldest first, and what has to go."""
+        saved = [other for other in self._saved if other.filename != item.filename] + [item]
+        if self.score_function is not None:
+            saved.sort(key=_rank)
+        surplus = 0 if self.n_saved is None else max(0, len(saved) - self.n_saved)
+        return saved[surplus:], saved[:surplus]
+
+    def _name(self) -> str:
+        return next(iter(self._objects)) if len(self._objects) == 1 and not self.include_self else "checkpoint"
+
+    def _filename(self, global_step: int, priority: int | float) -> str:
+        return self._pattern.format(
+            filename_prefix=self.filename_prefix,
+            name=self._name(),
+            global_step=global_step,
+            score_name=self.score_name,
+            score=str(priority) if isinstance(priority, int) else f"{priority:.4f}",
+            ext="pt",
+        )
+
+    @property
+    def to_save(self) -> dict[str, Any]:
+        """The objects that are saved."""
+        objects: dict[str, Any] = map_objects(self._objects, strongly)
+        return objects
+
+    def _collect(self, saved: list[Item]) -> Any:
+        """Return the state of all objects; of one alone just its own."""
+        checkpoint = map_objects(self._objects, lambda obj, path: bare(strongly(obj, path)).state_dict())
+        if self.include_self:
+            checkpoint[_SELF] = _own_state(saved)
+        elif len(checkpoint) == 1:
+            return checkpoint[self._name()]
+        return checkpoint
+
+    @property
+    def last_checkpoint(self) -> str | Path | None:
+        """The newest, or with a score the best: its path, or its name if the save handler has no `dirname`."""
+        if not self._saved:
+            return None
+        filename = self._saved[-1].filename
+        dirname = getattr(self.save_handler, "dirname", None)
+        return filename if dirname is None else Path(dirname) / filename
+
+    def reset(self) -> None:
+        """Forget what was saved, for another run with the same handler; nothing is removed."""
+        self._saved = []
+        self._looked = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the list of what was saved, as plain values."""
+        return _own_state(self._saved)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over the list of what was saved."""
+        self._saved = [Item(priority, filename) for priority, filename in state_dict["_saved"]]
+
+    @staticmethod
+    def get_default_score_fn(metric_name: str, score_sign: float = 1.0) -> Callable[[Engine], Any]:
+        """Return a score function: a metric of the engine, times -1.0 for a loss or an error."""
+        if score_sign not in (1.0, -1.0):
+            raise ValueError(f"expected score_sign to be 1.0 or -1.0, got {score_sign}")
+
+        def score(engine: Engine) -> Any:
+            metrics = engine.state.metrics
+            if metric_name not in metrics:
+                raise ValueError(f"expected a metric {metric_name!r} of this engine, it has {sorted(metrics)}")
+            return score_sign * metrics[metric_name]
+
+        return score
+
+    @staticmethod
+    def setup_filename_pattern(
+        with_prefix: bool = True, with_score: bool = True, with_score_name: bool = True, with_global_step: bool = True
+    ) -> str:
+        """Return the pattern of file names with these parts."""
+        if not (with_score or with_global_step):
+            raise ValueError("expected with_score or with_global_step, else all names are the same")
+        if with_score_name and not with_score:
+            raise ValueError("expected with_score=True where with_score_name=True")
+        score = ("_{score_name}={score}" if with_score_name else "_{score}") if with_score else ""
+        return f"{'{filename_prefix}_' * with_prefix}{{name}}{'_{global_step}' * with_global_step}{score}.{{ext}}"
+
+    @staticmethod
+    def load_objects(
+        to_load: Mapping[str, Any], checkpoint: Mapping[str, Any] | str | Path, strict: bool = True
+    ) -> None:
+        """Load the objects from a checkpoint: a dict, a file, a checkpoint directory, or a directory of those.
+
+        Nothing is loaded if one of them is missing. `strict` goes to modules: False lets their keys differ.
+        """
+        load_objects(to_load, checkpoint, strict)
+
+
+def _own_state(saved: list[Item]) -> dict[str, Any]:
+    return {"_saved": [(item.priority, item.filename) for item in saved]}
+
+
+def _rank(item: Item) -> float:
+    return -math.inf if math.isnan(item.priority) else item.priority
+
+
+def _number(score: Any) -> int | float:
+    """Return a score as a plain number; a tensor or numpy scalar of one element is one too."""
+    value = score.item() if hasattr(score, "item") else score
+    if not isinstance(value, (int, float)):
+        raise ValueError(f"expected score_function to return a number, got {type(score).__name__}")
+    return value
+
+
+def _takes_three(save_handler: SaveHandler) -> bool:
+    try:
+        inspect.signature(save_handler).bind(None, None, None)
+    except TypeError:
+        return False
+    except ValueError:  # a builtin does not tell
+        return True
+    return True
