@@ -1,0 +1,209 @@
+"""A dataset as the run sees it: seeded per microbatch, its errors named, its identity checked.
+
+*Contract*: what a sample looks like depends on its index and on the seed of the microbatch it is loaded in, never
+on the process that loads it or on what was loaded before, as long as the dataset draws from the global
+generators of python, numpy and torch. A generator that the dataset keeps for itself has a history, which no
+framework can see.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset, default_collate
+
+from disttrain.data.sampler import SeededBatch
+from disttrain.errors import DataError
+from disttrain.seeding import seed_for
+
+LONGEST_QUOTE = 300
+NUM_HASHED_ROWS = 16
+
+
+class LoadingError(DataError):
+    """A sample or a batch that could not be made; one line, in worker processes too.
+
+    A DataLoader sends an error of a worker home as its class and a text: "Caught ... Original Traceback ...".
+    The message here is the last line of that text, which is ours; the whole of it becomes a note, which a printed
+    traceback shows.
+    """
+
+    def __init__(self, message: str) -> None:
+        in_worker = message.startswith("Caught ")
+        line = message.rstrip().rpartition("\n")[2].partition(": ")[2] if in_worker else message
+        super().__init__(line)
+        if in_worker:
+            self.add_note(message)
+
+
+def _quoted(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    text = text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE] + "..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _seed(seed: int) -> None:
+    """Seed the global generators as `seeding.manual_seed` does, but those of a sleeping accelerator.
+
+    torch.manual_seed queues a seed for it, which takes ten times as long as the rest here, and which would be in
+    force when it starts: `random_state_kept` does not know of it.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - people's augmentations draw from the global one
+    torch.default_generator.manual_seed(seed)
+    if (device := torch.accelerator.current_accelerator()) is not None:
+        module = torch.get_device_module(device)
+        started = getattr(module, "is_initialized", None)  # mps always is and does not say so
+        if started is None or started():
+            getattr(module, "manual_seed_all", module.manual_seed)(seed)
+
+
+def _named(batch: SeededBatch) -> str:
+    return f"{batch.name} (dataset indices {', '.join(map(str, batch[:8]))}{', ...' if len(batch) > 8 else ''})"
+
+
+class SeededDataset(Dataset[Any]):
+    """A dataset whose batches are loaded under their own seed, whichever process loads them.
+
+    *Contract*: the seed stays in force when `__getitems__` returns, so that a collate function's draws are
+    seeded too. Whoever loads in a process whose randomness matters otherwise keeps it (`random_state_kept`).
+    *Errors*: LoadingError: `dataset[17] raised ValueError: ...`.
+    *Cost*: about 15 microseconds a batch above the dataset's own work.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        """Return one sample as the dataset gives it, unseeded: an index alone has no position in a run."""
+        return self.dataset[index]
+
+    def __getitems__(self, batch: SeededBatch) -> Any:
+        """Return the samples of `batch`, drawn under its seed."""
+        if not isinstance(batch, SeededBatch):
+            raise TypeError(
+                f"a SeededDataset loads batches that carry a seed, got a {type(batch).__name__}; "
+                "give the DataLoader a SlotBatchSampler or an EvaluationBatchSampler as its batch_sampler"
+            )
+        _seed(batch.seed)
+        # Asked for as torch's own loaders ask: None there means that there is none.
+        getitems = getattr(self.dataset, "__getitems__", None)
+        if not getitems:
+            return [self._sample(index, batch) for index in batch]
+        try:
+            return getitems(list(batch))
+        except Exception as error:
+            self._find_culprit(batch)
+            raise LoadingError(f"dataset.__getitems__ raised {_quoted(error)}, loading {_named(batch)}") from error
+
+    def _sample(self, index: int, batch: SeededBatch) -> Any:
+        try:
+            return self.dataset[index]
+        except Exception as error:
+            raise LoadingError(
+                f"dataset[{index}] raised {_quoted(error)}; mend that sample or leave it out (it is in {batch.name})"
+            ) from error
+
+    def _find_culprit(self, batch: SeededBatch) -> None:
+        """Raise the error of the first sample that cannot be loaded alone, to name it, if there is one."""
+        if not hasattr(self.dataset, "__getitem__"):
+            return
+        for index in batch:
+            try:
+                self._sample(index, batch)
+            except LoadingError as error:
+                if isinstance(error.__cause__, NotImplementedError):  # torch's Dataset: this one loads batches only
+                    return
+                raise
+
+
+class CollatedDataset(SeededDataset):
+    """A SeededDataset whose batches come collated, so that a failing collate function's batch can be named.
+
+    Its DataLoader's own collate function must hand the batch through.
+    """
+
+    def __init__(self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None) -> None:
+        super().__init__(dataset)
+        self.collate_fn = default_collate if collate_fn is None else collate_fn
+
+    def __getitems__(self, batch: SeededBatch) -> Any:
+        """Return the batch that the samples of `batch` make."""
+        samples = super().__getitems__(batch)
+        try:
+            return self.collate_fn(samples)
+        except Exception as error:
+            name = getattr(self.collate_fn, "__name__", type(self.collate_fn).__name__)
+            raise LoadingError(
+                f"{name} raised {_quoted(error)}, collating {_named(batch)}; give all samples one shape and type, "
+                "or a collate function that takes them as they are"
+            ) from error
+
+
+def is_iterable_style(dataset: Any) -> bool:
+    """Return whether `dataset` can only be read from its start: an IterableDataset, or iterable but not indexable."""
+    if isinstance(dataset, IterableDataset):
+        return True
+    return hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__")
+
+
+def check_dataset(dataset: Any, field: str = "dataset") -> dict[str, Any]:
+    """Return what identifies a dataset: its `dataset_length` and `dataset_fingerprint`.
+
+    *Errors*: DataError unless it has a length, above 0, and can be indexed; `field` names it in the message. No
+    sample is loaded: that may open files which worker processes, forked later, must not share.
+    """
+    expected = f"{field}: expected a dataset with __len__ and __getitem__, got {type(dataset).__name__}"
+    if is_iterable_style(dataset):
+        raise DataError(f"{expected}, which can only be iterated; put its samples into a list or an indexed file")
+    if not (hasattr(dataset, "__getitem__") or hasattr(dataset, "__getitems__")):
+        raise DataError(f"{expected}, which cannot be indexed; give it a __getitem__(self, index)")
+    try:
+        num_samples = len(dataset)
+    except (TypeError, NotImplementedError) as error:
+        raise DataError(f"{expected}, whose length is unknown ({_quoted(error)}); give it a __len__(self)") from error
+    if num_samples < 1:
+        raise DataError(
+            f"{field}: expected at least one sample, got an empty {type(dataset).__name__}; "
+            "check that its files were found and that no filter took every sample"
+        )
+    return {"dataset_length": num_samples, "dataset_fingerprint": fingerprint(dataset)}
+
+
+def fingerprint(dataset: Any) -> str:
+    """Return 16 hex digits that tell one dataset from another: its type, its length and what is cheap to see.
+
+    Seen are an attribute or method `fingerprint` of the dataset's own (or `_fingerprint`, as Hugging Face's have
+    it), the parts of torch's Subset and ConcatDataset, and of a TensorDataset the shapes, dtypes and a few rows.
+    Other datasets are not asked for samples: reading one may be slow, random, or open a file before the worker
+    processes fork. So equal fingerprints do not prove equal data; give the dataset a `fingerprint` for that.
+    """
+    text = "\n".join(_features(dataset))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _features(dataset: Any) -> Iterator[str]:
+    # Without the module's name: that of a cfg.py depends on where it was loaded from.
+    yield f"{type(dataset).__qualname__} of {len(dataset)}"
+    for name in ("fingerprint", "_fingerprint"):
+        if (own := getattr(dataset, name, None)) is not None:
+            yield str(own() if callable(own) else own)
+            return
+    if isinstance(dataset, Subset):
+        yield hashlib.blake2b(np.asarray(dataset.indices, dtype=np.int64).tobytes()).hexdigest()
+        yield from _features(dataset.dataset)
+    elif isinstance(dataset, ConcatDataset):
+        for part in dataset.datasets:
+            yield from _features(part)
+    elif isinstance(dataset, TensorDataset):
+        for tensor in dataset.tensors:
+            yield f"{tensor.dtype} {tuple(tensor.shape)}"
+            rows = [seed_for(0, "fingerprint", i) % len(tensor) for i in range(NUM_HASHED_ROWS if len(tensor) else 0)]
+            some = tensor[rows].detach().cpu().contiguous()
+            yield hashlib.blake2b(some.view(torch.uint8).numpy().tobytes()).hexdigest()

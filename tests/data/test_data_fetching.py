@@ -1,0 +1,85 @@
+"""Worker processes of the loaders: they end when they should, and a dead one is an error of one message."""
+
+import itertools
+import multiprocessing
+import os
+import signal
+
+import pytest
+from augmented_data import (
+    NUM_SAMPLES,
+    NUM_STEPS,
+    Augmented,
+    Deadly,
+    ended,
+    loaded_by,
+    loader_of,
+    sampler_of,
+    take,
+)
+
+from disttrain.data import SlotLoader, evaluation_loader
+from disttrain.errors import DataError
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+def test_a_worker_that_is_killed_is_an_error_of_one_message():
+    loader = SlotLoader(Deadly(NUM_SAMPLES), sampler_of(), num_workers=1)
+    with pytest.raises(DataError, match=r"^a data loading worker ended, .* use fewer workers or smaller batches$"):
+        take(loader, 2 * NUM_STEPS)
+
+
+def test_an_evaluation_that_is_left_ends_its_workers():
+    batches = evaluation_loader(Augmented(23), 2, num_workers=2)
+    next(batches)
+    workers = {child.pid for child in multiprocessing.active_children()}
+    batches.close()
+    assert len(workers) == 2
+    assert ended(workers)
+    with pytest.raises(DataError, match="the evaluation dataset is empty"):
+        evaluation_loader(Augmented(0), 2)
+
+
+def hold_loader(pipe, context):
+    """In a process of its own: load, say who loads, and at each word load a step more."""
+    os.setsid()
+    interrupts = []
+    signal.signal(signal.SIGINT, lambda signum, frame: interrupts.append(signum))
+    signal.signal(signal.SIGTERM, lambda signum, frame: interrupts.append(signum))
+    loader = loader_of(num_workers=2, multiprocessing_context=context)
+    steps = itertools.chain.from_iterable(iter(loader) for _ in itertools.count())
+    workers = loaded_by(next(steps))
+    while True:
+        pipe.send((workers, len(interrupts)))
+        if pipe.recv() == "exit":
+            return
+        for _ in range(NUM_STEPS):  # more than was fetched ahead
+            workers = loaded_by(next(steps))
+
+
+@pytest.mark.parametrize(("context", "end"), [("fork", "exit"), ("fork", "kill"), ("forkserver", "kill")])
+def test_workers_leave_signals_to_the_parent_and_end_with_it(context, end):
+    pipe, other = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=hold_loader, args=(other, context))
+    process.start()
+    try:
+        other.close()
+        workers, _ = pipe.recv()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            os.killpg(process.pid, signum)
+        for pid in workers:
+            os.kill(pid, signal.SIGUSR1)
+        pipe.send("go on")
+        assert pipe.recv() == (workers, 2)
+        assert len(workers) == 2
+        if end == "exit":
+            pipe.send("exit")
+        else:
+            process.kill()
+        process.join(20)
+        assert process.exitcode == (0 if end == "exit" else -signal.SIGKILL)
+        assert ended(workers)
+    finally:
+        process.kill()
+        process.join()

@@ -1,0 +1,221 @@
+"""IndexShuffle against its documented algorithm in plain integers, and statistics against a true shuffle."""
+
+import hashlib
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+
+from disttrain.data import IndexShuffle, permutation
+
+WORD = 2**64
+SIZES = [1, 2, 3, 1000, 2**16 - 1, 2**16, 2**16 + 1, 2**16 + 300, 10**6 + 3, 10**9, 2**40, 10**12, 2**48]
+
+
+def key_words(n, key, count):
+    digest = hashlib.shake_256(f"IndexShuffle/{n}/{key}".encode()).digest(8 * count)
+    return [int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(count)]
+
+
+def sorted_order(n, key):
+    """The small regime as the module's docstring tells it, one index at a time."""
+    (start,) = key_words(n, key, 1)
+
+    def split_mix(i):
+        z = (start + i * 0x9E3779B97F4A7C15) % WORD
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % WORD
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % WORD
+        return z ^ z >> 31
+
+    return sorted(range(n), key=lambda i: (split_mix(i) >> 16, i))
+
+
+def feistel(n, key, position):
+    """The large regime, likewise."""
+    h = (n - 1).bit_length() // 2
+    m = math.ceil(n / 2**h)
+    words = key_words(n, key, 24)
+
+    def hashed(half, i):
+        z = (half * (words[3 * i] | 1) + words[3 * i + 1]) % WORD
+        return (z ^ z >> 32) * (words[3 * i + 2] | 1) % WORD
+
+    index = position
+    while True:
+        left, right = divmod(index, 2**h)
+        for i in range(0, 8, 2):
+            left = (left + ((hashed(right, i) >> 24) * m >> 40)) % m
+            right ^= hashed(left, i + 1) >> 64 - h
+        index = left * 2**h + right
+        if index < n:
+            return index
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 1000, 4097])
+@pytest.mark.parametrize("key", [0, -3, 2**63 - 1])
+def test_small_orders_are_the_documented_sort(n, key):
+    assert IndexShuffle(n, key).indices(0, n).tolist() == sorted_order(n, key)
+
+
+@pytest.mark.parametrize("n", [size for size in SIZES if size > 2**16])
+def test_large_orders_are_the_documented_network(n):
+    positions = [0, 1, 2, 12345, n // 3, n // 2, n - 2, n - 1]
+    for key in (0, 2**62 + 1):
+        assert IndexShuffle(n, key).at(positions).tolist() == [feistel(n, key, p) for p in positions]
+
+
+@pytest.mark.parametrize("n", [2**16, 2**16 + 1, 2**16 + 255, 2**17, 2**18 + 1])
+def test_whole_orders_hold_every_index_once(n):
+    order = IndexShuffle(n, 5).indices(0, n)
+    assert order.dtype == np.int64
+    assert np.array_equal(np.sort(order), np.arange(n))
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_the_forms_of_asking_agree(n):
+    order = IndexShuffle(n, 9)
+    size = min(n, 20_000)
+    block = order.indices(n - size, n)
+    assert np.array_equal(order[n - size : n], block)
+    assert np.array_equal(order[n - size :: 3], block[::3])
+    assert np.array_equal(order[: n - size - 1 if n > size else None : -1], block[::-1])
+    assert order[n - 1] == order[-1] == block[-1]
+    assert type(order[0]) is int
+    assert np.array_equal(order.position_of(block), np.arange(n - size, n))
+    assert len(order) == n
+
+
+def test_iterating_gives_the_whole_order():
+    assert list(IndexShuffle(70_000, 1)) == IndexShuffle(70_000, 1).indices(0, 70_000).tolist()
+
+
+def test_keys_and_sizes_give_orders_of_their_own():
+    orders = [tuple(IndexShuffle(n, key).indices(0, 50)) for n in (100, 10**6, 10**6 + 1) for key in range(50)]
+    assert len(set(orders)) == len(orders)
+
+
+def test_asking_changes_neither_the_question_nor_the_global_generators():
+    positions, before = np.arange(100, dtype=np.uint64), np.random.get_state()[1].copy()
+    for n in (1000, 10**9):
+        order = IndexShuffle(n, 0)
+        order.at(positions)
+        order.position_of(positions)
+    assert np.array_equal(positions, np.arange(100))
+    assert np.array_equal(np.random.get_state()[1], before)
+
+
+def test_a_slice_of_a_huge_order_takes_little_memory():
+    tracemalloc.start()
+    try:
+        IndexShuffle(10**12, 3).indices(10**12 - 256, 10**12)
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+        tracemalloc.reset_peak()
+        IndexShuffle(10**12, 3).indices(10**12 - 65_536, 10**12)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("n", [0, -1, 2**48 + 1])
+def test_sizes_out_of_bounds_are_refused(n):
+    with pytest.raises(ValueError, match=f"1 to 2\\*\\*48 indices, got n={n}"):
+        IndexShuffle(n, 0)
+
+
+@pytest.mark.parametrize("n", [100, 10**6])
+def test_positions_out_of_bounds_are_refused(n):
+    order = IndexShuffle(n, 0)
+    for ask in (
+        lambda: order[n],
+        lambda: order[-n - 1],
+        lambda: order.at([0, n]),
+        lambda: order.at([-1]),
+        lambda: order.position_of([n]),
+        lambda: order.indices(5, 4),
+        lambda: order.indices(0, n + 1),
+        lambda: order.indices(-1, 1),
+    ):
+        with pytest.raises(IndexError):
+            ask()
+    with pytest.raises(TypeError, match="must be an integer"):
+        order.at([0.5])
+    assert order.at([]).tolist() == order[5:5].tolist() == []
+
+
+# Statistics. Each gives a p-value: how likely a true shuffle is to look at least as uneven. The keys are fixed, so
+# that the outcome is too; some 600 p-values are drawn, of which the smallest should lie around 1/600.
+
+
+def chi_square(counts, num_constraints=1, sampled=0.0):
+    """Return the p-value of counts of equal expectation; `sampled` is the part of the whole order counted."""
+    expected = counts.sum() / counts.size
+    # Counting without replacement varies less than counting with it, by the part that was not counted.
+    statistic = ((counts - expected) ** 2 / expected).sum() / (1 - sampled)
+    degrees = counts.size - num_constraints
+    return torch.special.gammaincc(
+        torch.tensor(degrees / 2, dtype=torch.float64), torch.tensor(statistic / 2, dtype=torch.float64)
+    ).item()
+
+
+def buckets(values, n, count):
+    return (values.astype(np.float64) * (count / n)).astype(np.int64)
+
+
+def p_values(n, key):
+    """Yield (name, p-value) of one order: of all of it up to 2**17 indices, else of 2**17 somewhere in it."""
+    size = min(n, 2**17)
+    start = 0 if size == n else key * 7919 * 2**20 % (n - size)
+    order = IndexShuffle(n, key).indices(start, start + size)
+    half = 2 ** ((n - 1).bit_length() // 2)
+    if size < n:
+        yield "uniform positions", chi_square(np.bincount(buckets(order, n, 256), minlength=256), sampled=size / n)
+    # Where in the order an index stands against which it is, coarsely, and the same of their low bits. Positions
+    # are spread evenly by themselves (a constraint a row), indices too where all of them are counted.
+    positions = np.arange(start, start + size)
+    for name, rows, columns in (
+        ("position and index", buckets(positions - start, size, 32), buckets(order, n, 32)),
+        ("their low bits", positions % 64, order % 64),
+    ):
+        side = 32 if name == "position and index" else 64
+        counts = np.bincount(rows * side + columns, minlength=side * side)
+        yield name, chi_square(counts, 2 * side - 1 if size == n else side)
+    for lag in (1, 2, min(half // 2, 2**14), min(half, 2**15)):
+        before, after = order[:-lag], order[lag:]
+        yield f"gaps at {lag}", chi_square(np.bincount(buckets((after - before) % n, n, 256), minlength=256))
+        yield f"differing bits at {lag}", chi_square(np.bincount((after ^ before) % 256, minlength=256))
+        correlation = np.corrcoef(before, after)[0, 1] + 1 / n
+        yield f"correlation at {lag}", math.erfc(abs(correlation) * math.sqrt((size - lag) / 2))
+    fours = np.argsort(order[: size // 4 * 4].reshape(-1, 4), axis=1) @ [64, 16, 4, 1]
+    yield "orders of four", chi_square(np.unique(fours, return_counts=True)[1])
+
+
+@pytest.mark.parametrize("n", [2**14, 50_000, 2**16, 2**16 + 1, 2**16 + 300, 2**17, 10**9, 10**12, 2**48])
+def test_orders_look_like_true_shuffles(n):
+    found = {(name, key): p for key in range(4) for name, p in p_values(n, key)}
+    assert len(found) >= 4 * 15
+    assert min(found.items(), key=lambda item: item[1])[1] > 1e-4, found
+    # Too even is as wrong as too uneven.
+    assert 0.35 < np.mean(list(found.values())) < 0.65
+    assert max(found.values()) < 1 - 1e-4, found
+
+
+@pytest.mark.parametrize("n", [2**16 + 1, 2**17])
+def test_the_statistics_find_a_network_of_too_few_rounds(n, monkeypatch):
+    monkeypatch.setattr(permutation, "NUM_ROUNDS", 4)
+    assert min(p for key in range(4) for _, p in p_values(n, key)) < 1e-12
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_all_orders_of_a_few_indices_are_equally_likely(n):
+    orders, counts = np.unique([IndexShuffle(n, key).indices(0, n) for key in range(6000)], axis=0, return_counts=True)
+    assert len(orders) == math.factorial(n)
+    assert chi_square(counts) > 1e-3
+
+
+@pytest.mark.parametrize("n", [1000, 2**16 + 1, 10**9])
+def test_consecutive_keys_give_unrelated_orders(n):
+    orders = np.stack([IndexShuffle(n, key).indices(0, 1000) for key in range(65)])
+    gaps = (orders[1:] - orders[:-1]) % n
+    assert chi_square(np.bincount(buckets(gaps.ravel(), n, 100), minlength=100)) > 1e-3
