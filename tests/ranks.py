@@ -315,6 +315,8 @@ def _reset() -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float32)
     torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
 
 
 def _die_with_parent() -> None:

@@ -10,8 +10,8 @@ all ranks alike is a `ValueError` or `TypeError` on all. A rank that stops for a
 `RemoteError`. A peer that dies or stays away longer than `timeout_s` is a `BackendError`.
 
 *Cost*: these collectives are for control and metrics, not for the hot path. Each begins with one gather of
-a 1 KiB header over the CPU's network (about 0.2 ms between processes of one idle machine), which is all
-that numbers, small objects and barriers need. Gradients use `process_group`.
+a 1 KiB header over the CPU's network (under a millisecond between processes of one host), which is all that
+numbers, small objects and barriers need. Gradients use `process_group`.
 """
 
 import functools

@@ -45,23 +45,22 @@ class CheckedBackend(Backend):
         refused = _refusal(lambda: check_reducible(value, op))
         is_number = isinstance(value, bool | int | float)
         payload = json.dumps(value).encode() if is_number and refused is None else b""
-        payloads = self._meet(f"all_reduce({describe(value)}, op={op!r})", payload, refused)
+        text = f"all_reduce({describe(value)}, op={op!r})"
+        payloads = self._meet(text, payload, refused)
         if is_number:
             return cast("T", fold_numbers([json.loads(p) for p in payloads], op))
-        return cast("T", self._reduce(cast("Tensor", value).detach(), op))
+        return cast("T", self._reduce(text, cast("Tensor", value).detach(), op))
 
-    def _reduce(self, tensor: Tensor, op: str) -> Tensor:
-        with self._contact(f"all_reduce({describe(tensor)})"):
-            pieces = torch.split(tensor.reshape(-1), max(1, PIECE_BYTES // (tensor.itemsize * self.world_size)))
-            folded = [fold_tensors(self._gather_tensor(piece), op) for piece in pieces]
+    def _reduce(self, text: str, tensor: Tensor, op: str) -> Tensor:
+        pieces = torch.split(tensor.reshape(-1), max(1, PIECE_BYTES // (tensor.itemsize * self.world_size)))
+        folded = [fold_tensors(self._gather_tensor(text, piece), op) for piece in pieces]
         return torch.cat(folded).reshape(tensor.shape)
 
     def all_gather(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             text = f"all_gather({describe(value)})"
             self._meet(text, refused=_refusal(lambda: check_plain(value)))
-            with self._contact(text):
-                return self._gather_tensor(value.detach())
+            return self._gather_tensor(text, value.detach())
         data, refused = _pickled(value)
         return [_unpickled(p) for p in self._meet("all_gather(objects)", data, refused)]
 
@@ -80,13 +79,13 @@ class CheckedBackend(Backend):
         else:
             payload = b""
         kind, *rest = _unpickled(self._meet(text, payload, refused)[source])
-        with self._contact(text):
-            if kind == "tensor":
-                return cast("T", self._spread_tensor(cast("Tensor | None", value), source, *rest))
-            if kind == "object":
-                buffer = _as_bytes(data) if self.rank == source else torch.empty(rest[0], dtype=torch.uint8)
+        if kind == "tensor":
+            return cast("T", self._spread_tensor(text, cast("Tensor | None", value), source, *rest))
+        if kind == "object":
+            buffer = _as_bytes(data) if self.rank == source else torch.empty(rest[0], dtype=torch.uint8)
+            with self._contact(text):
                 self._spread(buffer, source)
-                return cast("T", _unpickled(buffer.numpy().tobytes()))
+            return cast("T", _unpickled(buffer.numpy().tobytes()))
         return cast("T", _unpickled(rest[0]))
 
     def barrier(self) -> None:
@@ -186,20 +185,24 @@ class CheckedBackend(Backend):
 
         return headers
 
-    def _gather_tensor(self, tensor: Tensor) -> Tensor:
+    def _gather_tensor(self, text: str, tensor: Tensor) -> Tensor:
+        if not tensor.numel():
+            return tensor.new_empty(self.world_size, *tensor.shape)
         data = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-        rows = self._start_gather(data)() if data.numel() else data.new_empty(self.world_size, 0)
+        with self._contact(text):
+            rows = self._start_gather(data)()
         return rows.view(tensor.dtype).reshape(self.world_size, *tensor.shape)
 
     def _spread_tensor(
-        self, value: Tensor | None, source: int, dtype: torch.dtype, shape: tuple[int, ...], here: bool
+        self, text: str, value: Tensor | None, source: int, dtype: torch.dtype, shape: tuple[int, ...], here: bool
     ) -> Tensor:
         if self.rank == source and value is not None:
             tensor = value.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
         else:
             tensor = torch.empty(shape, dtype=dtype, device="cpu" if here else self.device)
         if tensor.numel():
-            self._spread(tensor.reshape(-1).view(torch.uint8), source)
+            with self._contact(text):
+                self._spread(tensor.reshape(-1).view(torch.uint8), source)
         return tensor
 
     @contextmanager

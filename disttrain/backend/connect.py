@@ -6,7 +6,7 @@ import torch
 
 from disttrain.backend.base import Backend, Place
 from disttrain.backend.environment import Launch, read_launch
-from disttrain.backend.native import GROUPS, NativeBackend, choose_device, explicit_device
+from disttrain.backend.native import GROUPS, NativeBackend, choose_device
 from disttrain.backend.single import SingleBackend
 from disttrain.backend.xla import refuse_xla
 from disttrain.errors import BackendError, ConfigError
@@ -31,7 +31,7 @@ def connect(name: str = "auto", *, timeout_s: float = 300.0, device: str | torch
     asked = torch.device(device) if device is not None else None
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
-        name = _automatic(launch, asked or accelerator)
+        name = choose_name(launch, asked or accelerator)
     if name == "single":
         return _single(launch, asked or accelerator or torch.device("cpu"))
     device_type = next(kind for kind, group in GROUPS.items() if group == name)
@@ -40,16 +40,16 @@ def connect(name: str = "auto", *, timeout_s: float = 300.0, device: str | torch
             f"backend={name!r} expected a {device_type} device, got {accelerator or 'none'}; "
             "use backend='gloo' on CPUs, or install a torch build and a driver for the device"
         )
-    place = launch.place if launch is not None else Place()
-    if asked is not None:
-        chosen = explicit_device(asked, device_type, name)
-    else:
+    if asked is not None and asked.type != device_type:
+        raise ConfigError(f"backend={name!r} runs on {device_type!r}, got device={str(asked)!r}; leave device out")
+    if asked is None or asked.index is None:
         num_devices = 0 if device_type == "cpu" else torch.accelerator.device_count()
-        chosen = choose_device(device_type, num_devices, place)
-    return NativeBackend(launch, chosen, timeout_s)
+        asked = choose_device(device_type, num_devices, launch.place if launch is not None else Place())
+    return NativeBackend(launch, asked, timeout_s)
 
 
-def _automatic(launch: Launch | None, device: torch.device | None) -> str:
+def choose_name(launch: Launch | None, device: torch.device | None) -> str:
+    """Return what "auto" means for a process of this launch on this device (None: the CPU)."""
     if launch is None:
         return "single"
     return GROUPS.get(device.type, "gloo") if device is not None else "gloo"

@@ -114,7 +114,7 @@ class StoreBoard(Board):
     def _listen(self, store: Store) -> None:
         bell = f"failure/bell/{self._rank}"
         try:
-            store.wait([bell], timedelta(days=365))
+            _wait_for_days(store, bell)
             posted = store.get(bell).decode()
             if posted == _CLOSING:
                 return
@@ -124,6 +124,15 @@ class StoreBoard(Board):
             logger.debug("rank %s stops listening for failures, the store has gone: %s", self._rank, gone)
         if self._failure is not None:
             self._on_failure()
+
+
+def _wait_for_days(store: Store, key: str) -> None:
+    """Wait until `key` is set; RuntimeError when the store has gone. One wait may be at most 2**31 ms, 24 days."""
+    while not store.check([key]):
+        try:
+            store.wait([key], timedelta(days=7))
+        except RuntimeError as error:
+            logger.debug("waiting for %s ended: %s", key, error)
 
 
 def _to_post(rank: int, error: BaseException) -> str:

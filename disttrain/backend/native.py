@@ -9,6 +9,7 @@ accelerator's queue, and never meets the gradients' traffic. Both have the timeo
 
 import atexit
 import logging
+import os
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -23,7 +24,7 @@ from disttrain.backend.failure import Board, StoreBoard
 from disttrain.backend.rendezvous import Meeting, meet
 from disttrain.backend.sockets import loopback_name, open_sockets, shut_down
 from disttrain.backend.stores import HashStore, PrefixStore, Store
-from disttrain.errors import BackendError, ConfigError
+from disttrain.errors import BackendError
 
 logger = logging.getLogger(__name__)
 
@@ -49,23 +50,30 @@ class NativeBackend(CheckedBackend):
         self._broken = False
         meeting = meet(launch, timeout_s) if launch is not None and self.world_size > 1 else None
         try:
-            self._open_groups(meeting.store if meeting is not None else HashStore())
+            self._open_groups(meeting)
             self._board = self._open_board(meeting)
             self._check_devices()
         except BaseException:
             if dist.is_initialized():
                 dist.destroy_process_group()
             raise
-        atexit.register(self.close)
+        self._owner = os.getpid()
+        atexit.register(self._close_at_exit)
 
-    def _open_groups(self, store: Store) -> None:
+    def _open_groups(self, meeting: Meeting | None) -> None:
+        """Open both groups, and note which connections are theirs.
+
+        What is new among this process's sockets is theirs, except that rank 0 answers at the store's port meanwhile.
+        """
+        store: Store = meeting.store if meeting is not None else HashStore()
+        port = meeting.port if meeting is not None else None
         if self.place.local_world_size == self.world_size and (loopback := loopback_name()) is not None:
             # A host whose name resolves to an address that it does not have would stall gloo for minutes.
             set_default("GLOO_SOCKET_IFNAME", loopback)
         bound = self.device if self.device.type != "cpu" else None
         if bound is not None and bound.index is not None:
             torch.accelerator.set_device_index(bound.index)
-        before = open_sockets() if bound is None else {}
+        before = open_sockets()
         dist.init_process_group(
             self.name,
             store=PrefixStore("disttrain/groups", store),
@@ -74,10 +82,10 @@ class NativeBackend(CheckedBackend):
             timeout=self._timeout,
             device_id=bound,
         )
-        before = before if bound is None else open_sockets()
+        if bound is not None:
+            before = open_sockets()
         self._control = dist.new_group(backend="gloo", timeout=self._timeout)
-        # A group in several processes is never absent on a rank: new_group() without ranks holds them all.
-        self._sockets = {fd: inode for fd, inode in open_sockets().items() if before.get(fd) != inode}
+        self._sockets = {fd: inode for fd, inode in open_sockets(port).items() if before.get(fd) != inode}
         self._group = dist.group.WORLD
 
     def _open_board(self, meeting: Meeting | None) -> Board:
@@ -111,7 +119,7 @@ class NativeBackend(CheckedBackend):
         if self._closed:
             return
         self._closed = True
-        atexit.unregister(self.close)
+        atexit.unregister(self._close_at_exit)
         self._board.close()
         try:
             if dist.is_initialized():
@@ -120,6 +128,11 @@ class NativeBackend(CheckedBackend):
             if not self._broken:
                 raise
             logger.debug("a broken process group could not be destroyed: %s", error)
+
+    def _close_at_exit(self) -> None:
+        """Stop the listener before the interpreter goes; not in a child that was forked, which shares its socket."""
+        if os.getpid() == self._owner:
+            self.close()
 
     def _break(self) -> None:
         """Make every collective under way on this rank raise. Called by the listener's thread too."""
@@ -167,10 +180,3 @@ def choose_device(device_type: str, num_devices: int, place: Place) -> torch.dev
         f"expected at most {num_devices} ranks on this host, one for each {device_type} device, got "
         f"{place.local_world_size}; start fewer, or use backend='gloo'"
     )
-
-
-def explicit_device(asked: torch.device, device_type: str, name: str) -> torch.device:
-    """Return the device that the caller asked for, if the backend runs there."""
-    if asked.type != device_type:
-        raise ConfigError(f"backend={name!r} runs on {device_type!r}, got device={str(asked)!r}; leave device out")
-    return asked

@@ -67,15 +67,16 @@ def _host(launch: Launch, timeout_s: float) -> Meeting:
     store.set("nonce", nonce)
     desk.set(_POSTED, json.dumps([_own_addresses(launch), store.port, nonce]))
     keys = [f"{nonce}/join/{rank}" for rank in range(1, launch.place.world_size)]
+    absent: list[int] = []
     try:
         desk.wait(keys, timedelta(seconds=timeout_s))
     except RuntimeError:
         absent = [rank for rank, key in enumerate(keys, start=1) if not desk.check([key])]
-        if absent:
-            desk.set(f"{nonce}/answer", json.dumps({"absent": absent}))
-            time.sleep(_GRACE_S)  # this process may keep the store in which the others read that
-            raise _absent(absent, launch.place.world_size, timeout_s) from None
-    desk.set(f"{nonce}/answer", json.dumps({"tokens": [desk.get(key).decode() for key in keys]}))
+    tokens = [desk.get(key).decode() for rank, key in enumerate(keys, start=1) if rank not in absent]
+    desk.set(f"{nonce}/answer", json.dumps([tokens, absent]))
+    if absent:
+        time.sleep(_GRACE_S)  # this process may keep the store in which the others read that
+        raise _absent(absent, launch.place.world_size, timeout_s)
     return Meeting(store, "localhost", store.port, timeout_s)
 
 
@@ -93,11 +94,11 @@ def _join(launch: Launch, timeout_s: float) -> Meeting:
             signed = nonce
         if not desk.check([f"{nonce}/answer"]):
             continue
-        answer = json.loads(desk.get(f"{nonce}/answer"))
-        if token in answer.get("tokens", ()):
+        tokens, absent = json.loads(desk.get(f"{nonce}/answer"))
+        if token in tokens and absent:
+            raise _absent(absent, launch.place.world_size, timeout_s)
+        if token in tokens:
             return _connect(hosts, port, nonce, timeout_s)
-        if "absent" in answer and rank not in answer["absent"]:
-            raise _absent(answer["absent"], launch.place.world_size, timeout_s)
     raise _no_rank_0(launch, timeout_s)
 
 

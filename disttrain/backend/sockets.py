@@ -20,14 +20,14 @@ def loopback_name() -> str | None:
     return next((name for name in ("lo", "lo0") if name in names), None)
 
 
-def open_sockets() -> dict[int, str]:
-    """Return this process's sockets: descriptor to inode."""
+def open_sockets(except_port: int | None = None) -> dict[int, str]:
+    """Return this process's sockets, descriptor to inode, but for connections from or to `except_port`."""
     if not os.path.isdir(_FDS):
         return {}
     found: dict[int, str] = {}
     for name in os.listdir(_FDS):
         target = _target(int(name))
-        if target.startswith("socket:"):
+        if target.startswith("socket:") and (except_port is None or except_port not in _ports(int(name))):
             found[int(name)] = target
     return found
 
@@ -44,6 +44,16 @@ def _target(descriptor: int) -> str:
         return os.readlink(f"{_FDS}/{descriptor}")
     except OSError:  # closed since it was listed
         return ""
+
+
+def _ports(descriptor: int) -> set[int]:
+    """Return the ports at the two ends of a connection, empty for what is none."""
+    try:
+        with socket.socket(fileno=os.dup(descriptor)) as connection:
+            ends = connection.getsockname(), connection.getpeername()
+    except OSError:
+        return set()
+    return {end[1] for end in ends if isinstance(end, tuple)}
 
 
 def _break(descriptor: int) -> bool:

@@ -1,0 +1,167 @@
+"""Which backend a name means, on what device, and what is refused."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Ranks
+
+from disttrain.backend import NAMES, Backend, Place, connect
+from disttrain.backend.connect import choose_name
+from disttrain.backend.environment import Launch
+from disttrain.backend.native import choose_device
+from disttrain.errors import BackendError, ConfigError
+
+TORCHRUN = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29999",
+}
+
+
+def test_an_unknown_name_lists_the_names() -> None:
+    with pytest.raises(ConfigError, match=r"one of auto, gloo, nccl, single, xla, got 'mpi'"):
+        connect("mpi")
+
+
+def test_xla_is_reserved_and_says_what_works() -> None:
+    with pytest.raises(BackendError, match="later one; use 'nccl' on GPUs, 'gloo' on CPUs"):
+        connect("xla")
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1.0, float("inf"), float("nan")])
+def test_a_timeout_is_positive_and_ends(timeout_s: float) -> None:
+    with pytest.raises(ConfigError, match="positive number of seconds"):
+        connect("single", timeout_s=timeout_s)
+
+
+def test_auto_without_a_launcher_is_single() -> None:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    with connect() as backend:
+        assert (backend.name, backend.world_size) == ("single", 1)
+        assert backend.device.type == (accelerator.type if accelerator is not None else "cpu")
+        assert backend.process_group is None
+
+
+def test_auto_under_a_launcher_follows_the_device() -> None:
+    launch = Launch("torchrun", Place(0, 2, 0, 2, 0, 1), "localhost", 29999)
+    assert choose_name(launch, torch.device("cuda", 0)) == "nccl"
+    assert choose_name(launch, torch.device("cpu")) == "gloo"
+    assert choose_name(launch, None) == "gloo"
+    assert choose_name(None, torch.device("cuda", 0)) == "single"
+
+
+def auto(backend: Backend) -> tuple[str, int, int]:
+    backend.close()
+    with connect("auto") as automatic:
+        return automatic.name, automatic.world_size, automatic.all_reduce(automatic.rank)
+
+
+def test_auto_under_torchrun_meets_the_others(ranks: Ranks) -> None:
+    name = "nccl" if torch.cuda.is_available() else "gloo"
+    assert ranks(2, auto) == [(name, 2, 1)] * 2
+
+
+def test_single_refuses_to_be_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BackendError, match="'single' is one process, got 2 ranks from torchrun"):
+        connect("single")
+
+
+def alone(backend: Backend) -> tuple[str, int, str, int, int]:
+    backend.close()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        del os.environ[name]
+    with connect("gloo") as own:
+        group = own.process_group
+        assert group is not None
+        value = torch.ones(3)
+        dist.all_reduce(value, group=group)
+        return own.name, own.world_size, own.device.type, group.size(), int(value.sum())
+
+
+def test_gloo_without_a_launcher_is_a_real_group_of_one(ranks: Ranks) -> None:
+    assert ranks(1, alone) == [("gloo", 1, "cpu", 1, 3)]
+
+
+def test_nccl_without_cuda_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    with pytest.raises(BackendError, match="'nccl' expected a cuda device, got none; use backend='gloo'"):
+        connect("nccl")
+
+
+def test_a_backend_refuses_a_device_of_another_kind() -> None:
+    with pytest.raises(ConfigError, match="'gloo' runs on 'cpu', got device='cuda:0'"):
+        connect("gloo", device="cuda:0")
+
+
+def test_devices_go_to_local_ranks() -> None:
+    chosen = [choose_device("cuda", 4, Place(4 + local, 8, local, 4, 1, 2)) for local in range(4)]
+    assert chosen == [torch.device("cuda", local) for local in range(4)]
+    assert choose_device("cpu", 0, Place()) == torch.device("cpu")
+
+
+def test_a_rank_that_sees_one_device_takes_it() -> None:
+    assert choose_device("cuda", 1, Place(3, 4, 3, 4, 0, 1)) == torch.device("cuda", 0)
+
+
+def test_more_local_ranks_than_devices_are_refused() -> None:
+    with pytest.raises(BackendError, match=r"at most 2 ranks on this host, one for each cuda device, got 4; .*'gloo'"):
+        choose_device("cuda", 2, Place(0, 4, 0, 4, 0, 1))
+
+
+def connect_twice(backend: Backend) -> str:
+    with pytest.raises(BackendError) as caught:
+        connect("gloo")
+    assert backend.all_reduce(1) == backend.world_size
+    return str(caught.value)
+
+
+def test_a_second_process_group_is_refused_and_harms_nothing(ranks: Ranks) -> None:
+    assert all("initialized already" in message for message in ranks(2, connect_twice))
+
+
+def loopback(backend: Backend) -> str | None:
+    return os.environ.get("GLOO_SOCKET_IFNAME")
+
+
+def test_ranks_of_one_host_use_the_loopback(ranks: Ranks) -> None:
+    assert ranks(2, loopback) == ["lo" if sys.platform == "linux" else "lo0"] * 2
+
+
+def reconnect(backend: Backend, times: int) -> tuple[list[int], int]:
+    backend.close()
+    sums = []
+    for turn in range(times):
+        with connect("gloo") as again:
+            sums.append(again.all_reduce(turn))
+    return sums, threading.active_count()
+
+
+def test_connecting_again_and_again_leaves_nothing_behind(ranks: Ranks) -> None:
+    assert ranks(2, reconnect, 5) == [([0, 2, 4, 6, 8], 1)] * 2
+
+
+def test_importing_the_room_has_no_effect(tmp_path: Path) -> None:
+    program = (
+        "import os, threading; before = dict(os.environ)\n"
+        "import disttrain.backend, torch, torch.distributed as dist\n"
+        "assert dict(os.environ) == before and threading.active_count() == 1\n"
+        "assert not dist.is_initialized() and not torch.are_deterministic_algorithms_enabled()\n"
+        "print('clean')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "clean\n"), done.stderr
+
+
+def test_every_name_is_known() -> None:
+    assert NAMES == ("auto", "gloo", "nccl", "single", "xla")

@@ -1,0 +1,77 @@
+"""Breaking connections: only those that were named, only while they are the same, and never a listening one."""
+
+import os
+import socket
+import sys
+
+import pytest
+
+from disttrain.backend.sockets import loopback_name, open_sockets, shut_down
+
+
+@pytest.fixture
+def connected() -> tuple[socket.socket, socket.socket, socket.socket]:
+    server = socket.create_server(("127.0.0.1", 0))
+    client = socket.create_connection(server.getsockname())
+    accepted, _ = server.accept()
+    return server, client, accepted
+
+
+Connected = tuple[socket.socket, socket.socket, socket.socket]
+
+
+def close(sockets: Connected) -> None:
+    for each in sockets:
+        each.close()
+
+
+def test_both_ends_of_a_broken_connection_wake(connected: Connected) -> None:
+    _server, client, accepted = connected
+    found = open_sockets()
+    assert {client.fileno(), accepted.fileno()} <= set(found)
+    shut_down({client.fileno(): found[client.fileno()]})
+    accepted.settimeout(5)
+    client.settimeout(5)
+    assert accepted.recv(1) == b""
+    assert client.recv(1) == b""
+    close(connected)
+
+
+def test_a_listening_socket_still_listens(connected: Connected) -> None:
+    server, _client, _accepted = connected
+    found = open_sockets()
+    shut_down({server.fileno(): found[server.fileno()], 10**6: "socket:[1]"})
+    server.settimeout(5)
+    with socket.create_connection(server.getsockname()) as again:
+        accepted, _ = server.accept()
+        accepted.sendall(b"x")
+        assert again.recv(1) == b"x"
+        accepted.close()
+    close(connected)
+
+
+def test_a_descriptor_that_was_used_again_is_left_alone(connected: Connected) -> None:
+    _server, client, accepted = connected
+    shut_down({client.fileno(): "socket:[0]"})
+    client.sendall(b"x")
+    assert accepted.recv(1) == b"x"
+    close(connected)
+
+
+def test_connections_of_one_port_can_be_left_out(connected: Connected) -> None:
+    server, client, accepted = connected
+    found = open_sockets(except_port=server.getsockname()[1])
+    assert not {client.fileno(), accepted.fileno()} & set(found)
+    assert {client.fileno(), accepted.fileno()} <= set(open_sockets(except_port=client.getsockname()[1] + 1))
+    close(connected)
+
+
+def test_files_are_no_sockets() -> None:
+    reader, writer = os.pipe()
+    assert reader not in open_sockets()
+    os.close(reader)
+    os.close(writer)
+
+
+def test_the_loopback_is_known_here() -> None:
+    assert loopback_name() == {"linux": "lo", "darwin": "lo0"}[sys.platform]
