@@ -98,7 +98,7 @@ class Loop(Emitter):
                             state.batch = None
                             if state.epoch_length is None or run.empty_at == run.count:
                                 self._end_of_data(run)
-                                break
+                                return EPOCH_END
                             run.empty_at, run.iterator = run.count, None
                             if self._emit(Events.DATALOADER_STOP_ITERATION):
                                 return FETCH
@@ -166,10 +166,9 @@ class Loop(Emitter):
     def _stop(self, run: Cursor) -> None:
         """Do the first of what was asked for, and move the cursor on."""
         if self.should_terminate:
-            run.inside = False
+            run.inside, then = False, OVER if self._skip_completed else END
             self._emit(Events.TERMINATE)
-            run.at = OVER if self._skip_completed else END
-            self._stop_asked = False  # what handlers of TERMINATE ask for comes too late
+            run.at, self._stop_asked = then, False  # what handlers of TERMINATE ask for comes too late
         elif self.should_terminate_single_epoch:
             try:
                 self._stop_epoch(run)
@@ -186,10 +185,11 @@ class Loop(Emitter):
 
     def _stop_epoch(self, run: Cursor) -> None:
         if run.inside:
+            then = EPOCH if self._skip_epoch_completed else EPOCH_END
             self._emit(Events.TERMINATE_SINGLE_EPOCH, iter_counter=run.count)
             run.iterator = self._open(run)
-            run.at, run.inside = EPOCH if self._skip_epoch_completed else EPOCH_END, False
-        elif run.at != EPOCH:  # after EPOCH_COMPLETED it is ignored
+            run.at, run.inside = then, False
+        elif run.at in (FIRST_EPOCH, BATCH):  # else the epoch is over, and it is ignored
             raise RuntimeError(
                 "terminate_epoch() was called in STARTED or EPOCH_STARTED, before the epoch's first iteration; "
                 "call it in a later event, or terminate() to end the run"
