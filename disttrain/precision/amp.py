@@ -1,12 +1,12 @@
 """Mixed precision by `torch.amp`: bfloat16 alone, float16 with a gradient scaler; CPU, CUDA and XLA.
 
-Contract: the model and the loss run under `torch.autocast`; parameters, gradients and the optimizer stay in
+*Contract*: the model and the loss run under `torch.autocast`; parameters, gradients and the optimizer stay in
 float32. With a scaler the gradients are unscaled before `before_step` sees them. An update whose gradients
 overflowed is skipped: `before_step` is still called (its norm is then inf or nan), the scale shrinks,
 `update` returns False and `num_skipped` grows by one. A `before_step` that returns False skips the optimizer
 but not the scaler, whose scale follows the gradients it saw.
 
-Cost: with a scaler, two fetches of the scale an update, to know on the host whether the optimizer stepped.
+*Cost*: with a scaler, two fetches of the scale an update, to know on the host whether the optimizer stepped.
 """
 
 from contextlib import AbstractContextManager

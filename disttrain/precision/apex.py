@@ -1,13 +1,13 @@
 """Mixed precision by NVIDIA apex's `amp`, for programs that were written for it.
 
-Contract: whoever builds the model calls `initialize` (apex's own `amp.initialize`) before wrapping it in DDP.
+*Contract*: whoever builds the model calls `initialize` (apex's own `amp.initialize`) before wrapping it in DDP.
 Each microbatch's backward runs inside `amp.scale_loss`; `before_step` runs after that context has exited, so
 the gradients are unscaled, and clips over `master_params`. apex itself skips an update that overflowed.
 
-Errors: ModuleNotFoundError with what to install, in three cases (see `require_amp`); nothing foreign is
+*Errors*: ModuleNotFoundError with what to install, in three cases (see `require_amp`); nothing foreign is
 imported to find out, for the wrong package fails in its own way when it is.
 
-Source: apex's README and `apex/amp/handle.py`; its last tag with `amp` is 25.05.
+*Source*: apex's README and `apex/amp/handle.py`; its last tag with `amp` is 25.05.
 """
 
 from importlib.util import find_spec

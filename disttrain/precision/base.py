@@ -1,6 +1,6 @@
 """In what numbers a step computes: three methods and the state that a checkpoint needs.
 
-Contract: the one step body (`engine.supervised`) calls `forward` around the model and the loss, `backward`
+*Contract*: the one step body (`engine.supervised`) calls `forward` around the model and the loss, `backward`
 once for each microbatch, and `update` once when all the gradients of the update have met. A precision never
 sees the data, the model or the ranks. `update` returns whether the optimizer stepped: a gradient scaler
 that found an overflow, or a `before_step` that says no, skips exactly that update.
@@ -39,13 +39,16 @@ class Precision(Protocol):
         """Take back what `state_dict` returned."""
 
 
+_NO_CONTEXT = nullcontext()
+
+
 class FP32:
     """Full precision: plain forward, plain backward, plain step."""
 
     name = "fp32"
 
     def forward(self) -> AbstractContextManager[Any]:
-        return nullcontext()
+        return _NO_CONTEXT
 
     def backward(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         torch.autograd.backward(loss)

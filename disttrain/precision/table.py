@@ -8,7 +8,7 @@
 | mps       | yes  | no   | no            | no   | fp32                                     |
 | any other | yes  | yes  | no            | no   | fp32                                     |
 
-Errors: ConfigError with what would work instead.
+*Errors*: ConfigError with what would work instead.
 """
 
 import torch

@@ -1,9 +1,9 @@
 """The numbers of an XLA device, TPUs first: float32, or bfloat16 by autocast; the step by torch_xla.
 
-Contract: nothing here waits for the device but `update`, whose `xm.optimizer_step(barrier=True)` averages the
+*Contract*: nothing here waits for the device but `update`, whose `xm.optimizer_step(barrier=True)` averages the
 gradients over the replicas, steps and has the traced graph executed.
 
-Errors: ModuleNotFoundError with what to install where torch_xla is absent; ValueError for float16, for which
+*Errors*: ModuleNotFoundError with what to install where torch_xla is absent; ValueError for float16, for which
 there is no scaler on these devices.
 """
 

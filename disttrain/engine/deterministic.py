@@ -1,0 +1,227 @@
+"""An engine whose batches are a function of a seed and the iteration, so that a resumed run sees the same ones.
+
+    STARTED: seed = a draw from torch's generator        # rank 0's on every rank; a loaded one is kept
+    whenever an iterator is taken:                       # a pass over the data begins
+        manual_seed(seed + iteration // len(data))
+        iter(data)
+    at the start of a run inside a pass:
+        the same for the iteration at which the pass began, then on to the batch that is next, then
+        the generators' states as they were saved
+
+*Contract*: how data comes to the batch that is next: `Seekable` data is sought, and its batch is a function of the
+iteration alone; a DataLoader over a map-style dataset passes over indices, never over samples; anything else is
+fetched and dropped. Generators of a DataLoader's own are seeded with the global ones. The state dict adds to the
+engine's `rng_states` (may be None), and may hold `seed` and `pass_started`, the iteration at which the pass began;
+`torch.load(weights_only=True)` reads it. An engine that runs inside another's handler leaves the global generators
+as it found them; one that is interrupted goes on with its own.
+
+What a foreign DataLoader's worker processes draw after a resume inside a pass differs: each worker begins anew. Ours
+(`Seekable`) seeds every microbatch by its position. Which kernels compute is not looked after here.
+
+*Errors*: ValueError for a run without data.
+"""
+
+import io
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any, Self
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+from disttrain.backend.base import Backend
+from disttrain.data.loader import Seekable, update_dataloader
+from disttrain.data.sampler import ReproducibleBatchSampler
+from disttrain.engine.engine import Engine
+from disttrain.engine.events import Events
+from disttrain.engine.state import State
+from disttrain.seeding import get_random_state, keep_random_state, manual_seed, set_random_state
+
+__all__ = ["DeterministicEngine", "ReproducibleBatchSampler", "keep_random_state", "update_dataloader"]
+
+_NO_MORE = object()
+_inside_a_run: ContextVar[bool] = ContextVar("_inside_a_run", default=False)
+"""Whether a deterministic engine runs around this code: one inside a handler then puts the generators back."""
+
+
+class DeterministicEngine(Engine):
+    """An `Engine` over reproducible batches; `backend` says whose rank 0 draws the seed."""
+
+    def __init__(self, process_function: Callable[[Self, Any], Any], *, backend: Backend | None = None) -> None:
+        super().__init__(process_function)
+        self._backend = backend
+        self._seed_is_given = False
+        self._pass_started: int | None = None
+        self._random_state_when_paused: dict[str, Any] | None = None
+        self.state.rng_states = None
+        self.state_dict_user_keys.append("rng_states")
+        self.add_event_handler(Events.STARTED, _take_seed)
+
+    def run(
+        self,
+        data: Iterable[Any] | None = None,
+        max_epochs: int | None = None,
+        max_iters: int | None = None,
+        epoch_length: int | None = None,
+    ) -> State:
+        """Run as `Engine.run` does, over reproducible batches; ValueError without data."""
+        paused = self._cursor is not None
+        if data is None and self._next_data is None and not paused:
+            raise ValueError("expected data, got None; an engine without data has no batches to reproduce, use Engine")
+        outer = get_random_state() if _inside_a_run.get() else None
+        if paused and self._random_state_when_paused is not None:
+            set_random_state(self._random_state_when_paused)
+        token = _inside_a_run.set(True)
+        try:
+            return super().run(data, max_epochs, max_iters, epoch_length)
+        finally:
+            _inside_a_run.reset(token)
+            self._random_state_when_paused = None if self._cursor is None else get_random_state()
+            if outer is not None:
+                set_random_state(outer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the engine's state dict with the seed, the pass's beginning and the generators' states."""
+        own = {"rng_states": get_random_state(), "seed": self.state.seed, "pass_started": self._pass_started}
+        return {**super().state_dict(), **own}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Let the next `run` go on from what `state_dict` returned; without a seed in it, STARTED draws one."""
+        super().load_state_dict(state_dict)
+        self.state.seed = state_dict.get("seed")
+        self._seed_is_given = self.state.seed is not None
+        self._pass_started = state_dict.get("pass_started")
+
+    def _iterate(self, first: bool) -> Iterator[Any]:
+        """Return an iterator of the pass that begins now, or at a run's start at the batch that is next in its."""
+        state = self.state
+        data = state.dataloader = _with_skipping(state.dataloader)
+        length = _length(data)
+        began = self._pass_started = self._began(length) if first else state.iteration
+        done = state.iteration - began
+        saved, state.rng_states = state.rng_states if first and done else None, None
+        self._reseed(data, began)
+        iterator: Iterator[Any]
+        if _is_seekable(data):
+            data.seek(*divmod(state.iteration, length or state.epoch_length or state.iteration + 1))
+            iterator = iter(data)
+        elif _skips(data):
+            order = data.batch_sampler.batch_sampler
+            if _is_seekable(order):  # ours: it draws nothing
+                order.seek(began // len(order), 0)
+            elif saved is not None:
+                _PutBack(data.batch_sampler, done, saved)
+                saved = None
+            data.batch_sampler.start_iteration = done
+            iterator = iter(data)
+        else:
+            iterator = self._fetch_and_drop(data, done)
+        if saved is not None:
+            set_random_state(saved)
+        return iterator
+
+    def _began(self, length: int | None) -> int:
+        """Return the iteration at which the pass began that a run starts in: as saved, else as the length says."""
+        iteration, saved = self.state.iteration, self._pass_started
+        if iteration == 0:
+            return 0
+        if length is None:
+            return saved if saved is not None and saved <= iteration else 0
+        if saved is None or not 0 <= iteration - saved <= length:
+            return iteration - iteration % length
+        return saved if iteration - saved < length else iteration
+
+    def _reseed(self, data: Any, iteration: int) -> None:
+        seed = (self.state.seed or 0) + iteration // (_length(data) or self.state.epoch_length or 1)
+        manual_seed(seed)
+        for generator in _generators(data):
+            generator.manual_seed(seed)
+        if getattr(data, "_iterator", None) is not None:
+            # Workers that persist were told their seed when they started; what that drew, every pass has to draw.
+            torch.empty((), dtype=torch.int64).random_(generator=data.generator)
+
+    def _fetch_and_drop(self, data: Iterable[Any], count: int) -> Iterator[Any]:
+        """Return an iterator that has given `count` batches, over as many passes as that takes."""
+        if count:
+            self.logger.info("fetching and dropping %d batches to come to iteration %d", count, self.state.iteration)
+        iterator, began = iter(data), self.state.iteration - count
+        dropped = 0
+        while dropped < count:
+            if next(iterator, _NO_MORE) is not _NO_MORE:
+                dropped += 1
+            elif self._pass_started == began + dropped:
+                break  # an empty pass: the loop will find it so, and say it
+            else:
+                self._pass_started = began + dropped
+                self._reseed(data, self._pass_started)
+                iterator = iter(data)
+        return iterator
+
+
+class _PutBack(BatchSampler):
+    """In a batch sampler's place for one pass: puts the generators back after `count` batches.
+
+    Its first batch draws the order, which happens after `iter(loader)`; the generators must be
+    back before the next batch's samples are loaded.
+    """
+
+    def __init__(self, holder: ReproducibleBatchSampler, count: int, states: dict[str, Any]) -> None:
+        self._holder, self._wrapped, self._count, self._states = holder, holder.batch_sampler, count, states
+        holder.batch_sampler = self
+
+    def __len__(self) -> int:
+        return len(self._wrapped)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self._holder.batch_sampler = self._wrapped
+        batches = iter(self._wrapped)
+        yield from itertools.islice(batches, self._count)
+        set_random_state(self._states)
+        yield from batches
+
+
+def _take_seed(engine: DeterministicEngine) -> None:
+    """Draw the run's seed, the same on every rank; keep that of a run that goes on."""
+    if engine.state.seed is None or (engine.state.iteration == 0 and not engine._seed_is_given):
+        seed = int(torch.randint(0, 10**9, (1,)).item())
+        engine.state.seed = seed if engine._backend is None else engine._backend.broadcast(seed)
+    engine._seed_is_given = False
+
+
+def _length(data: Any) -> int | None:
+    """Return `len(data)`, None where it is unknown or nothing."""
+    try:
+        return len(data) or None
+    except TypeError:
+        return None
+
+
+def _is_seekable(data: Any) -> bool:
+    return isinstance(data, Seekable) and not isinstance(data, io.IOBase)
+
+
+def _skips(data: Any) -> bool:
+    return isinstance(data, DataLoader) and isinstance(data.batch_sampler, ReproducibleBatchSampler)
+
+
+def _with_skipping(data: Any) -> Any:
+    """Return a map-style DataLoader with its batch sampler wrapped, once; anything else as it is."""
+    wrappable = (
+        isinstance(data, DataLoader)
+        and not isinstance(data.dataset, IterableDataset)
+        and isinstance(data.batch_sampler, BatchSampler)
+    )
+    if not wrappable or _is_seekable(data) or _skips(data):
+        return data
+    return update_dataloader(data, ReproducibleBatchSampler(data.batch_sampler))
+
+
+def _generators(data: Any) -> list[torch.Generator]:
+    """Return the generators that a DataLoader and its samplers were given, each once."""
+    if not isinstance(data, DataLoader):
+        return []
+    batch_sampler = data.batch_sampler
+    holders = (data, data.sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return [generator for generator in dict.fromkeys(found) if isinstance(generator, torch.Generator)]
