@@ -107,9 +107,16 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory) -> Run:
         model = build("model", config.model).to(backend.device)
         if config.compile:
             model.compile()
-        gradients = SlotGradients(
-            model, slots, seed=config.seed, process_group=backend.process_group, reduction=config.reduction
-        )
+    # Not inside `agree`: this one talks to the other ranks itself.
+    gradients = SlotGradients(
+        model,
+        slots,
+        seed=config.seed,
+        process_group=backend.process_group,
+        reduction=config.reduction,
+        device=backend.device,
+    )
+    with backend.agree("building the optimizer"):
         optimizer = build("optimizer", config.optimizer, [p for p in model.parameters() if p.requires_grad])
     trainer = create_supervised_trainer(
         gradients.module,

@@ -46,12 +46,11 @@ EXIT_CODES = {
     INTERRUPTED: "interrupted by a signal, after a checkpoint; the same command goes on",
 }
 
-logger = logging.getLogger(__name__)
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line says; return the exit code."""
-    options = parser().parse_args(arguments)
+    options = parser().parse_intermixed_args(arguments)
+    logging.getLogger("disttrain").addHandler(logging.NullHandler())  # what is logged goes to the ranks' files alone
     config, mistake = None, None
     try:
         config = load_config(Path(options.config), options.overrides)
@@ -219,7 +218,6 @@ def summarise(result: dict[str, Any], directory: RunDirectory, console: Console)
 
 def report(error: BaseException, backend: Backend, options: argparse.Namespace) -> int:
     """Tell a person what went wrong, on the rank where it did; return this rank's exit code."""
-    logger.error("%s: %s", type(error).__name__, error, exc_info=error)
     if isinstance(error, RemoteError):
         return FAILED
     if isinstance(error, RuntimeError) and not isinstance(error, DisttrainError):

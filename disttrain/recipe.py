@@ -45,6 +45,12 @@ def run(
         made = assemble(config, backend, directory)
         stack.callback(made.loader.close)
         take(directory, backend, console, fresh=fresh, stack=stack)
+        sampler = made.loader.sampler
+        if sampler.num_dropped:
+            console.print(
+                f"each epoch leaves out {sampler.num_dropped} of {sampler.num_samples} samples, another choice each "
+                f"time: they fill no global batch of {config.global_batch_size}"
+            )
         step = restore(made, console)
         end = observe(made, preemption, console, step, stack)
         began = time.perf_counter()

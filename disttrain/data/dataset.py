@@ -7,7 +7,6 @@ framework can see.
 """
 
 import hashlib
-import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, Te
 
 from disttrain.data.sampler import SeededBatch
 from disttrain.errors import DataError
-from disttrain.seeding import seed_for
+from disttrain.seeding import seed_for, seed_position
 
 LONGEST_QUOTE = 300
 NUM_HASHED_ROWS = 16
@@ -43,22 +42,6 @@ def _quoted(error: Exception) -> str:
     text = " ".join(str(error).split())
     text = text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE] + "..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _seed(seed: int) -> None:
-    """Seed the global generators as `seeding.manual_seed` does, but those of a sleeping accelerator.
-
-    torch.manual_seed queues a seed for it, which takes ten times as long as the rest here, and which would be in
-    force when it starts: `random_state_kept` does not know of it.
-    """
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - people's augmentations draw from the global one
-    torch.default_generator.manual_seed(seed)
-    if (device := torch.accelerator.current_accelerator()) is not None:
-        module = torch.get_device_module(device)
-        started = getattr(module, "is_initialized", None)  # mps always is and does not say so
-        if started is None or started():
-            getattr(module, "manual_seed_all", module.manual_seed)(seed)
 
 
 def _named(batch: SeededBatch) -> str:
@@ -91,7 +74,7 @@ class SeededDataset(Dataset[Any]):
                 f"a SeededDataset loads batches that carry a seed, got a {type(batch).__name__}; "
                 "give the DataLoader a SlotBatchSampler or an EvaluationBatchSampler as its batch_sampler"
             )
-        _seed(batch.seed)
+        seed_position(batch.seed)
         # Asked for as torch's own loaders ask: None there means that there is none.
         getitems = getattr(self.dataset, "__getitems__", None)
         if not getitems:

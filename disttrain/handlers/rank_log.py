@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
+logger = logging.getLogger(__name__)
+
 FORMAT = "%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"
 
 
@@ -20,7 +22,10 @@ class _LogFile(logging.FileHandler):
 
 
 class RankLog:
-    """A context in which everything logged, and on other ranks than 0 every warning, goes to the rank's file."""
+    """A context in which everything logged, and on other ranks than 0 every warning, goes to the rank's file.
+
+    What leaves it as an exception is logged with its traceback: a person is shown the message alone.
+    """
 
     def __init__(self, folder: Path, rank: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +44,11 @@ class RankLog:
             logging.captureWarnings(True)  # rank 0 shows them; once is enough
         return self
 
-    def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            logger.error("the run ended with %s: %s", type(error).__name__, error, exc_info=error)
         root = logging.getLogger()
         root.removeHandler(self._file)
         root.setLevel(self._level)
