@@ -20,7 +20,6 @@ class DirectorySaver:
     """Saves into `dirname`, a directory of its own; `describe()` says what the manifest holds about the run."""
 
     filename_pattern = "step-{global_step:08d}"
-    step_attribute = "iteration"
     at_least = AT_LEAST
 
     def __init__(

@@ -30,7 +30,7 @@ SaveHandler = Callable[..., Any]
 """`(checkpoint, filename, metadata)`, or `(checkpoint, filename)`. It may have:
 
 - `remove(filename)`, which removes what was saved under that name;
-- `filename_pattern`, the names that it wants, and `step_attribute`, what of the engine's state their steps count;
+- `filename_pattern`, the names that it wants;
 - `at_least`, the fewest checkpoints that it agrees to keep;
 - `every_rank = True`: it is called on every rank and sees to it that all agree;
 - `saved() -> [(step, filename)]`, oldest first: what is there already, to be rotated out too.
@@ -55,7 +55,7 @@ class Checkpoint:
     - `score_function(engine)`: higher is better; the `n_saved` best are kept instead of the newest. With only a
       `score_name` the score is `engine.state.metrics[score_name]`. A nan is worse than any number.
     - `n_saved`: None keeps all.
-    - `global_step_transform(engine, event)`: the step in the file name, by default the event's count of `engine`;
+    - `global_step_transform(engine, event)`: the step in the file name, by default the iterations of `engine`;
       for a handler of an evaluator pass one that gives the trainer's.
     - `include_self`: the list of what was saved is saved too, as "checkpointer".
     - `greater_or_equal`: an equal score replaces the oldest of the worst.
@@ -136,12 +136,8 @@ class Checkpoint:
             return
         filename = self._filename(global_step, priority)
         saved, removed = self._rotated(Item(priority, filename))
-        metadata = {
-            "basename": "_".join(filter(None, (self.filename_prefix, self._name()))),
-            "score_name": self.score_name,
-            "priority": priority,
-            "global_step": global_step,
-        }
+        name = "_".join(filter(None, (self.filename_prefix, self._name())))
+        metadata = {"basename": name, "score_name": self.score_name, "priority": priority, "global_step": global_step}
 
         def write() -> None:
             arguments = (self._collect(saved), filename, metadata)
@@ -164,15 +160,8 @@ class Checkpoint:
 
     def _progress(self, engine: Engine) -> tuple[int, int | float]:
         """Return the step for the file name and the priority, those of one rank on all."""
-        event = engine.last_event_name
-        if self.global_step_transform is not None:
-            global_step: Any = self.global_step_transform(engine, event)
-        elif (attribute := getattr(self.save_handler, "step_attribute", None)) is not None:
-            global_step = getattr(engine.state, attribute)
-        elif event is None:
-            raise RuntimeError("expected to be called by an event of a run; outside one pass global_step_transform")
-        else:
-            global_step = engine.state.get_event_attrib_value(event)
+        transform = self.global_step_transform
+        global_step = engine.state.iteration if transform is None else transform(engine, engine.last_event_name)
         priority = global_step if self.score_function is None else _number(self.score_function(engine))
         if self._backend is not None and self._backend.world_size > 1:
             global_step, priority = self._backend.broadcast((global_step, priority), source=self.save_on_rank)
@@ -188,8 +177,7 @@ class Checkpoint:
         # Without a score the newest is always wanted: also when a second run counts from 1 again.
         if self.score_function is None or self.n_saved is None or len(self._saved) < self.n_saved:
             return True
-        worst = _rank(self._saved[0])
-        new = _rank(Item(priority, ""))
+        worst, new = _rank(self._saved[0]), _rank(Item(priority, ""))
         return new >= worst if self.greater_or_equal else new > worst
 
     def _rotated(self, item: Item) -> tuple[list[Item], list[Item]]:
@@ -306,8 +294,6 @@ def _number(score: Any) -> int | float:
 def _takes_three(save_handler: SaveHandler) -> bool:
     try:
         inspect.signature(save_handler).bind(None, None, None)
-    except TypeError:
-        return False
-    except ValueError:  # a builtin does not tell
-        return True
+    except (TypeError, ValueError) as error:
+        return isinstance(error, ValueError)  # a builtin does not tell
     return True

@@ -75,10 +75,10 @@ def step_of_trainer(engine: Engine, event: Any) -> int:
 @pytest.mark.parametrize(
     ("arguments", "objects", "expected"),
     [
-        ({}, 2, "checkpoint_3.pt"),
-        ({}, 1, "model_3.pt"),
-        ({"filename_prefix": "best"}, 2, "best_checkpoint_3.pt"),
-        ({"global_step_transform": step_of_trainer}, 1, "model_30.pt"),
+        ({}, 2, "checkpoint_30.pt"),
+        ({}, 1, "model_30.pt"),
+        ({"filename_prefix": "best"}, 2, "best_checkpoint_30.pt"),
+        ({"global_step_transform": lambda e, event: e.state.epoch}, 1, "model_3.pt"),
         ({"score_function": lambda e: 0.91549}, 1, "model_0.9155.pt"),
         ({"score_function": lambda e: 7}, 1, "model_7.pt"),
         ({"score_name": "accuracy"}, 1, "model_accuracy=0.5000.pt"),
@@ -88,8 +88,8 @@ def step_of_trainer(engine: Engine, event: Any) -> int:
             "best_checkpoint_30_accuracy=0.5000.pt",
         ),
         ({"score_function": lambda e: -0.25, "score_name": "loss"}, 1, "model_loss=-0.2500.pt"),
-        ({"filename_pattern": "{name}-{global_step:05d}.{ext}"}, 1, "model-00003.pt"),
-        ({"include_self": True}, 1, "checkpoint_3.pt"),
+        ({"filename_pattern": "{name}-{global_step:05d}.{ext}"}, 1, "model-00030.pt"),
+        ({"include_self": True}, 1, "checkpoint_30.pt"),
     ],
 )
 def test_file_names(arguments: dict[str, Any], objects: int, expected: str) -> None:
@@ -124,7 +124,7 @@ def test_the_example_of_the_documents(tmp_path: Path) -> None:
 def test_a_path_is_a_directory_of_files(tmp_path: Path) -> None:
     handler = Checkpoint({"model": Number(5)}, str(tmp_path / "new"))
     run(handler)
-    assert os.listdir(tmp_path / "new") == ["model_3.pt"]
+    assert os.listdir(tmp_path / "new") == ["model_30.pt"]
     loaded = Number()
     assert isinstance(handler.last_checkpoint, Path)
     Checkpoint.load_objects({"model": loaded}, str(handler.last_checkpoint))
@@ -134,7 +134,7 @@ def test_a_path_is_a_directory_of_files(tmp_path: Path) -> None:
 def test_metadata_says_what_is_saved() -> None:
     memory = Memory()
     run(Checkpoint({"model": Number()}, memory, score_name="accuracy", filename_prefix="best"), 1, [0.5])
-    expected = {"basename": "best_model", "score_name": "accuracy", "priority": 0.5, "global_step": 1}
+    expected = {"basename": "best_model", "score_name": "accuracy", "priority": 0.5, "global_step": 10}
     assert memory.calls == [("best_model_accuracy=0.5000.pt", expected)]
 
 
@@ -145,13 +145,13 @@ def test_a_save_handler_may_take_two_arguments_and_need_not_remove() -> None:
         names.append(filename)
 
     run(Checkpoint({"model": Number()}, keep_name))
-    assert names == ["model_1.pt", "model_2.pt", "model_3.pt"]
+    assert names == ["model_10.pt", "model_20.pt", "model_30.pt"]
 
 
 # ---- what is kept
 
 
-@pytest.mark.parametrize(("n_saved", "kept"), [(1, [5]), (2, [4, 5]), (None, [1, 2, 3, 4, 5])])
+@pytest.mark.parametrize(("n_saved", "kept"), [(1, [50]), (2, [40, 50]), (None, [10, 20, 30, 40, 50])])
 def test_the_newest_are_kept(n_saved: int | None, kept: list[int]) -> None:
     memory = Memory()
     run(Checkpoint({"model": Number()}, memory, n_saved=n_saved), epochs=5)
@@ -162,12 +162,12 @@ def test_an_old_one_is_removed_only_after_the_new_one_is_safe() -> None:
     memory = Memory()
     handler = Checkpoint({"model": Number()}, memory)
     run(handler, epochs=2)
-    assert memory.happened == ["save model_1.pt", "save model_2.pt", "remove model_1.pt"]
+    assert memory.happened == ["save model_10.pt", "save model_20.pt", "remove model_10.pt"]
     memory.broken = True
     with pytest.raises(CheckpointError, match="the disk is full"):
         run(handler, epochs=1)
-    assert list(memory.files) == ["model_2.pt"]
-    assert handler.last_checkpoint == "model_2.pt"
+    assert list(memory.files) == ["model_20.pt"]
+    assert handler.last_checkpoint == "model_20.pt"
 
 
 NAN = float("nan")
@@ -218,7 +218,7 @@ def test_a_second_run_that_counts_from_one_again_is_saved_too() -> None:
     handler = Checkpoint({"model": Number()}, memory, n_saved=2)
     run(handler, epochs=5)
     run(handler, epochs=1)
-    assert list(memory.files) == ["model_5.pt", "model_1.pt"]
+    assert list(memory.files) == ["model_50.pt", "model_10.pt"]
 
 
 def test_a_name_saved_again_is_one_checkpoint() -> None:
@@ -238,22 +238,22 @@ def test_reset_forgets_and_removes_nothing() -> None:
     handler.reset()
     assert handler.last_checkpoint is None
     run(handler, epochs=1)
-    assert list(memory.files) == ["model_2.pt", "model_1.pt"]
+    assert list(memory.files) == ["model_20.pt", "model_10.pt"]
 
 
 def test_its_own_state_can_be_saved_with_the_rest(tmp_path: Path) -> None:
     saver = DiskSaver(tmp_path)
     handler = Checkpoint({"model": Number(7)}, saver, n_saved=2, include_self=True)
     run(handler, epochs=3)
-    checkpoint = torch.load(tmp_path / "checkpoint_3.pt", weights_only=True)
+    checkpoint = torch.load(tmp_path / "checkpoint_30.pt", weights_only=True)
     # The list is what is there once this checkpoint is safe, itself included.
-    assert checkpoint["checkpointer"] == {"_saved": [(2, "checkpoint_2.pt"), (3, "checkpoint_3.pt")]}
+    assert checkpoint["checkpointer"] == {"_saved": [(20, "checkpoint_20.pt"), (30, "checkpoint_30.pt")]}
     again = Checkpoint({"model": Number()}, saver, n_saved=2, include_self=True)
     Checkpoint.load_objects({"model": again.to_save["model"], "checkpointer": again}, checkpoint)
     assert again.to_save["model"].value == 7
     assert again.state_dict() == handler.state_dict()
     run(again, epochs=1)
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint_1.pt", "checkpoint_3.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint_10.pt", "checkpoint_30.pt"]
 
 
 # ---- checkpoint directories
@@ -298,7 +298,7 @@ def test_objects_are_loaded_from_a_file_a_checkpoint_or_a_directory_of_them(tmp_
     run(Checkpoint({"a": Number(1), "b": Number(2)}, DiskSaver(tmp_path / "files")))
     run(Checkpoint({"a": Number(3), "b": Number(4)}, DirectorySaver(tmp_path / "c")))
     for path, expected in (
-        (tmp_path / "files" / "checkpoint_3.pt", (1, 2)),
+        (tmp_path / "files" / "checkpoint_30.pt", (1, 2)),
         (tmp_path / "c" / "step-00000020", (3, 4)),
         (tmp_path / "c", (3, 4)),
     ):
@@ -344,7 +344,7 @@ def test_strict_goes_to_modules() -> None:
 def test_a_wrapped_model_is_saved_and_loaded_as_the_bare_one(wrap: Callable[[nn.Module], nn.Module]) -> None:
     memory, model = Memory(), nn.Linear(2, 1)
     run(Checkpoint({"model": wrap(model)}, memory))
-    state = memory.files["model_3.pt"]
+    state = memory.files["model_30.pt"]
     assert list(state) == ["weight", "bias"]
     bare, wrapped = nn.Linear(2, 1), nn.Linear(2, 1)
     Checkpoint.load_objects({"model": bare}, state)
@@ -356,7 +356,7 @@ def test_a_wrapped_model_is_saved_and_loaded_as_the_bare_one(wrap: Callable[[nn.
 def test_objects_may_be_nested() -> None:
     memory = Memory()
     run(Checkpoint({"pair": [Number(1), Number(2)], "named": {"x": Number(3)}}, memory))
-    state = memory.files["checkpoint_3.pt"]
+    state = memory.files["checkpoint_30.pt"]
     assert state == {"pair": [{"value": 1}, {"value": 2}], "named": {"x": {"value": 3}}}
     pair, x = (Number(), Number()), Number()
     Checkpoint.load_objects({"pair": pair, "named": {"x": x}}, state)
@@ -427,12 +427,14 @@ def test_a_wrong_argument_of_load_objects_is_refused(error: type[Exception], mat
         Checkpoint.load_objects(*arguments)
 
 
-def test_outside_a_run_the_step_has_to_be_given() -> None:
-    memory, engine = Memory(), Engine(lambda engine, batch: None)
-    with pytest.raises(RuntimeError, match="outside one pass global_step_transform"):
-        Checkpoint({"model": Number()}, memory)(engine)
-    Checkpoint({"model": Number()}, memory, global_step_transform=lambda engine, event: 12)(engine)
-    assert list(memory.files) == ["model_12.pt"]
+def test_called_outside_a_run_the_step_is_where_the_engine_stands() -> None:
+    memory = Memory()
+    handler = Checkpoint({"model": Number()}, memory, n_saved=None)
+    handler(Engine(lambda engine, batch: None))
+    trainer = Engine(lambda engine, batch: None)
+    trainer.run(range(4), max_epochs=3)
+    handler(trainer)
+    assert list(memory.files) == ["model_0.pt", "model_12.pt"]
 
 
 def test_a_score_is_a_number_of_a_metric_that_there_is() -> None:
@@ -461,9 +463,9 @@ def test_attach_returns_the_handle_that_undoes_it() -> None:
     trainer.run(range(2), max_epochs=1)
     handle.remove()
     trainer.run(range(2), max_epochs=2)
-    assert list(memory.files) == ["model_1.pt"]
+    assert list(memory.files) == ["model_2.pt"]
 
 
 def test_an_ordered_state_keeps_its_type(tmp_path: Path) -> None:
     run(Checkpoint({"model": nn.Linear(1, 1)}, DiskSaver(tmp_path)), epochs=1)
-    assert type(torch.load(tmp_path / "model_1.pt", weights_only=True)) is OrderedDict
+    assert type(torch.load(tmp_path / "model_10.pt", weights_only=True)) is OrderedDict

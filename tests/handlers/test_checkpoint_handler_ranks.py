@@ -33,10 +33,10 @@ def save_files(backend: Backend, root: Path) -> Any:
 
 def test_one_rank_writes_files_and_all_know_which(ranks: Ranks, tmp_path: Path) -> None:
     first, *others = ranks(3, save_files, tmp_path)
-    assert first == {"_saved": [(2, "model_2.pt"), (3, "model_3.pt")]}
+    assert first == {"_saved": [(20, "model_20.pt"), (30, "model_30.pt")]}
     assert others == [first, first]
-    assert sorted(os.listdir(tmp_path)) == ["model_2.pt", "model_3.pt"]
-    assert torch.load(tmp_path / "model_3.pt", weights_only=True)["weight"].item() == 1.0
+    assert sorted(os.listdir(tmp_path)) == ["model_20.pt", "model_30.pt"]
+    assert torch.load(tmp_path / "model_30.pt", weights_only=True)["weight"].item() == 1.0
 
 
 def save_best(backend: Backend, root: Path) -> Any:
@@ -95,4 +95,4 @@ def save_in_vain(backend: Backend) -> tuple[Any, int]:
 
 
 def test_a_failure_on_the_writing_rank_is_one_on_all(ranks: Ranks) -> None:
-    assert ranks(2, save_in_vain) == [("model_1.pt", 2), ("model_1.pt", 0)]
+    assert ranks(2, save_in_vain) == [("model_10.pt", 2), ("model_10.pt", 0)]
