@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint types check format bench clean
+.PHONY: help setup demo test slow lint types check format clean
 
 help:  ## list what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -21,13 +21,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup  ## train the handwritten-digits example on 2 gloo ranks
-	$(BIN)/torchrun --standalone --nproc-per-node 2 -m disttrain.launch examples/digits.py
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m disttrain.launch examples/digits.py
 
 test: setup  ## run the test suite (about 5 minutes on 2 cores)
 	$(BIN)/python -m pytest
 
-test-slow: setup  ## run the long tests too
-	$(BIN)/python -m pytest -m 'slow or not slow'
+slow: setup  ## run the long tests, which test leaves out
+	$(BIN)/python -m pytest -m slow --timeout 900
 
 lint: setup  ## check style
 	$(BIN)/ruff check .

@@ -205,15 +205,18 @@ def greet(config: Config, directory: RunDirectory, backend: Backend, console: Co
 
 def summarise(result: dict[str, Any], directory: RunDirectory, console: Console) -> None:
     """Print the end of a run as a person wants to read it."""
-    table = Table.grid(padding=(0, 2))
-    table.add_row("steps", f"{result['step']:,} ({result['epoch']} epochs), {result['status']}")
-    for name, value in result["metrics"].items():
-        table.add_row(name, number(value))
-    table.add_row("pace", f"{result['samples_per_second']:,.0f} samples/s, {result['wall_s']:.1f} s")
-    table.add_row("checkpoint", str(directory.checkpoints / result["checkpoint"]))
-    table.add_row("logs", f"{directory.logs}, {directory.metrics}")
-    table.add_row("weights", f"sha256 {result['params_sha256']}")
-    console.print(table, soft_wrap=True)
+    rows = {
+        "steps": f"{result['step']:,} ({result['epoch']} epochs), {result['status']}",
+        **{f"validation {name}": number(value) for name, value in result["metrics"].items()},
+        "pace": f"{result['samples_per_second']:,.0f} samples/s, {result['wall_s']:.1f} s",
+        "checkpoint": directory.checkpoints / result["checkpoint"],
+        "metrics": directory.metrics,
+        "logs": directory.logs,
+        "weights": f"sha256 {result['params_sha256']}",
+    }
+    width = max(map(len, rows)) + 2
+    for name, value in rows.items():
+        console.print(f"{name:<{width}}{value}", markup=False, soft_wrap=True)
 
 
 def report(error: BaseException, backend: Backend, options: argparse.Namespace) -> int:

@@ -49,7 +49,8 @@ def run(
         if sampler.num_dropped:
             console.print(
                 f"each epoch leaves out {sampler.num_dropped} of {sampler.num_samples} samples, another choice each "
-                f"time: they fill no global batch of {config.global_batch_size}"
+                f"time: they fill no global batch of {config.global_batch_size}",
+                soft_wrap=True,
             )
         step = restore(made, console)
         end = observe(made, preemption, console, step, stack)

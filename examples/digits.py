@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
@@ -37,20 +38,22 @@ class RandomShift(Dataset):
         return torch.roll(image, (down, right), dims=(1, 2)), label
 
 
-def digits() -> tuple[torch.Tensor, torch.Tensor]:
+def digits() -> list[torch.Tensor]:
+    """Return the images to train on, those held out, and the labels of both."""
     scans = load_digits()
     images = torch.tensor(scans.images, dtype=torch.float32).unsqueeze(1) / 16  # [1797, 1, 8, 8] in 0..1
-    return images, torch.tensor(scans.target)
+    labels = torch.tensor(scans.target)
+    return train_test_split(images, labels, test_size=NUM_HELD_OUT, random_state=0, stratify=labels)
 
 
 def train_data() -> Dataset:
-    images, labels = digits()
-    return RandomShift(TensorDataset(images[:-NUM_HELD_OUT], labels[:-NUM_HELD_OUT]))
+    images, _, labels, _ = digits()
+    return RandomShift(TensorDataset(images, labels))
 
 
 def valid_data() -> Dataset:
-    images, labels = digits()
-    return TensorDataset(images[-NUM_HELD_OUT:], labels[-NUM_HELD_OUT:])
+    _, images, _, labels = digits()
+    return TensorDataset(images, labels)
 
 
 def net() -> nn.Module:
