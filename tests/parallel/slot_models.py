@@ -1,0 +1,104 @@
+"""Small models and the loop that trains them by slots, for the tests of this folder; ranks import it too."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn.functional import cross_entropy
+
+from disttrain.backend.base import Backend
+from disttrain.parallel import SlotGradients, Slots
+
+STEPS = 6
+SAMPLES = 5
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 32), nn.GELU(), nn.Dropout(0.2), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 10))
+
+
+def cnn() -> nn.Module:
+    """BatchNorm, dropout, and weights that lie in memory otherwise than their shapes say."""
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.1),
+        nn.Linear(24, 10),
+    )
+    return net.to(memory_format=torch.channels_last)
+
+
+class Mixed(nn.Module):
+    """Three dtypes, so three buckets; a frozen layer, one that only even slots use, and one that none does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 16)
+        self.frozen = nn.Linear(16, 16).requires_grad_(False)
+        self.short = nn.Linear(16, 16).bfloat16()
+        self.long = nn.Linear(16, 10).double()
+        self.sometimes = nn.Linear(12, 16)
+        self.never = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        if x[0, 0] > 0:  # the batch says whether its slot is even
+            hidden = hidden + self.sometimes(x)
+        hidden = self.short(self.frozen(hidden).tanh().bfloat16())
+        return self.long(hidden.tanh().double()).float()
+
+
+def wide() -> nn.Module:
+    """More than DDP's first bucket holds, and more than a reduction sends whole."""
+    return nn.Sequential(nn.Linear(12, 512), nn.Tanh(), nn.Linear(512, 600), nn.Tanh(), nn.Linear(600, 1000))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"mlp": mlp, "cnn": cnn, "mixed": Mixed, "wide": wide, "bf16": mlp}
+
+
+def microbatch(name: str, step: int, slot: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1000 * step + slot)
+    x = torch.randn(SAMPLES, *((1, 6, 6) if name == "cnn" else (12,)), generator=generator)
+    if name == "mixed":
+        x[0, 0] = x[0, 0].abs() if slot % 2 == 0 else -x[0, 0].abs()
+    return x, torch.randint(0, 10, (SAMPLES,), generator=generator)
+
+
+def digest(model: nn.Module) -> str:
+    """Hash what a checkpoint would hold: parameters and buffers."""
+    state = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        state.update(name.encode())
+        state.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
+def train(name: str, slots: Slots, group: ProcessGroup | None, steps: int = STEPS, **options: Any) -> nn.Module:
+    """Train one of the models with clipping and AdamW; on every rank alike but for what is drawn before."""
+    torch.manual_seed(7)
+    model = MODELS[name]()
+    torch.manual_seed(slots.rank)  # nothing may depend on it
+    gradients = SlotGradients(model, slots, seed=3, process_group=group, **options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(steps):
+        optimizer.zero_grad()
+        batch = [microbatch(name, step, slot) for slot in slots.mine]
+        for x, y in gradients.microbatches(batch, step + 1):
+            with torch.autocast("cpu", torch.bfloat16, enabled=name == "bf16"):
+                loss = cross_entropy(gradients.module(x), y)
+            loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+    return model
+
+
+def slots_of(backend: Backend, num_slots: int) -> Slots:
+    return Slots(num_slots, backend.rank, backend.world_size)

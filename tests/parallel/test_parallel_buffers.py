@@ -1,0 +1,85 @@
+"""Buffers over slots: each slot starts from the step's, and slot 0's are kept on every rank."""
+
+import torch
+from ranks import Ranks
+from slot_models import slots_of
+from torch import Tensor, nn
+
+from disttrain.backend.base import Backend
+from disttrain.parallel import SlotGradients
+
+
+class Statistics(nn.Module):
+    """A layer with buffers of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.register_buffer("flag", torch.tensor(False))
+        self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("phase", torch.ones(2, dtype=torch.complex64))
+        self.register_buffer("short", torch.zeros(5, dtype=torch.bfloat16))
+        self.register_buffer("replaced", torch.zeros(2, dtype=torch.float64))
+        self.register_buffer("passing", torch.zeros(1), persistent=False)
+        self.register_buffer("absent", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.weight * x * self.count.item()
+        with torch.no_grad():
+            self.flag.fill_(not bool(self.flag))
+            self.count += 1
+            self.mean += x.mean()
+            self.phase *= torch.polar(torch.ones(()), x.mean())
+            self.short += x.sum()
+            self.replaced = self.replaced + x[:2].double()
+            self.passing += 1
+        return y
+
+
+def run(backend: Backend, num_slots: int, steps: int) -> tuple[dict[str, Tensor], list[float], bool]:
+    model = Statistics()
+    gradients = SlotGradients(model, slots_of(backend, num_slots), seed=0, process_group=backend.process_group)
+    received = []
+    for step in range(steps):
+        batch = [torch.full((4,), float(10 * step + slot)) for slot in gradients.slots.mine]
+        for x in gradients.microbatches(batch, step + 1):
+            gradients.module(x).sum().backward()
+        received.append(model.weight.grad.item())
+    return model.state_dict(), received, model.passing.item() == steps * len(gradients.slots.mine)
+
+
+def expected(steps: int) -> dict[str, Tensor]:
+    """Return what slot 0 alone makes of the buffers."""
+    model = Statistics()
+    for step in range(steps):
+        model(torch.full((4,), 10.0 * step))
+    return {name: tensor for name, tensor in model.state_dict().items() if name != "weight"}
+
+
+def test_slot_zero_decides_on_every_rank(ranks: Ranks) -> None:
+    for world_size in (1, 2, 3, 5):
+        for state, received, passing_stays in ranks(world_size, run, 5, 3):
+            assert all(torch.equal(state[name], tensor) for name, tensor in expected(3).items())
+            assert state.keys() == {*expected(3), "weight"}
+            # The mean over the slots of 4 samples of 10 * step + slot, times the count that each slot starts from.
+            assert received == [4.0 * (10 * step + 2) * step for step in range(3)]
+            assert passing_stays  # a buffer that is not persistent is what this rank's own slots made of it
+
+
+def batch_norm(backend: Backend) -> list[Tensor]:
+    model = nn.BatchNorm1d(2)
+    gradients = SlotGradients(model, slots_of(backend, 4), seed=0, process_group=backend.process_group)
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(4, 6, 2, generator=generator)
+    for x in gradients.microbatches([samples[slot] for slot in gradients.slots.mine], 1):
+        gradients.module(x).square().sum().backward()
+    return [model.running_mean, model.running_var, model.num_batches_tracked, samples[0]]
+
+
+def test_batch_norm_keeps_the_running_statistics_of_slot_zero(ranks: Ranks) -> None:
+    for world_size in (1, 3, 4):
+        for mean, variance, count, first in ranks(world_size, batch_norm):
+            torch.testing.assert_close(mean, 0.1 * first.mean(0))
+            torch.testing.assert_close(variance, 0.9 + 0.1 * first.var(0))
+            assert count == 1
