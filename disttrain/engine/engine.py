@@ -57,6 +57,7 @@ class Engine(Loop):
         Where that ends early: DATALOADER_STOP_ITERATION, a fresh `iter(state.dataloader)`, and on with the fetch.
         Without data the three events of fetching do not fire. Where the state is that of a run that is not done
         (loaded, terminated, paused), it goes on; else it starts anew. `state.max_epochs = None` makes it start anew.
+        With `max_iters`, `state.max_epochs` stays None.
         """
         if self._running:
             raise RuntimeError("this engine is already running; run another one inside its handlers")

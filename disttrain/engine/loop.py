@@ -161,6 +161,8 @@ class Loop(Emitter):
                 self._cursor = None
                 if run.epoch_began:
                     self._left = self.state
+        verb = "pauses" if run.paused else "ends"
+        self.logger.info("run %s at epoch %d, iteration %d", verb, self.state.epoch, self.state.iteration)
         return self.state
 
     def _stop(self, run: Cursor) -> None:
@@ -187,6 +189,7 @@ class Loop(Emitter):
         if run.inside:
             then = EPOCH if self._skip_epoch_completed else EPOCH_END
             self._emit(Events.TERMINATE_SINGLE_EPOCH, iter_counter=run.count)
+            run.iterator = None  # the old one's workers end before the new one's begin
             run.iterator = self._open(run)
             run.at, run.inside = then, False
         elif run.at in (FIRST_EPOCH, BATCH):  # else the epoch is over, and it is ignored

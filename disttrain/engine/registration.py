@@ -98,12 +98,12 @@ class Slot:
         self.by_iteration = False
         self.firing = 0
         self.stale = False
-        self._changed()
+        self.due = NEVER
 
     def add(self, registration: Registration) -> None:
         """Append a handler; a firing under way comes to it."""
         self.handlers.append(registration)
-        self._changed()
+        self.due = ALWAYS
 
     def remove(self, handler: Callable[..., Any]) -> bool:
         """Take every copy of `handler` off; return whether there was one."""
@@ -119,7 +119,7 @@ class Slot:
         """Drop the removed; not while the list is being walked, or a handler would be passed over."""
         self.handlers = [kept for kept in self.handlers if kept.due != GONE]
         self.stale = False
-        self._changed()
+        self.due = ALWAYS  # not NEVER, whoever is left: somebody may have woken the event
 
     def wake(self) -> None:
         """Forget what is due when: the counters moved, or somebody has to look."""
@@ -130,9 +130,6 @@ class Slot:
 
     def __reduce__(self) -> tuple[Callable[..., "Slot"], tuple[Event, list[Registration]]]:
         return _slot_with, (self.event, [kept for kept in self.handlers if kept.due != GONE])
-
-    def _changed(self) -> None:
-        self.due = ALWAYS if self.handlers else NEVER
 
 
 def _slot_with(event: Event, handlers: list[Registration]) -> Slot:

@@ -1,5 +1,7 @@
 """run's arguments, resuming, set_data and times."""
 
+import logging
+
 import pytest
 
 from disttrain.engine import Engine, Events, State
@@ -333,3 +335,20 @@ def test_times_are_set_before_their_events_fire():
     assert 0 < second < whole
     assert engine.state.times["COMPLETED"] == whole
     assert engine.state.times["EPOCH_COMPLETED"] == second
+
+
+def test_a_run_says_where_it_starts_and_ends(caplog):
+    engine, _ = recording()
+    with caplog.at_level(logging.INFO, logger=engine.logger.name):
+        engine.run("ab", max_epochs=2)
+        engine.add_event_handler(Events.STARTED, lambda engine: engine.interrupt())
+        engine.run("ab", max_epochs=3)
+        engine.run()
+    assert caplog.messages == [
+        "run starts at epoch 0, iteration 0",
+        "run ends at epoch 2, iteration 4",
+        "run goes on at epoch 2, iteration 4",
+        "run pauses at epoch 2, iteration 4",
+        "run goes on at epoch 2, iteration 4",
+        "run ends at epoch 3, iteration 6",
+    ]

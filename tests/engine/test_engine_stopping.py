@@ -132,6 +132,21 @@ def test_terminate_from_an_event_of_the_loop_that_is_fired_by_hand():
     assert seen == ["a", "fetch", "b", Events.TERMINATE]
 
 
+def test_a_stop_is_seen_though_the_events_last_handler_is_removed_after_it():
+    seen = []
+
+    def step(engine, batch):
+        seen.append(batch)
+        engine.terminate()
+        handle.remove()
+
+    engine = Engine(step)
+    handle = engine.add_event_handler(Events.ITERATION_COMPLETED, seen.append, "completed")
+    engine.add_event_handler(Events.GET_BATCH_STARTED, seen.append, "fetch")
+    engine.run("ab")
+    assert seen == ["fetch", "a"]
+
+
 def test_terminate_before_a_run_is_forgotten():
     engine = Engine(lambda engine, batch: None)
     engine.terminate()

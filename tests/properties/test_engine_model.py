@@ -34,6 +34,7 @@ class Other(Exception):
 class Program:
     script: dict  # (event name, "FETCH" or "PROCESS"; which firing) -> what to do
     catches: bool  # whether EXCEPTION_RAISED has a handler
+    quiet: set  # events without the handler that writes them down and acts
     filters: list  # (event name, keyword arguments): handlers that only write down that they ran
     between: list  # what is done in turn outside the runs: (name, arguments, keyword arguments)
 
@@ -107,7 +108,7 @@ class Real(Actor):
         super().__init__(program)
         self.engine = Engine(self.process)
         self.handles = {}
-        for event in Events:
+        for event in (event for event in Events if event.name not in program.quiet):
             if event is not Events.EXCEPTION_RAISED:
                 self.engine.add_event_handler(event, self.handle, event.name)
             elif program.catches:
@@ -155,6 +156,8 @@ class Real(Actor):
         name, *skip = action.split(" ") if isinstance(action, str) else action
         if name == "toggle":
             self.toggle(*skip)
+        elif name == "fire":
+            self.engine.fire_event(Events[skip[0]])
         elif name == "set_data":
             self.engine.set_data(self.make("sized", 2))
         elif name == "interrupt":
@@ -217,6 +220,8 @@ class Model(Actor):
         name, *skip = action.split(" ") if isinstance(action, str) else action
         if name == "toggle":
             self.toggle(*skip)
+        elif name == "fire":
+            self.fire(skip[0])
         elif name == "set_data":
             self.data = self.make("sized", 2)
             if self.paused is None:
@@ -240,8 +245,9 @@ class Model(Actor):
             self.on[name].append(self.running[which])
 
     def fire(self, name, iter_counter=None):
-        self.log.append((name, self.epoch, self.iteration, self.batch, iter_counter))
-        self.act(name)
+        if name not in self.program.quiet:
+            self.log.append((name, self.epoch, self.iteration, self.batch, iter_counter))
+            self.act(name)
         for handler in self.on.get(name, ()):
             value = self.epoch if name.startswith("EPOCH") else self.iteration
             if not handler["removed"] and self.passes(value, **handler["arguments"]):
@@ -476,13 +482,15 @@ places = st.sampled_from(
     + ["TERMINATE", "TERMINATE_SINGLE_EPOCH", "INTERRUPT", "EXCEPTION_RAISED", "FETCH", "PROCESS"]
 )
 numbers = st.integers(1, 5)
+soon = st.sampled_from([1, 1, 1, 2, 2, 3, 4, 6])
 actions = st.one_of(
     st.sampled_from(STOPS),
     st.sampled_from(["raise", "raise", "keyboard"]),
     st.tuples(st.just("toggle"), st.integers(0, 3)),
     st.just(("set_data",)),
+    st.tuples(st.just("fire"), st.sampled_from(FILTERED)),
 )
-scripts = st.dictionaries(st.tuples(places, numbers), st.lists(actions, min_size=1, max_size=2), max_size=6)
+scripts = st.dictionaries(st.tuples(places, soon), st.lists(actions, min_size=1, max_size=2), min_size=1, max_size=6)
 filter_arguments = st.one_of(
     st.builds(lambda values: {"once": values}, st.lists(numbers, min_size=1, max_size=3)),
     st.fixed_dictionaries({"every": st.integers(1, 4)}, optional={"before": numbers, "after": st.integers(0, 4)}),
@@ -495,7 +503,8 @@ maxima = st.one_of(
 )
 lengths = st.one_of(st.just({}), st.builds(lambda n: {"epoch_length": n}, st.integers(1, 4)))
 kinds = st.sampled_from(["sized", "sized", "unsized", "once", "none"])
-runs = st.builds(lambda *a: ("run", a[:2], {**a[2], **a[3]}), kinds, st.integers(0, 4), maxima, lengths)
+sizes = st.sampled_from([0, 1, 2, 2, 3, 3, 4])
+runs = st.builds(lambda *a: ("run", a[:2], {**a[2], **a[3]}), kinds, sizes, maxima, lengths)
 loads = st.builds(
     lambda iteration, length, maximum: ("load", ({"iteration": iteration, "epoch_length": length, **maximum},), {}),
     st.integers(0, 9),
@@ -508,16 +517,17 @@ others = st.one_of(
     st.builds(lambda action: ("ask", (action,), {}), st.one_of(st.sampled_from(STOPS), st.just(("set_data",)))),
 )
 programs = st.builds(
-    lambda script, catches, filters, first, rest: Program(script, catches, filters, [first, *rest]),
+    lambda script, catches, quiet, filters, first, rest: Program(script, catches, quiet, filters, [first, *rest]),
     scripts,
     st.booleans(),
+    st.sets(st.sampled_from(INSIDE), max_size=3),
     filters,
     runs,
     st.lists(st.one_of(runs, runs, others), max_size=5),
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(programs)
 @pytest.mark.filterwarnings("ignore:the data gave")
 def test_the_engine_does_what_the_model_does(program):
