@@ -6,7 +6,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from disttrain.engine.loop import Loop
+    from disttrain.engine.control import Control
 
 # The places, in the order in which the loop comes to them; each is named for what is done there.
 BEGIN, FIRST_EPOCH, EPOCH, BATCH, FETCH, COUNT, PROCESS, NEXT, EPOCH_END, END, OVER = range(11)
@@ -52,13 +52,13 @@ class Cursor:
 class StopRequest:
     """An attribute of the engine that asks the loop to stop: set, it is looked at after the event under way."""
 
-    def __set_name__(self, owner: type["Loop"], name: str) -> None:
+    def __set_name__(self, owner: type["Control"], name: str) -> None:
         self._name = f"_{name}"
 
-    def __get__(self, engine: "Loop", owner: type["Loop"]) -> bool:
+    def __get__(self, engine: "Control", owner: type["Control"]) -> bool:
         asked: bool = getattr(engine, self._name)
         return asked
 
-    def __set__(self, engine: "Loop", asked: bool) -> None:
+    def __set__(self, engine: "Control", asked: bool) -> None:
         setattr(engine, self._name, asked)
         engine._stop_changed()

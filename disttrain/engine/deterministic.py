@@ -24,6 +24,7 @@ What a foreign DataLoader's worker processes draw after a resume inside a pass d
 import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Self
 
@@ -35,7 +36,6 @@ from disttrain.data.loader import Seekable, update_dataloader
 from disttrain.data.sampler import ReproducibleBatchSampler
 from disttrain.engine.engine import Engine
 from disttrain.engine.events import Events
-from disttrain.engine.state import State
 from disttrain.seeding import get_random_state, keep_random_state, manual_seed, set_random_state
 
 __all__ = ["DeterministicEngine", "ReproducibleBatchSampler", "keep_random_state", "update_dataloader"]
@@ -58,23 +58,18 @@ class DeterministicEngine(Engine):
         self.state_dict_user_keys.append("rng_states")
         self.add_event_handler(Events.STARTED, _take_seed)
 
-    def run(
-        self,
-        data: Iterable[Any] | None = None,
-        max_epochs: int | None = None,
-        max_iters: int | None = None,
-        epoch_length: int | None = None,
-    ) -> State:
-        """Run as `Engine.run` does, over reproducible batches; ValueError without data."""
+    @contextmanager
+    def _around_run(self, data: Iterable[Any] | None) -> Iterator[None]:
+        """Refuse a run without data; leave an outer run's generators as they are, and take up a paused one's."""
         paused = self._cursor is not None
-        if data is None and self._next_data is None and not paused:
+        if data is None and not paused:
             raise ValueError("expected data, got None; an engine without data has no batches to reproduce, use Engine")
         outer = get_random_state() if _inside_a_run.get() else None
         if paused and self._random_state_when_paused is not None:
             set_random_state(self._random_state_when_paused)
         token = _inside_a_run.set(True)
         try:
-            return super().run(data, max_epochs, max_iters, epoch_length)
+            yield
         finally:
             _inside_a_run.reset(token)
             self._random_state_when_paused = None if self._cursor is None else get_random_state()

@@ -131,7 +131,9 @@ class Emitter:
         slot.firing += 1
         try:
             for registration in slot.handlers:
-                if registration.due <= position and (registration.filter is None or self._passes(slot, registration)):
+                if registration.due <= position and (
+                    registration.filter is None or self._passes(slot, registration, position)
+                ):
                     if registration.bare:
                         registration.function(self)
                     elif registration.takes_engine:
@@ -149,9 +151,12 @@ class Emitter:
         slot.due = due
         return False
 
-    def _passes(self, slot: Slot, registration: Registration) -> bool:
-        """Ask the filter, and note the next iteration at which it is worth asking."""
+    def _passes(self, slot: Slot, registration: Registration, position: int) -> bool:
+        """Ask the filter, and note the next iteration at which it is worth asking.
+
+        A firing by hand notes nothing: the loop may yet come to fire the event at this very iteration.
+        """
         value = self.state.iteration if slot.by_iteration else self.state.get_event_attrib_value(slot.event)
-        if slot.by_iteration and registration.following is not None:
+        if slot.by_iteration and registration.following is not None and position != NEVER:
             registration.due = registration.following(value)
         return registration.filter is None or registration.filter(self, value)

@@ -78,6 +78,7 @@ def _training_step(
     if divisor == 1 and type(gradients) is Accumulation:  # most runs: there is nothing to hold back
         opens, closes, microbatches_of = _always, _always, _whole
     forward, backward, update = precision.forward, precision.backward, precision.update
+    plain = model_fn is call_model  # then the model is called here: that much shorter is the way to it
 
     def step(engine: Engine, batch: Any) -> Any:
         iteration = engine.state.iteration
@@ -90,7 +91,7 @@ def _training_step(
             for microbatch in microbatches:
                 x, y = prepare_batch(microbatch, device=device, non_blocking=non_blocking)
                 with forward():
-                    y_pred = model_transform(model_fn(model, x))
+                    y_pred = model_transform(model(x) if plain else model_fn(model, x))
                     loss = loss_fn(y_pred, y)
                 backward(loss if divisor == 1 else loss / divisor, optimizer)
                 if several:

@@ -82,6 +82,14 @@ def test_filters_follow_counters_that_a_handler_moves():
     assert seen == [10, 10, 20]
 
 
+def test_firing_by_hand_does_not_use_up_the_loops_own_firing():
+    engine, seen = idle(), []
+    engine.add_event_handler(Events.GET_BATCH_STARTED(once=1), lambda e: seen.append(e.last_event_name))
+    engine.add_event_handler(Events.ITERATION_STARTED(once=1), lambda e: e.fire_event(Events.GET_BATCH_STARTED))
+    engine.run(range(3))
+    assert seen == [Events.GET_BATCH_STARTED] * 2
+
+
 def calls_made(run):
     """Return how many functions, builtin or not, a call of `run` calls."""
     count = 0
