@@ -39,7 +39,7 @@ from disttrain.errors import ConfigError
 from disttrain.parallel.buffers import SlotBuffers
 from disttrain.parallel.slots import Node, Slots, TreeSum
 from disttrain.parallel.tree import Reduction, TreeReduce, accumulation_dtype
-from disttrain.seeding import seed_for
+from disttrain.seeding import seed_for, seed_torch
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class SlotGradients:
         for slot, microbatch in zip(mine, batch, strict=True):
             meets = self._ddp is not None and slot == mine[-1]
             self._buffers.slot_starts(slot)
-            torch.manual_seed(seed_for(self._seed, "step", iteration - 1, slot))
+            seed_torch(seed_for(self._seed, "step", iteration - 1, slot))
             with nullcontext() if self._ddp is None or meets else self._ddp.no_sync():
                 yield microbatch
             self._buffers.slot_ends(slot)

@@ -99,7 +99,7 @@ class TestBeforeAnythingIsTouched:
         refused(launch(cwd=folder), "usage:", code=2)
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_empty_dataset(tmp_path: Path, ranks: int) -> None:
     write_cfg(tmp_path, "fields['train_data'] = lambda: torch.utils.data.TensorDataset(torch.zeros(0))")
     refused(launch("cfg.py", ranks=ranks, cwd=tmp_path), "empty")
@@ -130,7 +130,10 @@ def test_model_that_raises_on_one_rank_only(tmp_path: Path) -> None:
     assert not checkpoints(tmp_path / "runs" / "small")
 
 
-@pytest.mark.parametrize(("ranks", "workers"), [(0, 0), (0, 2), (2, 0), (2, 1)])
+@pytest.mark.parametrize(
+    ("ranks", "workers"),
+    [pytest.param(0, 0, marks=pytest.mark.slow), (0, 2), (2, 0), pytest.param(2, 1, marks=pytest.mark.slow)],
+)
 def test_dataset_that_raises_on_one_sample(tmp_path: Path, ranks: int, workers: int) -> None:
     change = """
     class Torn(Noisy):
@@ -145,7 +148,7 @@ def test_dataset_that_raises_on_one_sample(tmp_path: Path, ranks: int, workers: 
     refused(done, "the scan is torn", "123")
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_loss_that_becomes_nan(tmp_path: Path, ranks: int) -> None:
     change = """
     class Bursts(nn.Module):

@@ -1,6 +1,7 @@
 """The main job by its real commands: train, kill, resume on other ranks, finish, start anew."""
 
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 from commands import DIGITS, Done, checkpoints, environment, kill, launch, lines, result, start, write_cfg
 from safetensors.torch import load_file
+
+slow = pytest.mark.slow
 
 STEPS = 15  # of the small config: 3 epochs of 200 // 40 steps
 
@@ -81,7 +84,7 @@ def test_params_sha256_is_that_of_the_saved_weights(whole: Path) -> None:
     assert len(result(run)["params_sha256"]) == hashlib.sha256().digest_size * 2
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=slow), 2, pytest.param(3, marks=slow), 4])
 def test_any_number_of_ranks_gives_the_same_bits(whole: Path, tmp_path: Path, ranks: int) -> None:
     write_cfg(tmp_path)
     done = launch("cfg.py", ranks=ranks, cwd=tmp_path)
@@ -107,7 +110,9 @@ fields["handlers"] = [dies]
 """
 
 
-@pytest.mark.parametrize(("ranks", "workers"), [(0, 0), (0, 2), (2, 0), (2, 2)])
+@pytest.mark.parametrize(
+    ("ranks", "workers"), [pytest.param(0, 0, marks=slow), (0, 2), (2, 0), pytest.param(2, 2, marks=slow)]
+)
 def test_killed_at_a_random_step_and_started_again(whole: Path, tmp_path: Path, ranks: int, workers: int) -> None:
     step = random.SystemRandom().randint(1, STEPS)
     print("killed at step", step)  # shown when the test fails
@@ -122,6 +127,7 @@ def test_killed_at_a_random_step_and_started_again(whole: Path, tmp_path: Path, 
     same_as(whole, tmp_path)
 
 
+@pytest.mark.slow
 def test_killed_from_outside_at_a_random_moment(whole: Path, tmp_path: Path) -> None:
     write_cfg(tmp_path, "fields['num_workers'] = 2")
     for _ in range(2):
@@ -151,8 +157,15 @@ def test_torchrun_restarts_a_rank_that_dies(whole: Path, tmp_path: Path) -> None
     same_as(whole, tmp_path)
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "ranks"),
+    [
+        (signal.SIGTERM, 2),
+        (signal.SIGINT, 0),
+        pytest.param(signal.SIGTERM, 0, marks=slow),
+        pytest.param(signal.SIGINT, 2, marks=slow),
+    ],
+)
 def test_a_signal_saves_and_stops_at_the_next_step(
     whole: Path, tmp_path: Path, ranks: int, number: signal.Signals
 ) -> None:
@@ -184,9 +197,7 @@ def test_a_signal_saves_and_stops_at_the_next_step(
 class TestFinished:
     @pytest.fixture
     def folder(self, whole: Path, tmp_path: Path) -> Path:
-        write_cfg(tmp_path)
-        done = launch("cfg.py", cwd=tmp_path)
-        assert done.code == 0
+        shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
         return tmp_path
 
     def test_says_so_and_prints_the_result(self, folder: Path) -> None:
