@@ -195,6 +195,43 @@ def test_handler_removed_before_its_turn_does_not_run():
     assert not later.called
 
 
+@pytest.mark.parametrize("also", [lambda engine: None, Engine.terminate, Engine.interrupt])
+def test_a_handler_removed_in_a_firing_is_gone_at_once_whatever_else_is_asked_for(also):
+    engine, later, had = idle(), MagicMock(), []
+
+    @engine.on(Events.ITERATION_STARTED)
+    def remove(engine):
+        engine.remove_event_handler(later, Events.ITERATION_STARTED)
+        had.append(engine.has_event_handler(later))
+        also(engine)
+
+    engine.add_event_handler(Events.ITERATION_STARTED, later)
+    engine.run([1])
+    assert had == [False]
+    assert not later.called
+
+
+def test_handlers_removed_and_added_in_firings_inside_firings():
+    engine, seen = idle(), []
+    engine.register_events("again")
+
+    def outer(engine):
+        if seen == []:
+            seen.append("outer")
+            engine.fire_event("again")
+            engine.add_event_handler("again", seen.append, "new")
+
+    def inner(engine):
+        seen.append("inner")
+        engine.remove_event_handler(inner, "again")
+
+    engine.add_event_handler("again", outer)
+    engine.add_event_handler("again", inner)
+    engine.add_event_handler("again", seen.append, "last")
+    engine.fire_event("again")
+    assert seen == ["outer", "inner", "last", "last", "new"]
+
+
 def test_every_handler_runs_when_one_removes_itself():
     engine, seen = idle(), []
 

@@ -96,6 +96,18 @@ def test_terminate_from_the_process_function_and_from_the_data():
     assert log[-4:] == ["GET_BATCH_STARTED", "GET_BATCH_COMPLETED", "TERMINATE", "COMPLETED"]
 
 
+@pytest.mark.parametrize("length", [None, 3])
+def test_a_stop_asked_for_by_data_that_ends_comes_before_epoch_completed(length):
+    def data():
+        yield "a"
+        engine.terminate()
+
+    engine, log = recording()
+    engine.run(data(), epoch_length=length)
+    assert log[-3:] == ["DATALOADER_STOP_ITERATION" if length else "GET_BATCH_STARTED", "TERMINATE", "COMPLETED"]
+    assert "EPOCH_COMPLETED" not in log
+
+
 def test_a_stop_needs_no_handler_on_the_event_after_which_it_is_looked_at():
     seen = []
 
