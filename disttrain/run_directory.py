@@ -16,6 +16,7 @@ the process, however it dies.
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,21 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Return `value` as JSON, which any reader takes: a number that is not finite, which JSON has not, is null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return value
 
 
 class RunDirectory:
@@ -123,7 +139,7 @@ class RunDirectory:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Keep how the run ended."""
-        write_text(self.result_json, json.dumps(result, indent=2) + "\n")
+        write_text(self.result_json, json_text(result, indent=2) + "\n")
 
     def close(self) -> None:
         """Give the lock back; any number of times."""

@@ -8,6 +8,7 @@ from typing import IO, Any, Literal
 
 from disttrain.errors import ConfigError
 from disttrain.handlers.losses import Pace
+from disttrain.run_directory import json_text
 
 
 class JsonLines:
@@ -21,7 +22,7 @@ class JsonLines:
         kept = []
         self._last_step = -1
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     written = json.loads(line)["step"]
                 except (ValueError, KeyError, TypeError):
@@ -37,7 +38,7 @@ class JsonLines:
     def write(self, line: dict[str, Any]) -> None:
         if line["step"] > self._last_step:
             self._last_step = line["step"]
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(json_text(line) + "\n")
             self._file.flush()
 
     def close(self) -> None:

@@ -5,31 +5,40 @@ seen once on exactly one rank and a metric is that of the data set. Batch losses
 float64; metric states are merged in rank order. The training generators are left as they were found.
 """
 
+import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from disttrain.backend import Backend
 from disttrain.errors import DataError
 from disttrain.precision import Precision
 from disttrain.seeding import keep_random_state
 
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
 Compute = Callable[[nn.Module, Any], tuple[Tensor, Any]]
 """(model, batch) -> (mean loss of the batch, outputs); the metrics are updated with the outputs."""
 
 
 def num_samples(batch: Any) -> int:
-    """Return the number of samples of a batch: the length of the first tensor in it."""
-    if isinstance(batch, Tensor) and batch.ndim > 0:
-        return len(batch)
-    for part in batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ():
-        if isinstance(part, (Tensor, Mapping, list, tuple)):
-            return num_samples(part)
+    """Return the number of samples of a batch: the length of the first tensor in it that has one."""
+    for tensor in _tensors(batch):
+        if tensor.ndim > 0:
+            return len(tensor)
     raise DataError(f"expected a tensor in each validation batch, got {type(batch).__name__}; see the field collate")
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, (Mapping, list, tuple)):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(part)
 
 
 class Evaluation:
@@ -40,7 +49,7 @@ class Evaluation:
         model: nn.Module,
         batches: Callable[[], Iterable[tuple[int, Any]]],
         compute: Compute,
-        metrics: Mapping[str, Metric],
+        metrics: Mapping[str, "Metric"],
         *,
         precision: Precision,
         backend: Backend,
@@ -52,16 +61,22 @@ class Evaluation:
         self.precision = precision
         self.backend = backend
         for metric in self.metrics.values():
-            for part in metric.modules():
-                if isinstance(part, Metric):
-                    # torchmetrics would ask torch.distributed by itself; it is given the run's backend instead.
-                    part.dist_sync_fn = self._by_rank
-                    part.distributed_available_fn = lambda: backend.world_size > 1
+            self._give_backend(metric)
+
+    def _give_backend(self, metric: "Metric") -> None:
+        """Let the metric gather through the run's backend; torchmetrics would ask torch.distributed by itself."""
+        from torchmetrics import Metric  # slow to import, and here already: the metric is one
+
+        for part in metric.modules():
+            if isinstance(part, Metric):
+                part.dist_sync_fn = functools.partial(self._by_rank, part)
+                part.distributed_available_fn = lambda: self.backend.world_size > 1
 
     @keep_random_state
     def run(self) -> dict[str, Any]:
         """Return the validation loss and the metrics, the same on every rank."""
-        training = self.model.training
+        # One by one: a part of the model may be held in evaluation mode, as a frozen batch norm is.
+        training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         for metric in self.metrics.values():
             metric.reset()
@@ -71,7 +86,8 @@ class Evaluation:
                 for number, batch in self.batches():
                     losses[number] = self._evaluate(batch)
         finally:
-            self.model.train(training)
+            for module in training:
+                module.training = True
         return {"loss": self._mean(losses), **{name: self._value(metric) for name, metric in self.metrics.items()}}
 
     def _evaluate(self, batch: Any) -> tuple[float, int]:
@@ -94,16 +110,19 @@ class Evaluation:
             num += count
         return total / num
 
-    def _value(self, metric: Metric) -> Any:
+    def _value(self, metric: "Metric") -> Any:
         with warnings.catch_warnings():
             # A rank without a batch has nothing to say, and that is in order.
             warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
             value = metric.compute()
         return plain(value)
 
-    def _by_rank(self, state: Tensor, group: Any = None) -> list[Tensor]:
+    def _by_rank(self, metric: "Metric", state: Tensor, group: Any = None) -> list[Tensor]:
         """Gather a metric's state, whose shape may differ over the ranks, in rank order."""
-        return [part.to(state.device) for (part,) in self.backend.all_gather((state.detach().cpu(),))]
+        parts = self.backend.all_gather((metric.update_called, state.detach().cpu()))
+        # A rank without a batch would add its defaults: to a mean, or as floats to a list of integers.
+        told = [part for updated, part in parts if updated] or [part for _, part in parts]
+        return [part.to(state.device) for part in told]
 
 
 def plain(value: Any) -> Any:

@@ -47,7 +47,8 @@ class Preemption:
         now = time.monotonic()
         if self.signal is not None and number == signal.SIGINT and now - self._asked > SECOND_SIGINT_AFTER_S:
             raise KeyboardInterrupt
-        self.signal, self._asked = signal.Signals(number), now
+        if self.signal is None:
+            self.signal, self._asked = signal.Signals(number), now
 
     def saved(self) -> None:
         """Note that a checkpoint was made just now; the next timed one is `save_every_s` seconds off."""

@@ -50,7 +50,9 @@ class ProgressDisplay:
                 console=self.console,
                 transient=True,
             )
-            self._task = self._bar.add_task(self._epoch(engine), total=self.total_steps, completed=0, pace="")
+            self._task = self._bar.add_task(
+                self._epoch(engine), total=self.total_steps, completed=engine.state.iteration, pace=""
+            )
             self._bar.start()
 
     def pace(self, pace: Pace) -> None:
@@ -80,7 +82,9 @@ class ProgressDisplay:
         self.line(f"epoch {epoch}{of}  step {step}  validation: {words}")
 
     def line(self, text: str) -> None:
-        (self._bar.console if self._bar is not None else self.console).print(text, highlight=False, soft_wrap=True)
+        console = self._bar.console if self._bar is not None else self.console
+        # Without markup: a metric's "[nan, 0.5]" is no style.
+        console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Take the bar off the screen; any number of times."""

@@ -1,0 +1,102 @@
+"""LossLog: the same curve on any number of ranks, in few collectives, and a loud stop where it is not finite."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks
+
+from disttrain.backend import Backend, connect
+from disttrain.engine import Engine, Events
+from disttrain.errors import NonFiniteError
+from disttrain.handlers.losses import LossLog, Pace
+
+NUM_SLOTS, NUM_STEPS = 6, 7
+# Values whose sum depends on the order in which they are added.
+LOSSES = torch.rand(NUM_STEPS, NUM_SLOTS, generator=torch.Generator().manual_seed(1)) ** 9
+
+
+def run_with(
+    backend: Backend, losses: torch.Tensor, *, fetch_every: int = 3, stop_on_nan: bool = True
+) -> tuple[list[dict[str, Any]], list[Pace], str]:
+    """Train for as many steps as there are rows, each rank with its columns; return what was told."""
+    each = losses.shape[1] // backend.world_size
+    mine = losses[:, backend.rank * each : (backend.rank + 1) * each]
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    lines: list[dict[str, Any]] = []
+    paces: list[Pace] = []
+
+    def fetched(new: list[dict[str, Any]], pace: Pace) -> None:
+        lines.extend(new)
+        paces.append(pace)
+
+    log = LossLog(backend, optimizer, samples_per_step=12, stop_on_nan=stop_on_nan, fetched=fetched)
+    trainer = Engine(lambda engine, i: list(mine[i].unbind()))
+    log.attach(trainer)
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def schedule() -> None:
+        optimizer.param_groups[0]["lr"] /= 2
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(every=fetch_every), log.fetch)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, log.fetch)
+    said = ""
+    try:
+        trainer.run(range(len(losses)), max_epochs=1)
+    except NonFiniteError as error:
+        said = str(error)
+    return lines, paces, said
+
+
+def folded(losses: torch.Tensor) -> list[float]:
+    """The means over the slots, added by hand in slot order."""
+    means = []
+    for row in losses.double().tolist():
+        total = 0.0
+        for loss in row:
+            total += loss
+        means.append(total / len(row))
+    return means
+
+
+def test_the_lines_are_the_same_on_any_number_of_ranks(ranks: Ranks) -> None:
+    expected = [
+        {"step": i + 1, "epoch": 1, "loss": loss, "learning_rate": 0.5**i} for i, loss in enumerate(folded(LOSSES))
+    ]
+    for world_size in (1, 2, 3):
+        for lines, paces, said in ranks(world_size, run_with, LOSSES):
+            assert lines == expected
+            assert [pace.step for pace in paces] == [3, 6, 7]
+            assert [(pace.loss, pace.learning_rate) for pace in paces] == [
+                (expected[step - 1]["loss"], expected[step - 1]["learning_rate"]) for step in (3, 6, 7)
+            ]
+            assert all(pace.samples_per_second > 0 for pace in paces)
+            assert said == ""
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_its_step(ranks: Ranks, bad: float) -> None:
+    losses = LOSSES.clone()
+    losses[4, 5] = bad  # of the last slot in step 5: another rank's than 0's
+    for lines, _, said in ranks(2, run_with, losses):
+        assert said.startswith(f"the loss became {bad} at step 5 (epoch 1)")
+        # The curve shows it; a number that JSON does not have is null there.
+        assert [line["loss"] for line in lines] == [*folded(LOSSES)[:4], None, folded(LOSSES)[5]]
+
+
+def test_training_goes_on_where_that_is_wanted() -> None:
+    losses = LOSSES.clone()
+    losses[1, 0] = math.nan
+    with connect("single") as backend:
+        lines, paces, said = run_with(backend, losses, stop_on_nan=False)
+    assert said == ""
+    assert [line["step"] for line in lines if line["loss"] is None] == [2]
+    assert len(lines) == NUM_STEPS
+    assert math.isfinite(paces[0].loss)
+
+
+def test_a_fetch_with_nothing_new_tells_nothing() -> None:
+    with connect("single") as backend:
+        _, paces, _ = run_with(backend, LOSSES[:6], fetch_every=3)
+    assert [pace.step for pace in paces] == [3, 6]  # and not once more at the epoch's end

@@ -1,0 +1,85 @@
+"""What a person sees: a bar on a terminal, plain lines in a file, the same words in both."""
+
+import re
+import time
+from io import StringIO
+
+from rich.console import Console
+
+from disttrain.engine import Engine, Events
+from disttrain.handlers.losses import Pace
+from disttrain.handlers.progress import ProgressDisplay
+
+PACE = Pace(step=3, epoch=1, loss=0.123456, learning_rate=0.1, samples_per_second=12345.6)
+
+
+def shown(console: Console, *, line_every_s: float = 0.0, resume_at: int = 0, wait_s: float = 0.0) -> ProgressDisplay:
+    """Run two epochs of five steps, with a loss and a validation on the way; return the display, closed."""
+    display = ProgressDisplay(console, total_steps=10, max_epochs=2, line_every_s=line_every_s)
+    display.every_s = line_every_s
+    trainer = Engine(lambda engine, batch: time.sleep(wait_s))
+    display.attach(trainer)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=resume_at + 3), lambda: display.pace(PACE))
+    trainer.add_event_handler(
+        Events.EPOCH_COMPLETED(once=1 + resume_at // 5),
+        lambda e: display.validated(e.state.iteration, e.state.epoch, {"loss": 0.25, "per_class": [float("nan"), 0.5]}),
+    )
+    if resume_at:
+        trainer.load_state_dict({"iteration": resume_at, "max_epochs": 2, "epoch_length": 5})
+    trainer.run(range(5), max_epochs=2)
+    display.close()
+    display.close()
+    return display
+
+
+def terminal() -> tuple[Console, StringIO]:
+    screen = StringIO()
+    return Console(force_terminal=True, file=screen, width=100), screen
+
+
+def plain(screen: StringIO) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+
+
+def test_a_terminal_gets_a_bar_with_epoch_step_loss_and_pace() -> None:
+    console, screen = terminal()
+    shown(console, wait_s=0.03)
+    bar = next(line for line in re.split(r"[\r\n]+", plain(screen)) if "samples/s" in line)
+    assert re.search(r"epoch [12]/2 .* \d+/10 loss 0\.1235  12,346 samples/s \d:\d\d:\d\d|-:--:--", bar), bar
+    assert "epoch 1/2  step 5  validation: loss 0.25  per_class [nan, 0.5]\n" in plain(screen)
+
+
+def test_the_bar_of_a_resumed_run_begins_where_that_begins() -> None:
+    console, screen = terminal()
+    display = ProgressDisplay(console, total_steps=10, max_epochs=None, line_every_s=60.0)
+    display.every_s = 60.0
+    trainer = Engine(lambda engine, batch: None)
+    trainer.load_state_dict({"iteration": 7, "max_epochs": 2, "epoch_length": 5})
+    display.attach(trainer)
+    trainer.run(range(5), max_epochs=2)
+    display.close()
+    # Begun at 0, the steps of the first run would count as done in a moment, and hardly any time as left.
+    assert " 7/10 " in plain(screen)
+
+
+def test_plain_lines_elsewhere() -> None:
+    screen = StringIO()
+    shown(Console(file=screen, width=40))
+    lines = screen.getvalue().splitlines()
+    assert len(lines) == 11  # ten steps and the validation, none of them wrapped
+    assert lines[5] == "epoch 1/2  step 5  validation: loss 0.25  per_class [nan, 0.5]"
+    assert re.fullmatch(r"epoch 1/2  step 1/10    \d:\d\d:\d\d left", lines[0])
+    assert lines[-1] == "epoch 2/2  step 10/10  loss 0.1235  12,346 samples/s  0:00:00 left"
+
+
+def test_lines_come_only_so_often() -> None:
+    screen = StringIO()
+    shown(Console(file=screen), line_every_s=3600.0)
+    assert screen.getvalue() == "epoch 1/2  step 5  validation: loss 0.25  per_class [nan, 0.5]\n"
+
+
+def test_a_resumed_run_counts_the_whole_run() -> None:
+    screen = StringIO()
+    shown(Console(file=screen), resume_at=5)
+    steps = re.findall(r"step (\d+)/10", screen.getvalue())
+    assert steps == ["6", "7", "8", "9", "10"]
