@@ -24,10 +24,10 @@ demo: setup  ## train the handwritten-digits example on 2 gloo ranks
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m disttrain.launch examples/digits.py
 
 test: setup  ## run the test suite (about 5 minutes on 2 cores)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: setup  ## run the long tests, which test leaves out
-	$(BIN)/python -m pytest -m slow --timeout 900
+	$(BIN)/python -m pytest -m slow --timeout 900 -n 2 --dist loadfile
 
 lint: setup  ## check style
 	$(BIN)/ruff check .

@@ -123,7 +123,7 @@ def check(config: Config) -> int:
 
 def start(config: Config, options: argparse.Namespace, backend: Backend) -> int:
     """Hold the config against the other ranks and the run that may be there, then run it."""
-    console = Console(quiet=backend.rank != 0, highlight=False)
+    console = Console(quiet=backend.rank != 0, highlight=False, markup=False, emoji=False)
     path = Path(options.config)
     directory = RunDirectory(path if path.is_dir() else options.runs / str(config.name))
     fresh = options.fresh and backend.restarts == 0  # a restarted rank goes on with what this launch began
@@ -216,7 +216,7 @@ def summarise(result: dict[str, Any], directory: RunDirectory, console: Console)
     }
     width = max(map(len, rows)) + 2
     for name, value in rows.items():
-        console.print(f"{name:<{width}}{value}", markup=False, soft_wrap=True)
+        console.print(f"{name:<{width}}{value}", soft_wrap=True)
 
 
 def report(error: BaseException, backend: Backend, options: argparse.Namespace) -> int:

@@ -83,7 +83,7 @@ def take(directory: RunDirectory, backend: Backend, console: Console, *, fresh: 
             stack.callback(directory.close)
             kept = directory.open(fresh=fresh)
             if kept is not None:
-                console.print(f"the old run is kept as {kept}")
+                console.print(f"the old run is kept as {kept}", soft_wrap=True)
     with backend.agree("opening the logs"):
         stack.enter_context(RankLog(directory.logs, backend.rank))
 
@@ -95,7 +95,7 @@ def restore(made: Run, console: Console) -> int:
     if found is not None:
         step, position = found.manifest.step, found.manifest.position
         for name, reason in found.skipped:
-            console.print(f"[bold yellow]WARNING[/]: checkpoint {name} is damaged: {reason}")
+            console.print(f"WARNING: checkpoint {name} is damaged: {reason}", style="bold yellow", soft_wrap=True)
         there = {name: position.get(name) for name in made.data}
         if there != made.data and not made.config.accept_other_data:
             raise DataError(
