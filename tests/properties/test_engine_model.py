@@ -479,7 +479,7 @@ class Model(Actor):
 
 places = st.sampled_from(
     [*INSIDE, "EPOCH_STARTED", "EPOCH_COMPLETED", "STARTED", "COMPLETED", "DATALOADER_STOP_ITERATION"]
-    + ["TERMINATE", "TERMINATE_SINGLE_EPOCH", "INTERRUPT", "EXCEPTION_RAISED", "FETCH", "PROCESS"]
+    + ["TERMINATE", "TERMINATE_SINGLE_EPOCH", "INTERRUPT", "EXCEPTION_RAISED", "FETCH", *["PROCESS"] * 4]
 )
 numbers = st.integers(1, 5)
 soon = st.sampled_from([1, 1, 1, 2, 2, 3, 4, 6])
