@@ -26,7 +26,7 @@ ALLOWED = {
     "torch_xla": {"backend/xla.py", "precision/xla.py", "parallel"},
     "signal": {
         "handlers/preemption.py",
-        "data/loader.py",
+        "data/fetching.py",
         "backend/parent.py",
     },  # the others install no handler in a rank
 }
