@@ -32,7 +32,7 @@ OURS = "disttrain"
 ENGINES = {OURS: "disttrain.engine", "pytorch-ignite": "ignite.engine"}
 PEERS = {"pytorch-ignite": "ignite", "Lightning Fabric": "lightning_fabric", "Accelerate": "accelerate"}
 GOALS = {"no handler": 0.5, "five every=100": 0.3, "one plain": 0.3, "step": 1.02}
-STEPS_A_TIMING = 10
+STEPS_A_TIMING = 50  # so many that what a run costs to begin, 30 us, does not count
 
 Contender = Callable[[], object]
 
@@ -80,7 +80,10 @@ def engine_loop(module: str, data: Any, *filters: dict[str, int] | None) -> Cont
     return run
 
 
-def parts() -> tuple[nn.Module, torch.optim.Optimizer, nn.Module]:
+Parts = tuple[nn.Module, torch.optim.Optimizer, nn.Module]
+
+
+def parts() -> Parts:
     """Return a small model, its optimizer and loss: a step of a fraction of a millisecond."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
@@ -91,8 +94,8 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(torch.randn(64, 64), torch.randint(10, (64,))) for _ in range(STEPS_A_TIMING)]
 
 
-def hand_steps(data: Any) -> Contender:
-    model, optimizer, loss_fn = parts()
+def hand_steps(data: Any, shared: Parts) -> Contender:
+    model, optimizer, loss_fn = shared
     model.train()
 
     def loop() -> float:
@@ -108,8 +111,8 @@ def hand_steps(data: Any) -> Contender:
     return loop
 
 
-def trainer_steps(module: str, data: Any) -> Contender:
-    trainer = importlib.import_module(module).create_supervised_trainer(*parts())
+def trainer_steps(module: str, data: Any, shared: Parts) -> Contender:
+    trainer = importlib.import_module(module).create_supervised_trainer(*shared)
 
     def run() -> None:
         trainer.state.max_epochs = None
@@ -194,15 +197,16 @@ def measure_loops(installed: list[str], repetitions: int, iterations: int) -> li
 def measure_steps(installed: list[str], repetitions: int, iterations: int) -> tuple[list[Figure], float]:
     """Return the ratios of the steps to the one by hand and what wrapped DataLoaders cost; and the step's time."""
     data, loader = batches(), DataLoader[int](range(iterations), batch_size=None)  # type: ignore[arg-type]
-    steps: dict[Any, Contender] = {"hand": hand_steps(data), OURS: trainer_steps(ENGINES[OURS], data)}
+    shared = parts()  # one model for all that do not wrap theirs: where it lies in memory makes a difference
+    steps: dict[Any, Contender] = {"hand": hand_steps(data, shared), OURS: trainer_steps(ENGINES[OURS], data, shared)}
     loops: dict[Any, Contender] = {"hand": bare_loop(loader)}
     if "pytorch-ignite" in installed:
-        steps["pytorch-ignite"] = trainer_steps(ENGINES["pytorch-ignite"], data)
+        steps["pytorch-ignite"] = trainer_steps(ENGINES["pytorch-ignite"], data, shared)
     if "Lightning Fabric" in installed:
         loops["Lightning Fabric"], steps["Lightning Fabric"] = fabric_contenders(loader, data)
     if "Accelerate" in installed:
         loops["Accelerate"], steps["Accelerate"] = accelerate_contenders(loader, data)
-    found = timed(steps, repetitions, STEPS_A_TIMING)
+    found = timed(steps, max(5, repetitions // 4), STEPS_A_TIMING)
     by_hand = statistics.median(found["hand"])
     figures = [
         Figure(
