@@ -20,7 +20,7 @@ from disttrain.backend import Backend, make_deterministic
 from disttrain.checkpoint import DirectorySaver, checkpoint_name, load_newest, params_sha256
 from disttrain.config import Config, to_json
 from disttrain.engine import Engine
-from disttrain.errors import DataError, DisttrainError
+from disttrain.errors import ConfigError, DataError, DisttrainError
 from disttrain.handlers.checkpoint import Checkpoint
 from disttrain.handlers.curves import Curves
 from disttrain.handlers.losses import LossLog, Pace
@@ -102,13 +102,26 @@ def restore(made: Run, console: Console) -> int:
                 f"the training data has changed since the run began: expected {there}, got {made.data}; "
                 "restore it, start anew with --fresh, or go on all the same with accept_other_data=true"
             )
+        if step > made.total_steps:
+            raise ConfigError(
+                f"the run stands at step {step}, beyond the {made.total_steps} steps that the config asks for; "
+                "ask for more, or start anew with --fresh"
+            )
         with made.backend.agree("loading the checkpoint"):
-            Checkpoint.load_objects(to_save(made), found.state)
+            Checkpoint.load_objects(to_save(made), {**found.state, "trainer": lengthened(made, found.state["trainer"])})
         console.print(f"resuming from step {step} (epoch {step // len(made.loader) + 1})")
     with made.backend.agree("describing the run"):
         if made.backend.rank == 0 and (origin := made.config.origin) is not None:
             made.directory.describe(to_json(made.config), origin.file, origin.overrides)
     return step
+
+
+def lengthened(made: Run, trainer: dict[str, Any]) -> dict[str, Any]:
+    """Return the trainer's saved state with the length that the config has now: a resumed run may have another."""
+    kept = {key: value for key, value in trainer.items() if key not in ("max_epochs", "max_iters", "epoch_length")}
+    config = made.config
+    maximum = {"max_iters": config.max_steps} if config.max_steps else {"max_epochs": config.max_epochs}
+    return {**kept, **maximum, "epoch_length": len(made.loader)}
 
 
 def observe(made: Run, preemption: Preemption, console: Console, step: int, stack: ExitStack) -> StepEnd:

@@ -169,6 +169,30 @@ def test_epoch_longer_than_the_data():
     assert log == ["STARTED", "EPOCH_STARTED", *2 * ITERATION, *stop, *ITERATION, *stop, "EPOCH_COMPLETED", "COMPLETED"]
 
 
+def test_an_iterator_is_gone_before_the_next_is_taken():
+    alive = []
+
+    class Iterator:
+        def __init__(self):
+            self.left = iter(range(2))
+
+        def __next__(self):
+            return next(self.left)
+
+    class Data:
+        def __iter__(self):
+            alive.append(sum(reference() is not None for reference in taken))
+            iterator = Iterator()
+            taken.append(weakref.ref(iterator))
+            return iterator
+
+    taken = []
+    engine = Engine(lambda engine, batch: None)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), lambda engine: engine.terminate_epoch())
+    engine.run(Data(), max_epochs=2, epoch_length=4)
+    assert alive == [0, 0, 0, 0]
+
+
 def test_handler_of_the_iterators_end_may_replace_the_data():
     seen = []
     engine = Engine(lambda engine, batch: seen.append(batch))

@@ -223,6 +223,33 @@ class TestFinished:
         assert "resuming from step 15" in done.out
         assert result(folder / "runs/small")["step"] == 20
 
+    def test_goes_on_to_a_number_of_steps(self, folder: Path) -> None:
+        done = launch("cfg.py", "max_epochs=none", "max_steps=18", cwd=folder)
+        assert done.code == 0, done.text
+        assert result(folder / "runs/small")["step"] == 18
+        assert checkpoints(folder / "runs/small")[-1] == 18
+        short = launch("cfg.py", "max_epochs=1", cwd=folder)
+        assert short.code == 0, short.text  # completed is completed
+        (folder / "runs/small/result.json").unlink()
+        refused = launch("cfg.py", "max_epochs=1", cwd=folder)
+        assert refused.code == 2
+        assert "stands at step 18, beyond the 5 steps" in refused.err
+
+    def test_other_data_is_refused_unless_it_is_accepted(self, folder: Path) -> None:
+        write_cfg(folder, "fields['train_data'] = lambda: torch.utils.data.Subset(Noisy(), range(160))")
+        # The factory has another name, so the config is another one: say that it is meant.
+        refused = launch("cfg.py", "max_epochs=5", cwd=folder)
+        assert refused.code == 2
+        assert "train_data" in refused.err
+        write_cfg(folder, "Noisy.__len__ = lambda self: 160")
+        refused = launch("cfg.py", "max_epochs=5", cwd=folder)
+        assert refused.code == 1
+        assert "'dataset_length': 200" in refused.err
+        assert "'dataset_length': 160" in refused.err
+        accepted = launch("cfg.py", "max_epochs=5", "accept_other_data=true", cwd=folder)
+        assert accepted.code == 0, accepted.text
+        assert result(folder / "runs/small")["step"] == 20
+
     def test_killed_before_its_result_was_written(self, whole: Path, folder: Path) -> None:
         (folder / "runs/small/result.json").unlink()
         done = launch("cfg.py", cwd=folder)
