@@ -49,7 +49,7 @@ class Run:
     data: dict[str, Any]
     """Length and fingerprint of the training data: a run goes on with the data it began with."""
     skipped_steps: int = 0
-    """Steps that on_nan=skip, or a gradient scaler, left out."""
+    """Steps that on_nan=skip left out, over the whole run."""
 
     @property
     def total_steps(self) -> int:
@@ -63,6 +63,7 @@ class Run:
             "epoch": step // len(self.loader),
             "step_in_epoch": step % len(self.loader),
             "samples_seen": step * self.config.global_batch_size,
+            "skipped_steps": self.skipped_steps,
             "global_batch_size": self.config.global_batch_size,
             **self.data,
         }

@@ -109,6 +109,8 @@ def restore(made: Run, console: Console) -> int:
             )
         with made.backend.agree("loading the checkpoint"):
             Checkpoint.load_objects(to_save(made), {**found.state, "trainer": lengthened(made, found.state["trainer"])})
+        skipped = position.get("skipped_steps", 0)
+        made.skipped_steps = skipped if isinstance(skipped, int) else 0
         console.print(f"resuming from step {step} (epoch {step // len(made.loader) + 1})")
     with made.backend.agree("describing the run"):
         if made.backend.rank == 0 and (origin := made.config.origin) is not None:

@@ -169,6 +169,9 @@ def test_loss_that_becomes_nan(tmp_path: Path, ranks: int) -> None:
     skipped = launch("cfg.py", "on_nan=skip", ranks=ranks, cwd=tmp_path)
     assert skipped.code == 0, skipped.text
     assert result(tmp_path / "runs" / "small")["skipped_steps"] == 1
+    longer = launch("cfg.py", "on_nan=skip", "max_epochs=4", cwd=tmp_path)
+    assert longer.code == 0, longer.text
+    assert result(tmp_path / "runs" / "small")["skipped_steps"] == 1  # of the whole run, whoever counted it
 
 
 def test_corrupt_newest_checkpoint(folder: Path) -> None:
