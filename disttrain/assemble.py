@@ -24,6 +24,7 @@ from disttrain.engine.parts import to_device
 from disttrain.errors import ConfigError, DisttrainError
 from disttrain.handlers.evaluation import Evaluation
 from disttrain.parallel import SlotGradients, Slots
+from disttrain.parallel.ddp import check_model
 from disttrain.precision import Precision, choose
 from disttrain.run_directory import RunDirectory
 from disttrain.seeding import manual_seed, seed_for
@@ -48,13 +49,20 @@ class Run:
     evaluation: Evaluation | None
     data: dict[str, Any]
     """Length and fingerprint of the training data: a run goes on with the data it began with."""
+    grad_norm: Tensor | None = None
+    """2-norm of the newest step's gradient before clipping, 0-dimensional, on the device; None before it is known."""
     skipped_steps: int = 0
-    """Steps that on_nan=skip left out, over the whole run."""
+    """Steps over the whole run whose update was left out, by on_nan=skip or because scaled gradients overflowed."""
 
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
         return self.config.max_steps or (self.config.max_epochs or 0) * len(self.loader)
+
+    def take_grad_norm(self) -> Tensor | None:
+        """Return the norm of the newest step's gradient once: a step that computes none then has none."""
+        norm, self.grad_norm = self.grad_norm, None
+        return norm
 
     def about(self) -> About:
         """Return what a checkpoint says of where the run stands, and in what."""
@@ -93,6 +101,8 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory) -> Run:
     if config.num_slots is None:
         raise ConfigError("num_slots is not resolved; expected a number here, as disttrain.launch gives it")
     slots = Slots(config.num_slots, backend.rank, backend.world_size)
+    with backend.agree("choosing the precision"):
+        precision = choose(config.precision, backend.device)
     with backend.agree("building the data"):
         manual_seed(seed_for(config.seed, "data"))
         dataset = build("train_data", config.train_data)
@@ -103,11 +113,14 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory) -> Run:
         )
         loader = SlotLoader(dataset, sampler, num_workers=config.num_workers, collate_fn=config.collate)
     with backend.agree("building the model"):
-        precision = choose(config.precision, backend.device)
         manual_seed(seed_for(config.seed, "init"))
         model = build("model", config.model).to(backend.device)
         if config.compile:
             model.compile()
+        check_model(model, backend.device)
+    with backend.agree("building the optimizer"):
+        optimizer = build("optimizer", config.optimizer, [p for p in model.parameters() if p.requires_grad])
+        model, optimizer = precision.prepare(model, optimizer)
     # Not inside `agree`: this one talks to the other ranks itself.
     gradients = SlotGradients(
         model,
@@ -117,8 +130,6 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory) -> Run:
         reduction=config.reduction,
         device=backend.device,
     )
-    with backend.agree("building the optimizer"):
-        optimizer = build("optimizer", config.optimizer, [p for p in model.parameters() if p.requires_grad])
     trainer = create_supervised_trainer(
         gradients.module,
         optimizer,
@@ -129,14 +140,13 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory) -> Run:
         precision=precision,
         gradients=gradients,
         before_step=lambda: before_step(made),
+        after_step=lambda stepped: after_step(made, stepped),
         backend=backend,
     )
     made = Run(config, backend, directory, slots, model, optimizer, None, precision, loader, trainer, None, data)
     with backend.agree("building the schedule, the metrics and the handlers"):
         if config.schedule is not None:
             made.schedule = build("schedule", config.schedule, optimizer, made.total_steps)
-            # After the optimizer's own step and only then: a skipped step is none for the schedule.
-            optimizer.register_step_post_hook(lambda *_: made.schedule.step())
         if valid is not None:
             made.evaluation = evaluation_of(made, valid)
         for handler in config.handlers:
@@ -178,16 +188,27 @@ def compute_of(config: Config, device: torch.device) -> Callable[[nn.Module, Any
 
 
 def before_step(made: Run) -> bool | None:
-    """Clip the reduced gradient; False leaves the step out. The same on every rank, for the gradient is."""
-    limit, skip = made.config.grad_clip_norm, made.config.on_nan == "skip"
-    if limit is None and not skip:
-        return None
-    norm = nn.utils.clip_grad_norm_(made.model.parameters(), math.inf if limit is None else limit)
-    if skip and not math.isfinite(norm):
+    """Note and clip the reduced gradient; False leaves the step out. The same on every rank, for the gradient is."""
+    limit = made.config.grad_clip_norm
+    parameters = [parameter for parameter in made.model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    made.grad_norm = norm
+    if limit is not None:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return False if made.config.on_nan == "skip" and not math.isfinite(norm) else None
+
+
+def after_step(made: Run, stepped: bool) -> None:
+    """Step the schedule with the optimizer and only then; count a step that was left out, whoever left it out.
+
+    Not in a hook of the optimizer's: a fused one is called also where it then finds an overflow and does nothing.
+    """
+    if stepped and made.schedule is not None:
+        made.schedule.step()
+    if not stepped:
         made.skipped_steps += 1
-        logger.warning("step %d is left out: its gradient's norm is %s", made.trainer.state.iteration, float(norm))
-        return False
-    return True
+        norm = math.nan if made.grad_norm is None else float(made.grad_norm)
+        logger.warning("step %d is left out: its gradient's norm is %s", made.trainer.state.iteration, norm)
 
 
 def evaluation_of(made: Run, dataset: Dataset[Any]) -> Evaluation:

@@ -28,13 +28,11 @@ class Wait:
 
 
 WAITING = {
-    "precision": Wait(lambda v: v == "apex", '"fp32", "bf16", "fp16" or "auto"', "the apex step"),
     "strategy": Wait(lambda v: v == "fsdp", '"ddp"', "training with sharded parameters (FSDP2)"),
     "backend": Wait(lambda v: v == "xla", '"auto", "single", "gloo" or "nccl"', "the XLA backend"),
     "on_nan": Wait(lambda v: v == "rollback", '"stop" or "skip"', "going back to a verified checkpoint"),
     "checkpoint.asynchronous": Wait(lambda v: v is True, "False", "asynchronous checkpoints"),
     "checkpoint.target": Wait(lambda v: v is not None, "None (the run directory)", "checkpoints in other storage"),
-    "ledger.every_steps": Wait(lambda v: v != 100, "100", "the ledger's parameter hashes"),
 }
 """Every value that this release refuses although the field knows it."""
 

@@ -7,7 +7,7 @@
             y_pred = model_transform(model_fn(model, x))
             loss = loss_fn(y_pred, y)
         precision.backward(loss / gradients.divisor)
-    at its last: precision.update()          # unscale, before_step, step
+    at its last: precision.update()          # unscale, before_step, step; then after_step
     output_transform(x, y, y_pred, loss)
 
 *Contract*: the four public `supervised_training_step*` are this body with another `Precision` in its place. The
@@ -56,6 +56,10 @@ from disttrain.precision.base import FP32, BeforeStep, Precision
 from disttrain.precision.xla import INSTALL, XLA, has_torch_xla
 
 
+AfterStep = Callable[[bool], object]
+"""Called after each update with whether the optimizer stepped: steps a schedule, counts what was skipped."""
+
+
 def _training_step(
     model: nn.Module,
     optimizer: Optimizer,
@@ -69,6 +73,7 @@ def _training_step(
     precision: Precision,
     gradients: Gradients,
     before_step: BeforeStep | None = None,
+    after_step: AfterStep | None = None,
 ) -> Step:
     """Return the step body over these parts."""
     set_mode = mode_setter(model, training=True)
@@ -101,7 +106,9 @@ def _training_step(
             getattr(microbatches, "close", _nothing)()
             raise
         if closes(iteration):
-            update(optimizer, before_step)
+            stepped = update(optimizer, before_step)
+            if after_step is not None:
+                after_step(stepped)
         # One output is made last: its `.item()` then waits while the device already has the update's work.
         return outputs if several else output_transform(x, y, y_pred, loss)
 
@@ -177,7 +184,7 @@ def supervised_training_step_apex(
     """Return a process function that trains a model and an optimizer that `apex.amp.initialize` prepared."""
     parts = (device, non_blocking, prepare_batch, model_transform, output_transform, model_fn)
     gradients = Accumulation(model, gradient_accumulation_steps)
-    return _training_step(model, optimizer, loss_fn, *parts, Apex(), gradients)
+    return _training_step(model, optimizer, loss_fn, *parts, _apex(model, gradient_accumulation_steps), gradients)
 
 
 def supervised_training_step_tpu(
@@ -216,6 +223,7 @@ def create_supervised_trainer(
     precision: Precision | None = None,
     gradients: Gradients | None = None,
     before_step: BeforeStep | None = None,
+    after_step: AfterStep | None = None,
     backend: Backend | None = None,
 ) -> Engine:
     """Return an engine that trains `model`: the step body with the parts that these arguments pick.
@@ -223,8 +231,9 @@ def create_supervised_trainer(
     The device and `amp_mode` (None, "amp" or "apex") pick the precision, `gradient_accumulation_steps` how
     gradients come together; `precision` and `gradients` say it outright, and then the others must be left
     alone. `state.scaler` is there with `scaler=True` alone. `before_step` runs before each optimizer step,
-    with the gradients unscaled and reduced, and skips it by returning False. `backend` is whose rank 0 draws
-    the seed of a deterministic engine.
+    with the gradients unscaled and reduced, and skips it by returning False; `after_step(stepped)` runs after each
+    update and hears whether the optimizer stepped, which is when a learning rate's schedule is to step.
+    `backend` is whose rank 0 draws the seed of a deterministic engine.
     """
     if precision is not None and (amp_mode is not None or scaler is not False):
         raise ValueError(f"expected precision alone or amp_mode and scaler, got both (amp_mode={amp_mode!r})")
@@ -233,17 +242,19 @@ def create_supervised_trainer(
             "expected gradients alone or gradient_accumulation_steps, "
             f"got both (gradient_accumulation_steps={gradient_accumulation_steps})"
         )
-    precision = precision or _pick(model, device, amp_mode, scaler)
+    precision = precision or _pick(model, device, amp_mode, scaler, gradient_accumulation_steps)
     gradients = gradients or Accumulation(model, gradient_accumulation_steps)
     parts = (device, non_blocking, prepare_batch, model_transform, output_transform, model_fn)
-    step = _training_step(model, optimizer, loss_fn, *parts, precision, gradients, before_step)
+    step = _training_step(model, optimizer, loss_fn, *parts, precision, gradients, before_step, after_step)
     trainer = DeterministicEngine(step, backend=backend) if deterministic else Engine(step)
     if scaler is True and isinstance(precision, AMP):
         trainer.state.scaler = precision.scaler
     return trainer
 
 
-def _pick(model: nn.Module, device: Device, amp_mode: str | None, scaler: bool | GradScaler) -> Precision:
+def _pick(
+    model: nn.Module, device: Device, amp_mode: str | None, scaler: bool | GradScaler, accumulation_steps: int
+) -> Precision:
     """Return the precision that the contract gives for `amp_mode`, `scaler` and the device."""
     check_amp_mode(amp_mode, device, ("amp", "apex"))
     if scaler and amp_mode != "amp":
@@ -254,4 +265,9 @@ def _pick(model: nn.Module, device: Device, amp_mode: str | None, scaler: bool |
         return XLA()
     if amp_mode == "amp":
         return AMP(device_kind(model, device), scaler=scaler)
-    return Apex() if amp_mode == "apex" else FP32()
+    return _apex(model, accumulation_steps) if amp_mode == "apex" else FP32()
+
+
+def _apex(model: nn.Module, accumulation_steps: int) -> Apex:
+    """Return apex; under DDP a window's gradients meet at its end, and stay scaled until they have."""
+    return Apex(unscale_at_update=accumulation_steps > 1 and hasattr(model, "no_sync"))

@@ -1,13 +1,18 @@
 """Mixed precision by NVIDIA apex's `amp`, for programs that were written for it.
 
-*Contract*: whoever builds the model calls `initialize` (apex's own `amp.initialize`) before wrapping it in DDP.
+*Contract*: whoever builds the model calls `prepare` (apex's own `amp.initialize`) before wrapping it in DDP.
 Each microbatch's backward runs inside `amp.scale_loss`; `before_step` runs after that context has exited, so
 the gradients are unscaled, and clips over `master_params`. apex itself skips an update that overflowed.
+
+Where the gradients of several microbatches meet over ranks only after their backwards, `unscale_at_update` leaves
+them scaled until then. Else the last microbatch's, which DDP sums while its backward runs, would meet the others'
+unscaled, and a rank that alone saw an overflow would go on with a scale of its own.
 
 *Errors*: ModuleNotFoundError with what to install, in three cases (see `require_amp`); nothing foreign is
 imported to find out, for the wrong package fails in its own way when it is.
 
-*Source*: apex's README and `apex/amp/handle.py`; its last tag with `amp` is 25.05.
+*Source*: apex's README, its page "Advanced Amp Usage" ("Gradient accumulation across iterations", `delay_unscale`)
+and `apex/amp/handle.py`; its last tag with `amp` is 25.05.
 """
 
 from importlib.util import find_spec
@@ -57,18 +62,20 @@ class Apex(FP32):
 
     name = "apex"
 
-    def __init__(self) -> None:
+    def __init__(self, opt_level: str = "O1", *, unscale_at_update: bool = False) -> None:
         require_amp()
         from apex import amp
 
         self._amp: Any = amp
+        self._opt_level = opt_level
+        self._unscale_at_update = unscale_at_update
+        self._while_backward = {"delay_unscale": True} if unscale_at_update else {}
+        self._overflowed = False
 
-    def initialize(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, opt_level: str = "O1", **options: Any
-    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Return model and optimizer as `amp.initialize` prepared them; before DDP, once a process."""
         prepared: tuple[nn.Module, torch.optim.Optimizer] = self._amp.initialize(
-            model, optimizer, opt_level=opt_level, **options
+            model, optimizer, opt_level=self._opt_level
         )
         return prepared
 
@@ -77,14 +84,24 @@ class Apex(FP32):
         return list(self._amp.master_params(optimizer))
 
     def backward(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        with self._amp.scale_loss(loss, optimizer) as scaled:
+        step = _own_step(optimizer)
+        with self._amp.scale_loss(loss, optimizer, **self._while_backward) as scaled:
             torch.autograd.backward(scaled)
+        self._overflowed = self._overflowed or _own_step(optimizer) is not step
 
     def update(self, optimizer: torch.optim.Optimizer, before_step: BeforeStep | None = None) -> bool:
+        if self._unscale_at_update:
+            step = _own_step(optimizer)
+            with self._amp.scale_loss(torch.zeros(()), optimizer):
+                pass  # the gradients are there already: on leaving, apex unscales them and looks for an overflow
+            self._overflowed = _own_step(optimizer) is not step
+        overflowed, self._overflowed = self._overflowed, False
         if before_step is not None and before_step() is False:
+            if overflowed:
+                optimizer.step()  # the empty one, or the next update would be skipped in its place
             return False
         stepped: list[bool] = []
-        # After an overflow apex has put an empty method in the place of `step`: then the hook stays silent.
+        # The empty method in the place of `step`, after an overflow, leaves the hook silent.
         hook = optimizer.register_step_post_hook(lambda *_: stepped.append(True))
         try:
             optimizer.step()
@@ -99,3 +116,8 @@ class Apex(FP32):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
             self._amp.load_state_dict(state)
+
+
+def _own_step(optimizer: torch.optim.Optimizer) -> object:
+    """Return the step that was put over the class's, or None; apex puts one that does nothing after an overflow."""
+    return vars(optimizer).get("step")

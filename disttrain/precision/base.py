@@ -1,9 +1,10 @@
-"""In what numbers a step computes: three methods and the state that a checkpoint needs.
+"""In what numbers a step computes: three methods, what comes before them, and the state that a checkpoint needs.
 
-*Contract*: the one step body (`engine.supervised`) calls `forward` around the model and the loss, `backward`
-once for each microbatch, and `update` once when all the gradients of the update have met. A precision never
-sees the data, the model or the ranks. `update` returns whether the optimizer stepped: a gradient scaler
-that found an overflow, or a `before_step` that says no, skips exactly that update.
+*Contract*: the recipe calls `prepare` once, when model and optimizer are built and before the model is wrapped (in
+DDP). Then the one step body (`engine.supervised`) calls `forward` around the model and the loss, `backward` once for
+each microbatch, and `update` once when all the gradients of the update have met. A precision never sees the data or
+the ranks. `update` returns whether the optimizer stepped: a gradient scaler that found an overflow, or a
+`before_step` that says no, skips exactly that update.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 BeforeStep = Callable[[], bool | None]
 """Called with the gradients reduced and unscaled: clips, measures. Returning False skips the update."""
@@ -22,6 +23,9 @@ class Precision(Protocol):
     """What the step body needs of a precision."""
 
     name: str
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Return model and optimizer as this precision wants them: the same two, changed or not."""
 
     def forward(self) -> AbstractContextManager[Any]:
         """Return the context in which the model and the loss are computed."""
@@ -46,6 +50,9 @@ class FP32:
     """Full precision: plain forward, plain backward, plain step."""
 
     name = "fp32"
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        return model, optimizer
 
     def forward(self) -> AbstractContextManager[Any]:
         return _NO_CONTEXT

@@ -2,11 +2,14 @@
 
 | device    | fp32 | bf16 | fp16          | apex | auto                                     |
 |-----------|------|------|---------------|------|------------------------------------------|
-| cpu       | yes  | yes  | yes, scaled   | no   | fp32: its bfloat16 is rarely the faster  |
+| cpu       | yes  | yes  | yes, scaled   | no   | fp32: see below                          |
 | cuda      | yes  | yes  | yes, scaled   | yes  | bf16 where the GPU has it, else fp32     |
 | xla       | yes  | yes  | no            | no   | bf16                                     |
 | mps       | yes  | no   | no            | no   | fp32                                     |
-| any other | yes  | yes  | no            | no   | fp32                                     |
+| any other | yes  | yes  | no            | no   | bf16 where the device has it, else fp32  |
+
+On a CPU "auto" is fp32: most compute bfloat16 by converting, at a loss, and a run would have other bits on a CPU that
+does not. docs/devices.md says how each pair was tested.
 
 *Errors*: ConfigError with what would work instead.
 """
@@ -46,7 +49,7 @@ def choose(name: str, device: torch.device | str) -> Precision:
 
 def _build(name: str, kind: str) -> Precision:
     if name == "apex":
-        return Apex()
+        return Apex(unscale_at_update=True)  # slots and ranks: gradients meet after their backwards
     if kind == "xla":
         return XLA(torch.bfloat16 if name == "bf16" else None)
     if name == "fp32":
@@ -57,6 +60,9 @@ def _build(name: str, kind: str) -> Precision:
 
 
 def _best(kind: str) -> str:
-    if kind == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if kind == "xla" else "fp32"
+    if "bf16" not in WORKS.get(kind, ANY_OTHER) or kind == "cpu":
+        return "fp32"
+    if kind == "xla":
+        return "bf16"
+    has_it = getattr(torch.get_device_module(kind), "is_bf16_supported", lambda **_: False)
+    return "bf16" if has_it(including_emulation=False) else "fp32"

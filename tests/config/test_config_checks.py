@@ -59,12 +59,10 @@ def test_metric_names_can_be_part_of_a_dotted_key() -> None:
     ("changes", "field", "works"),
     [
         ({"strategy": "fsdp"}, "strategy", '"ddp"'),
-        ({"precision": "apex"}, "precision", '"fp32", "bf16", "fp16" or "auto"'),
         ({"backend": "xla"}, "backend", '"gloo"'),
         ({"on_nan": "rollback"}, "on_nan", '"stop" or "skip"'),
         ({"checkpoint": {"asynchronous": True}}, "checkpoint.asynchronous", "False"),
         ({"checkpoint": {"target": "s3://b"}}, "checkpoint.target", "the run directory"),
-        ({"ledger": {"every_steps": 10}}, "ledger.every_steps", "100"),
     ],
 )
 def test_what_waits_says_for_what_and_what_works(changes: dict[str, object], field: str, works: str) -> None:

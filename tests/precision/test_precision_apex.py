@@ -82,7 +82,7 @@ class TestTheStep:
     def test_is_the_step_by_hand(self, amp):
         parameter, optimizer = make()
         precision = Apex()
-        assert precision.initialize(nn.Linear(1, 1), optimizer, opt_level="O1")[1] is optimizer
+        assert precision.prepare(nn.Linear(1, 1), optimizer)[1] is optimizer
         for _ in range(2):  # two microbatches: the second one's gradients are added to the first one's
             with precision.forward():
                 loss = (parameter**2).sum()
@@ -99,7 +99,7 @@ class TestTheStep:
     def test_an_overflow_in_any_microbatch_skips_exactly_that_update(self, amp):
         parameter, optimizer = make()
         precision = Apex()
-        precision.initialize(nn.Linear(1, 1), optimizer)
+        precision.prepare(nn.Linear(1, 1), optimizer)
         stepped = []
         for factors in ((1.0, math.inf), (1.0, 1.0)):
             optimizer.zero_grad()
@@ -112,7 +112,7 @@ class TestTheStep:
     def test_before_step_that_says_no_skips_the_update(self, amp):
         parameter, optimizer = make()
         precision = Apex()
-        precision.initialize(nn.Linear(1, 1), optimizer)
+        precision.prepare(nn.Linear(1, 1), optimizer)
         precision.backward(parameter.sum(), optimizer)
         assert precision.update(optimizer, lambda: False) is False
         assert torch.equal(parameter.detach(), torch.tensor([1.0, 2.0]))
@@ -120,7 +120,7 @@ class TestTheStep:
     def test_the_scalers_state_is_apexs(self, amp):
         parameter, optimizer = make()
         precision = Apex()
-        precision.initialize(nn.Linear(1, 1), optimizer)
+        precision.prepare(nn.Linear(1, 1), optimizer)
         precision.backward(parameter.sum() * math.inf, optimizer)
         saved = precision.state_dict()
         assert saved == {"loss_scaler0": {"loss_scale": 2.0**15, "unskipped": 0}}
@@ -198,7 +198,7 @@ class TestTheDouble:
 
         parameter, optimizer = make()
         precision = Apex()
-        precision.initialize(nn.Linear(1, 1), optimizer)
+        precision.prepare(nn.Linear(1, 1), optimizer)
         enter = amp.scale_loss(parameter.sum(), optimizer)
         leave = enter.__exit__
         monkeypatch.setattr(type(enter), "__enter__", noted("enter", type(enter).__enter__))

@@ -1,9 +1,9 @@
 """A double of apex.amp's loss scaling, in float32 on any device; it casts nothing."""
 
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,6 +16,14 @@ class Scaler:
     dynamic: bool
     largest: float
     unskipped: int = 0
+
+
+@dataclass
+class Stash:
+    """What apex hangs on an optimizer as `_amp_stash`."""
+
+    already_patched: bool = False
+    params_have_scaled_gradients: bool = False
 
 
 scalers: list[Scaler] = []
@@ -36,6 +44,7 @@ def initialize(
     dynamic = loss_scale == "dynamic"
     scale = 2.0**16 if dynamic else float(loss_scale)
     scalers[:] = [Scaler(scale, dynamic, max_loss_scale) for _ in range(num_losses)]
+    optimizers._amp_stash = Stash()
     return models, optimizers
 
 
@@ -43,16 +52,24 @@ def initialize(
 def scale_loss(loss, optimizers, loss_id=0, delay_unscale=False) -> Iterator[torch.Tensor]:
     if not scalers:
         raise RuntimeError("amp.scale_loss was used before amp.initialize")
-    scaler = scalers[loss_id]
+    scaler, held = scalers[loss_id], optimizers._amp_stash
     if scaler.scale == 1.0 and not scaler.dynamic:
         yield loss
         scaler.unskipped += 1
         return
     parameters = list(master_params(optimizers))
-    stash = [p.grad for p in parameters]
-    for p in parameters:
-        p.grad = None
+    stash: list[Any] = [None for _ in parameters]
+    if not delay_unscale and not held.params_have_scaled_gradients:
+        stash = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
     yield loss.float() * scaler.scale
+    held.params_have_scaled_gradients = delay_unscale
+    if not delay_unscale:
+        _unscale(scaler, parameters, stash, optimizers)
+
+
+def _unscale(scaler, parameters, stash, optimizer) -> None:
     overflow = False
     for p, before in zip(parameters, stash, strict=True):
         if p.grad is None:
@@ -65,7 +82,7 @@ def scale_loss(loss, optimizers, loss_id=0, delay_unscale=False) -> Iterator[tor
     if overflow and scaler.dynamic:
         scaler.scale /= 2
         scaler.unskipped = 0
-        skip_next_step(optimizers)
+        skip_next_step(optimizer)
         return
     scaler.unskipped += 1
     if scaler.dynamic and scaler.unskipped == GROWTH_INTERVAL:
@@ -74,13 +91,16 @@ def scale_loss(loss, optimizers, loss_id=0, delay_unscale=False) -> Iterator[tor
 
 
 def skip_next_step(optimizer: torch.optim.Optimizer) -> None:
-    if "step" in vars(optimizer):
-        return  # it is already going to be skipped
+    if optimizer._amp_stash.already_patched:
+        return
+    step = optimizer.step  # perhaps not the class's: a learning rate's schedule puts a method of its own there
 
-    def skipped(self, closure=None):
-        del self.step
+    def skipped(closure=None):
+        optimizer.step = step
+        optimizer._amp_stash.already_patched = False
 
-    optimizer.step = types.MethodType(skipped, optimizer)
+    optimizer.step = skipped
+    optimizer._amp_stash.already_patched = True
 
 
 def master_params(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
