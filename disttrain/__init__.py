@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from disttrain.backend import Backend, connect
+    from disttrain.backend import Backend, connect, make_deterministic
     from disttrain.config import Config, load_config
-    from disttrain.data import IndexShuffle, ReproducibleBatchSampler, SlotBatchSampler, SlotLoader
+    from disttrain.data import IndexShuffle, ReproducibleBatchSampler, SeededDataset, SlotBatchSampler, SlotLoader
     from disttrain.engine import (
         DeterministicEngine,
         Engine,
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from disttrain.version import __version__
 
 _ROOMS = {
-    "backend": ("Backend", "connect"),
+    "backend": ("Backend", "connect", "make_deterministic"),
     "config": ("Config", "load_config"),
-    "data": ("IndexShuffle", "ReproducibleBatchSampler", "SlotBatchSampler", "SlotLoader"),
+    "data": ("IndexShuffle", "ReproducibleBatchSampler", "SeededDataset", "SlotBatchSampler", "SlotLoader"),
     "engine": (
         "DeterministicEngine",
         "Engine",
@@ -80,6 +80,7 @@ __all__ = [
     "NonFiniteError",
     "RemoteError",
     "ReproducibleBatchSampler",
+    "SeededDataset",
     "SlotBatchSampler",
     "SlotGradients",
     "SlotLoader",
@@ -91,6 +92,7 @@ __all__ = [
     "create_supervised_trainer",
     "keep_random_state",
     "load_config",
+    "make_deterministic",
     "manual_seed",
     "seed_for",
 ]

@@ -6,6 +6,15 @@ collective is given one. Environment variables are read here and nowhere else.
 
 from disttrain.backend.base import Backend, Op, Place
 from disttrain.backend.connect import NAMES, connect
-from disttrain.backend.determinism import make_deterministic, set_cpu_threads
+from disttrain.backend.determinism import make_deterministic, refused_operations_named, set_cpu_threads
 
-__all__ = ["NAMES", "Backend", "Op", "Place", "connect", "make_deterministic", "set_cpu_threads"]
+__all__ = [
+    "NAMES",
+    "Backend",
+    "Op",
+    "Place",
+    "connect",
+    "make_deterministic",
+    "refused_operations_named",
+    "set_cpu_threads",
+]

@@ -92,7 +92,7 @@ class LedgerConfig(Declaration):
 
     prefix: ClassVar[str] = "ledger."
     every_steps: Annotated[Positive, About("steps", may_change=True)] = 100
-    """From one hash of the parameters to the next."""
+    """From one hash of the batches, the parameters and the optimizer state to the next."""
 
 
 class ValidateConfig(Declaration):
@@ -167,6 +167,8 @@ class Config(Declaration):
     """How the ranks communicate; "auto": nccl with CUDA, else gloo under a launcher, else single."""
     cpu_threads: Annotated[Positive, About("threads")] = 1
     """Threads a rank computes with on the CPU; they are part of the run, since another number gives other bits."""
+    deterministic: Annotated[Flag, About(may_change=True)] = True
+    """Refuse operations without a deterministic kernel; false: warn and go on, other bits each time."""
     compile: Annotated[Flag, About()] = False
     """Compile the model with torch.compile."""
     handlers: Annotated[

@@ -1,4 +1,4 @@
-"""make_deterministic: what it sets, in a process of its own, and what it leaves to the user."""
+"""make_deterministic: what it sets, in a process of its own, what it refuses, and what it leaves to the user."""
 
 import os
 
@@ -6,31 +6,100 @@ import pytest
 import torch
 from ranks import Ranks
 
-from disttrain.backend import Backend, make_deterministic, set_cpu_threads
+from disttrain.backend import Backend, make_deterministic, refused_operations_named, set_cpu_threads
+from disttrain.data import LoadingError
+from disttrain.errors import ConfigError
 
 
-def settings(backend: Backend, preset: str | None, threads: int) -> tuple[object, ...]:
+def settings(backend: Backend, preset: str | None, threads: int, strict: bool = True) -> tuple[object, ...]:
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
     if preset is not None:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = preset
     torch.backends.cudnn.benchmark = True
-    make_deterministic(threads)
+    make_deterministic(threads, strict=strict)
     return (
         os.environ["CUBLAS_WORKSPACE_CONFIG"],
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
         torch.utils.deterministic.fill_uninitialized_memory,
         torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.deterministic,
         torch.get_num_threads(),
     )
 
 
 def test_everything_that_changes_bits_is_set(ranks: Ranks) -> None:
-    assert ranks(1, settings, None, 2) == [(":4096:8", True, True, False, False, 2)]
+    assert ranks(1, settings, None, 2) == [(":4096:8", True, False, False, False, True, 2)]
+    assert ranks(1, settings, None, 1, False) == [(":4096:8", True, True, False, False, True, 1)]
 
 
 def test_a_workspace_of_the_users_is_kept(ranks: Ranks) -> None:
     assert ranks(1, settings, ":16:8", 1)[0][0] == ":16:8"
+    assert ranks(1, settings, ":0:0", 1, False)[0][0] == ":0:0"
+
+
+def refusal_of_a_workspace(backend: Backend) -> str:
+    with pytest.raises(ConfigError) as caught:
+        settings(backend, ":0:0", 1)
+    return str(caught.value)
+
+
+def test_a_workspace_that_is_not_deterministic_is_refused(ranks: Ranks) -> None:
+    (told,) = ranks(1, refusal_of_a_workspace)
+    assert "CUBLAS_WORKSPACE_CONFIG to be :4096:8 or :16:8, got ':0:0'" in told
+
+
+def uses_put(where: torch.Tensor) -> None:
+    where.put_(torch.tensor([1]), torch.ones(1))
+
+
+class PutsInItsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: torch.Tensor) -> torch.Tensor:
+        uses_put(grad)
+        return grad
+
+
+def told_of(backend: Backend, what: str) -> str:
+    make_deterministic()
+    with pytest.raises(ConfigError) as caught, refused_operations_named():
+        if what == "forward":
+            uses_put(torch.zeros(3))
+        elif what == "backward":
+            PutsInItsBackward.apply(torch.zeros(3, requires_grad=True)).sum().backward()
+        else:
+            try:
+                uses_put(torch.zeros(3))
+            except RuntimeError as error:
+                raise ConfigError(f"the model raised {error}") from error
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["forward", "backward", "inside another error"])
+def test_a_refused_operation_is_named_with_its_place(ranks: Ranks, what: str) -> None:
+    (told,) = ranks(1, told_of, what)
+    assert told.startswith("expected operations that give the same bits each time, got put_ (called in uses_put, ")
+    assert "test_backend_determinism.py, line" in told
+    assert "deterministic=false" in told
+    assert "warn_only" not in told  # torch's own advice is about a call that is not the user's
+
+
+def test_what_a_worker_quoted_is_named_too(ranks: Ranks) -> None:
+    with pytest.raises(ConfigError, match="got put_ .*deterministic=false"), refused_operations_named():
+        raise LoadingError(
+            "dataset[3] raised RuntimeError: put_ does not have a deterministic implementation, but you set ..."
+        )
+
+
+def test_other_errors_go_through() -> None:
+    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError) as caught, refused_operations_named():
+        raise error
+    assert caught.value is error
 
 
 @pytest.mark.parametrize("threads", [0, -1])

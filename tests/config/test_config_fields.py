@@ -26,6 +26,7 @@ def test_defaults_are_those_of_the_table() -> None:
     assert (config.log.every_steps, config.log.every_s, config.log.tensorboard) == (10, 10.0, "auto")
     assert (config.ledger.every_steps, config.validate.every_steps, config.timeout_s) == (100, 0, 300.0)
     assert (config.cpu_threads, config.num_workers, config.compile, config.accept_other_data) == (1, 0, False, False)
+    assert config.deterministic is True
 
 
 def test_it_is_frozen_its_groups_too() -> None:

@@ -174,6 +174,29 @@ def test_loss_that_becomes_nan(tmp_path: Path, ranks: int) -> None:
     assert result(tmp_path / "runs" / "small")["skipped_steps"] == 1  # of the whole run, whoever counted it
 
 
+UNPOOLS = """
+class Unpools(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = net()
+        self.pool, self.unpool = nn.MaxPool1d(2, return_indices=True), nn.MaxUnpool1d(2)
+    def forward(self, x):
+        return self.body(self.unpool(*self.pool(x)))
+fields["model"] = Unpools
+"""
+
+
+@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_an_operation_without_a_deterministic_kernel(tmp_path: Path, ranks: int) -> None:
+    write_cfg(tmp_path, UNPOOLS)
+    done = launch("cfg.py", ranks=ranks, cwd=tmp_path)
+    refused(done, "max_unpooling2d", "called in forward", "cfg.py", "deterministic=false", code=1 if ranks else 2)
+    warned = launch("cfg.py", "deterministic=false", ranks=ranks, cwd=tmp_path)
+    assert warned.code == 0, warned.text
+    assert "WARNING: deterministic=false" in warned.out
+    assert "max_unpooling2d" in warned.err  # torch's own warning
+
+
 def test_corrupt_newest_checkpoint(folder: Path) -> None:
     run = folder / "runs" / "small"
     whole = result(run)["params_sha256"]
