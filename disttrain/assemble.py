@@ -23,7 +23,7 @@ from disttrain.engine import Engine, create_supervised_trainer
 from disttrain.engine.parts import to_device
 from disttrain.errors import ConfigError, DisttrainError
 from disttrain.handlers.evaluation import Evaluation
-from disttrain.parallel import SlotGradients, Slots
+from disttrain.parallel import Slots, slot_gradients
 from disttrain.parallel.ddp import check_model
 from disttrain.precision import Precision, choose
 from disttrain.run_directory import RunDirectory
@@ -114,15 +114,15 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory) -> Run:
         loader = SlotLoader(dataset, sampler, num_workers=config.num_workers, collate_fn=config.collate)
     with backend.agree("building the model"):
         manual_seed(seed_for(config.seed, "init"))
-        model = build("model", config.model).to(backend.device)
+        model = backend.move(build("model", config.model))
         if config.compile:
-            model.compile()
+            backend.compile(model)
         check_model(model, backend.device)
     with backend.agree("building the optimizer"):
         optimizer = build("optimizer", config.optimizer, [p for p in model.parameters() if p.requires_grad])
         model, optimizer = precision.prepare(model, optimizer)
     # Not inside `agree`: this one talks to the other ranks itself.
-    gradients = SlotGradients(
+    gradients = slot_gradients(
         model,
         slots,
         seed=config.seed,
@@ -215,7 +215,7 @@ def evaluation_of(made: Run, dataset: Dataset[Any]) -> Evaluation:
     """Build the validation side; its batches are as large as a slot's, on any number of ranks."""
     config, backend = made.config, made.backend
     check_dataset(dataset, "valid_data")
-    metrics = {name: build(f"metric {name}", make).to(backend.device) for name, make in config.metrics.items()}
+    metrics = {name: build(f"metric {name}", make).to(backend.metrics_device) for name, make in config.metrics.items()}
     return Evaluation(
         made.model,
         lambda: evaluation_loader(

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +31,7 @@ from disttrain.config import (
     field_table,
     from_json,
     load_config,
+    replace,
     with_num_slots,
 )
 from disttrain.errors import ConfigError, DisttrainError, RemoteError
@@ -47,13 +48,15 @@ EXIT_CODES = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the command line says; return the exit code."""
+def main(arguments: Sequence[str] | None = None, *, handlers: Sequence[Callable[[Any, Any], object]] = ()) -> int:
+    """Run what the command line says; return the exit code. `handlers` come after the config's own."""
     options = parser().parse_intermixed_args(arguments)
     logging.getLogger("disttrain").addHandler(logging.NullHandler())  # what is logged goes to the ranks' files alone
     config, mistake = None, None
     try:
         config = load_config(Path(options.config), options.overrides)
+        if handlers:
+            config = replace(config, handlers=(*config.handlers, *handlers))
     except ConfigError as error:
         mistake = error
     if config is not None and options.print_config:

@@ -16,18 +16,20 @@ import torch
 from rich.console import Console
 
 from disttrain.assemble import Run, assemble
-from disttrain.backend import Backend, make_deterministic
+from disttrain.backend import Backend, make_deterministic, refused_operations_named
 from disttrain.checkpoint import DirectorySaver, checkpoint_name, load_newest, params_sha256
 from disttrain.config import Config, to_json
 from disttrain.engine import Engine
 from disttrain.errors import ConfigError, DataError, DisttrainError
 from disttrain.handlers.checkpoint import Checkpoint
+from disttrain.handlers.compilations import Compilations
 from disttrain.handlers.curves import Curves
 from disttrain.handlers.losses import LossLog, Pace
 from disttrain.handlers.preemption import Preemption
 from disttrain.handlers.progress import ProgressDisplay
 from disttrain.handlers.rank_log import RankLog
 from disttrain.handlers.step_end import StepEnd
+from disttrain.observe import Ledger, state_tensors
 from disttrain.run_directory import RunDirectory
 from disttrain.version import __version__
 
@@ -39,8 +41,11 @@ def run(
 
     `config.num_slots` is a number. With `fresh` a run that is there makes room once everything is built.
     """
-    make_deterministic(cpu_threads=config.cpu_threads)
-    with ExitStack() as stack:
+    with backend.agree("choosing deterministic kernels"):
+        make_deterministic(config.cpu_threads, strict=config.deterministic)
+    if not config.deterministic:
+        console.print("WARNING: deterministic=false: the same bits are not promised", style="bold yellow")
+    with refused_operations_named(), ExitStack() as stack:
         preemption = stack.enter_context(Preemption(backend, save_every_s=config.checkpoint.every_s))
         made = assemble(config, backend, directory)
         stack.callback(made.loader.close)
@@ -53,7 +58,9 @@ def run(
                 soft_wrap=True,
             )
         step = restore(made, console)
-        end = observe(made, preemption, console, step, stack)
+        compilations = Compilations(backend)
+        end = observe(made, preemption, console, step, stack, compilations)
+        compilations.attach(made.trainer)
         began = time.perf_counter()
         if step < made.total_steps:
             made.trainer.run(
@@ -61,7 +68,7 @@ def run(
             )
         if not end.interrupted:
             end.finish(made.trainer)
-        result = outcome(made, end, step, time.perf_counter() - began)
+        result = outcome(made, end, step, time.perf_counter() - began) | compilations.report()
         with backend.agree("writing the result"):
             if backend.rank == 0:
                 directory.finish(result)
@@ -126,7 +133,9 @@ def lengthened(made: Run, trainer: dict[str, Any]) -> dict[str, Any]:
     return {**kept, **maximum, "epoch_length": len(made.loader)}
 
 
-def observe(made: Run, preemption: Preemption, console: Console, step: int, stack: ExitStack) -> StepEnd:
+def observe(
+    made: Run, preemption: Preemption, console: Console, step: int, stack: ExitStack, compilations: Compilations
+) -> StepEnd:
     """Attach what logs, shows, validates, saves and stops."""
     config, backend, trainer = made.config, made.backend, made.trainer
     display = ProgressDisplay(
@@ -134,19 +143,24 @@ def observe(made: Run, preemption: Preemption, console: Console, step: int, stac
     )
     stack.callback(display.close)
     curves = None
-    if backend.rank == 0:
-        curves = Curves(made.directory.metrics, step, tensorboard=config.log.tensorboard)
-        stack.callback(curves.close)
-        display.attach(trainer)
+    with backend.agree("opening the ledger and the curves"):
+        ledger = ledger_of(made, step)
+        stack.callback(ledger.close)
+        if backend.rank == 0:
+            curves = Curves(made.directory.metrics, step, tensorboard=config.log.tensorboard)
+            stack.callback(curves.close)
+            display.attach(trainer)
 
     def fetched(lines: list[dict[str, Any]], pace: Pace) -> None:
+        ledger.fetched(lines)
         if curves is not None:
             curves.trained(lines, pace)
             display.pace(pace)
 
     def validate(engine: Engine) -> dict[str, Any]:
         assert made.evaluation is not None
-        values = made.evaluation.run()
+        with compilations.apart():
+            values = made.evaluation.run()
         if curves is not None:
             curves.validated(engine.state.iteration, engine.state.epoch, values)
             display.validated(engine.state.iteration, engine.state.epoch, values)
@@ -159,15 +173,25 @@ def observe(made: Run, preemption: Preemption, console: Console, step: int, stac
         stop_on_nan=config.on_nan == "stop",
         fetched=fetched,
     )
+    checkpoint = Checkpoint(
+        to_save(made),
+        DirectorySaver(made.directory.checkpoints, describe=made.about, backend=backend),
+        n_saved=config.checkpoint.keep,
+        backend=backend,
+    )
+
+    def save(engine: Engine) -> None:
+        # First what the steps before wrote down: a run that goes on from the checkpoint does not write it again.
+        with backend.agree("writing the ledger and the curves"):
+            ledger.sync()
+            if curves is not None:
+                curves.sync()
+        checkpoint(engine)
+
     end = StepEnd(
         losses,
         preemption,
-        save=Checkpoint(
-            to_save(made),
-            DirectorySaver(made.directory.checkpoints, describe=made.about, backend=backend),
-            n_saved=config.checkpoint.keep,
-            backend=backend,
-        ),
+        save=save,
         validate=None if made.evaluation is None else validate,
         total_steps=made.total_steps,
         log_every_steps=config.log.every_steps,
@@ -176,8 +200,23 @@ def observe(made: Run, preemption: Preemption, console: Console, step: int, stac
     )
     end.resumed_at(step)
     losses.attach(trainer)
+    ledger.attach(trainer)
     end.attach(trainer)
     return end
+
+
+def ledger_of(made: Run, step: int) -> Ledger:
+    """Return the ledger of the run, which goes on after `step`."""
+    sampler = made.loader.sampler
+    return Ledger(
+        made.directory.ledger_jsonl,
+        step or -1,  # a run that begins does not go on with the line of step 0 that an unsaved one may have left
+        backend=made.backend,
+        every_steps=made.config.ledger.every_steps,
+        state=lambda: state_tensors(made.model, made.optimizer),
+        grad_norm=made.take_grad_norm,
+        order=lambda batch: sampler.samples(batch.epoch, batch.step).astype("<i8").tobytes(),
+    )
 
 
 def outcome(made: Run, end: StepEnd, resumed_at: int, wall_s: float) -> dict[str, Any]:

@@ -9,6 +9,7 @@ the process, however it dies.
       cfg.py           the file it came from
       overrides.json   the key=value words of the command line
       checkpoints/     step-00000140/, ... newest last
+      ledger.jsonl     what each step computed, as evidence
       metrics/         train.jsonl, valid.jsonl, and tensorboard/ where it is installed
       logs/            rank-0.log, ...
       result.json      how it ended, once it has
@@ -50,6 +51,46 @@ def _finite(value: Any) -> Any:
     return value
 
 
+class JsonLines:
+    """A file of one JSON object a line, each with its `step`, in order, that a resumed run goes on with.
+
+    Opening it at a step drops the lines of later steps: a killed run wrote them, and will write them again.
+    A step that has its line is not written twice.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self._last_step = -1
+        end, last = 0, b"\n"
+        with path.open("ab+") as file:
+            file.seek(0)
+            for line in file:
+                try:
+                    written = json.loads(line)["step"]
+                except (ValueError, KeyError, TypeError):
+                    break  # a line that a kill cut short; nothing after it is whole
+                if written > step:
+                    break
+                self._last_step, end, last = written, end + len(line), line
+            file.truncate(end)
+            if not last.endswith(b"\n"):
+                file.write(b"\n")
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Write a line, unless its step has one; another process sees it, a power loss may take it until `sync`."""
+        if line["step"] > self._last_step:
+            self._last_step = line["step"]
+            self._file.write(json_text(line) + "\n")
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Flush what was written to the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class RunDirectory:
     """The paths of one run, and what is kept in its small files."""
 
@@ -60,6 +101,7 @@ class RunDirectory:
         self.overrides_json = path / "overrides.json"
         self.result_json = path / "result.json"
         self.checkpoints = path / "checkpoints"
+        self.ledger_jsonl = path / "ledger.jsonl"
         self.metrics = path / "metrics"
         self.logs = path / "logs"
         self._lock: IO[str] | None = None

@@ -20,6 +20,7 @@ from disttrain.errors import BackendError
 
 _CORE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _MEETING = ("MASTER_ADDR", "MASTER_PORT")
+_OF_LAUNCHERS = ("TORCHELASTIC_", "SLURM_", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_")
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,24 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
     return None
 
 
+def pjrt_device(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the device that torch_xla was told to use, such as "TPU" or "CPU"; None where nothing was said."""
+    return environ.get("PJRT_DEVICE") or None
+
+
 def set_default(name: str, value: str) -> str:
     """Set a variable that the libraries below us read, unless the user has; return what it is."""
     return os.environ.setdefault(name, value)
+
+
+def set_launch(place: Place, address: str, port: int) -> None:
+    """Say to this process what torchrun would; a world of one is a process that was started by hand."""
+    for name in [name for name in os.environ if name in (*_CORE, *_MEETING) or name.startswith(_OF_LAUNCHERS)]:
+        del os.environ[name]
+    if place.world_size > 1:
+        numbers = (place.rank, place.world_size, place.local_rank, place.local_world_size)
+        os.environ.update({name: str(number) for name, number in zip(_CORE, numbers, strict=True)})
+        os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
 
 
 def _read_torchrun(environ: Mapping[str, str]) -> Launch:

@@ -29,7 +29,6 @@ class Wait:
 
 WAITING = {
     "strategy": Wait(lambda v: v == "fsdp", '"ddp"', "training with sharded parameters (FSDP2)"),
-    "backend": Wait(lambda v: v == "xla", '"auto", "single", "gloo" or "nccl"', "the XLA backend"),
     "on_nan": Wait(lambda v: v == "rollback", '"stop" or "skip"', "going back to a verified checkpoint"),
     "checkpoint.asynchronous": Wait(lambda v: v is True, "False", "asynchronous checkpoints"),
     "checkpoint.target": Wait(lambda v: v is not None, "None (the run directory)", "checkpoints in other storage"),

@@ -14,6 +14,7 @@ sampler the skipping of its indices, never of data.
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from torch.utils.data import BatchSampler
@@ -72,7 +73,7 @@ class SlotBatchSampler(BatchSampler):
         slots: range | None = None,
         shuffle: bool = True,
     ) -> None:
-        _check_sizes(num_samples, global_batch_size, num_slots)
+        check_sizes(num_samples, global_batch_size, num_slots)
         slots = range(num_slots) if slots is None else slots
         if not slots or slots.step != 1 or slots.start < 0 or slots.stop > num_slots:
             raise ValueError(f"slots must be a part of range({num_slots}), at least one of them, got {slots}")
@@ -122,6 +123,11 @@ class SlotBatchSampler(BatchSampler):
         (indices,) = self._indices(epoch, range(step, step + 1), range(slot, slot + 1))
         return self._microbatch(indices, epoch, step, slot)
 
+    def samples(self, epoch: int, step: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Return the indices of a step's whole global batch, those of all slots in slot order."""
+        positions = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
+        return self._order_of(epoch).at(positions) if self.shuffle else positions
+
     def __iter__(self) -> Iterator[Microbatch]:
         return self.iterate_from(0)
 
@@ -165,7 +171,8 @@ class SlotBatchSampler(BatchSampler):
         return Microbatch(indices, seed=seed, epoch=epoch, step=step, slot=slot)
 
 
-def _check_sizes(num_samples: int, global_batch_size: int, num_slots: int) -> None:
+def check_sizes(num_samples: int, global_batch_size: int, num_slots: int) -> None:
+    """Raise ConfigError where the slots do not divide the global batch, DataError where there is not one such."""
     if num_slots < 1 or global_batch_size < 1:
         raise ConfigError(
             f"global_batch_size and num_slots must be at least 1, "

@@ -1,48 +1,13 @@
 """What `metrics/` holds: the training and validation curves as JSONL, and for TensorBoard where it is installed."""
 
-import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from disttrain.errors import ConfigError
 from disttrain.handlers.losses import Pace
-from disttrain.run_directory import json_text
-
-
-class JsonLines:
-    """A file of one JSON object a line, each with its `step`, that a resumed run goes on with.
-
-    Opening it at a step drops the lines of later steps: a killed run wrote them, and will write them again.
-    A step that has its line is not written twice.
-    """
-
-    def __init__(self, path: Path, step: int) -> None:
-        kept = []
-        self._last_step = -1
-        if path.exists():
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    written = json.loads(line)["step"]
-                except (ValueError, KeyError, TypeError):
-                    break  # a line that a kill cut short; nothing after it is whole
-                if written <= step:
-                    self._last_step = written
-                    kept.append(line + "\n")
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(path)
-        self._file: IO[str] = path.open("a", encoding="utf-8")
-
-    def write(self, line: dict[str, Any]) -> None:
-        if line["step"] > self._last_step:
-            self._last_step = line["step"]
-            self._file.write(json_text(line) + "\n")
-            self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+from disttrain.run_directory import JsonLines
 
 
 class TensorBoard:
@@ -87,6 +52,11 @@ class Curves:
         self._valid.write({"step": step, "epoch": epoch, **values})
         if self._board is not None:
             self._board.add(step, {f"valid/{name}": value for name, value in values.items()})
+
+    def sync(self) -> None:
+        """Flush what was written to the disk."""
+        self._train.sync()
+        self._valid.sync()
 
     def close(self) -> None:
         self._train.close()

@@ -55,7 +55,7 @@ class LossLog:
         self.samples_per_step = samples_per_step
         self.stop_on_nan = stop_on_nan
         self.fetched = fetched
-        self._pending: list[Tensor] = []
+        self._pending: list[list[Tensor]] = []
         self._rates: list[float] = []
         self._since = time.perf_counter()
 
@@ -71,14 +71,15 @@ class LossLog:
         self._rates.append(float(self.optimizer.param_groups[0]["lr"]))
 
     def collect(self, engine: Engine) -> None:
-        self._pending.append(torch.stack([loss.detach() for loss in engine.state.output]))
+        self._pending.append([loss.detach() for loss in engine.state.output])
 
     def fetch(self, engine: Engine) -> None:
         """Gather the pending losses and hand them on; NonFiniteError where one is not finite."""
         if not self._pending:
             return
         step, epoch = engine.state.iteration, engine.state.epoch
-        local = torch.stack(self._pending).double().cpu().tolist()  # [steps, this rank's slots]
+        found = iter(self.backend.fetch([loss for losses in self._pending for loss in losses]))
+        local = [[next(found) for _ in losses] for losses in self._pending]  # [steps, this rank's slots]
         rates = self._rates[: len(local)]
         self._pending, self._rates = [], []
         by_rank = self.backend.all_gather(local)
@@ -89,8 +90,8 @@ class LossLog:
         pace = len(losses) * self.samples_per_step / max(now - self._since, 1e-9)
         self._since = now
         lines = [
-            # An epoch's end is always a fetch, so all pending steps are of the present epoch. JSON has no NaN.
-            {"step": at, "epoch": epoch, "loss": loss if math.isfinite(loss) else None, "learning_rate": rate}
+            # An epoch's end is always a fetch, so all pending steps are of the present epoch.
+            {"step": at, "epoch": epoch, "loss": loss, "learning_rate": rate}
             for at, loss, rate in zip(range(first, step + 1), losses, rates, strict=True)
         ]
         self.fetched(lines, Pace(step, epoch, losses[-1], rates[-1], pace))

@@ -59,7 +59,6 @@ def test_metric_names_can_be_part_of_a_dotted_key() -> None:
     ("changes", "field", "works"),
     [
         ({"strategy": "fsdp"}, "strategy", '"ddp"'),
-        ({"backend": "xla"}, "backend", '"gloo"'),
         ({"on_nan": "rollback"}, "on_nan", '"stop" or "skip"'),
         ({"checkpoint": {"asynchronous": True}}, "checkpoint.asynchronous", "False"),
         ({"checkpoint": {"target": "s3://b"}}, "checkpoint.target", "the run directory"),

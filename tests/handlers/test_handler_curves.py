@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from disttrain.handlers.curves import Curves, JsonLines
+from disttrain.handlers.curves import Curves
 from disttrain.handlers.losses import Pace
+from disttrain.run_directory import JsonLines
 
 
 def steps(path: Path) -> list[int]:

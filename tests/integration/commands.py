@@ -40,7 +40,7 @@ def net():
     return nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 10))
 
 fields = dict(
-    name="small", model=net, train_data=Noisy, valid_data=Noisy, loss=nn.CrossEntropyLoss(),
+    ledger={"every_steps": 4}, name="small", model=net, train_data=Noisy, valid_data=Noisy, loss=nn.CrossEntropyLoss(),
     optimizer=partial(torch.optim.AdamW, lr=1e-3), global_batch_size=40, num_slots=4, max_epochs=3,
 )
 """

@@ -35,6 +35,7 @@ def same_as(whole: Path, folder: Path) -> None:
         assert got[field] == expected[field], field
     for curve in ("train.jsonl", "valid.jsonl"):
         assert lines(folder / "runs/small/metrics" / curve) == lines(whole / "runs/small/metrics" / curve), curve
+    assert (folder / "runs/small/ledger.jsonl").read_text() == (whole / "runs/small/ledger.jsonl").read_text()
 
 
 def test_a_run_directory_holds_what_the_readme_says(whole: Path) -> None:
@@ -46,6 +47,7 @@ def test_a_run_directory_holds_what_the_readme_says(whole: Path) -> None:
         "overrides.json",
         "result.json",
         "checkpoints/step-00000015/MANIFEST.json",
+        "ledger.jsonl",
         "metrics/train.jsonl",
         "metrics/valid.jsonl",
         "logs/rank-0.log",
@@ -53,6 +55,7 @@ def test_a_run_directory_holds_what_the_readme_says(whole: Path) -> None:
     assert checkpoints(run) == [5, 10, 15]
     assert [line["step"] for line in lines(run / "metrics/train.jsonl")] == list(range(1, STEPS + 1))
     assert [line["step"] for line in lines(run / "metrics/valid.jsonl")] == [5, 10, 15]
+    assert [line["step"] for line in lines(run / "ledger.jsonl")] == list(range(STEPS + 1))
     ended = result(run)
     assert ended["status"] == "completed"
     assert (ended["step"], ended["epoch"], ended["world_size"], ended["num_slots"]) == (15, 3, 1, 4)
