@@ -55,7 +55,6 @@ from disttrain.precision.apex import Apex
 from disttrain.precision.base import FP32, BeforeStep, Precision
 from disttrain.precision.xla import INSTALL, XLA, has_torch_xla
 
-
 AfterStep = Callable[[bool], object]
 """Called after each update with whether the optimizer stepped: steps a schedule, counts what was skipped."""
 

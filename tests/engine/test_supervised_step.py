@@ -489,6 +489,139 @@ class TestScaler:
         assert scaler.get_scale() == 16.0
 
 
+class TestOverflow:
+    """An update whose scaled gradients overflow: fp16 on the CPU, by both factories, accumulating, under a schedule."""
+
+    BAD = 5  # the iteration, from 1, whose loss is infinite
+
+    def make(self, steps: int, fused: bool = False):
+        model = make_model()
+        return model, torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused), nn.functional.mse_loss
+
+    def loss(self, engine: list[Engine]):
+        def loss(y_pred, y):
+            bad = engine[0].state.iteration == self.BAD
+            return nn.functional.mse_loss(y_pred.float(), y) / 1000 * (math.inf if bad else 1.0)
+
+        return loss
+
+    def expected(self, data, steps: int, fused: bool) -> list[torch.Tensor]:
+        """Train by hand, with the loss scaled by hand, and leave out the update with the bad iteration in it."""
+        model = make_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
+        torch.manual_seed(5)
+        scale = 2.0**16
+        for iteration, (x, y) in enumerate(data, start=1):
+            if (iteration - 1) % steps == 0:
+                optimizer.zero_grad()
+                overflowed = False
+            with torch.autocast("cpu", torch.float16):
+                loss = nn.functional.mse_loss(model(x).float(), y) / 1000
+            overflowed = overflowed or iteration == self.BAD
+            (loss / steps * scale).backward()
+            if iteration % steps:
+                continue
+            for parameter in model.parameters():
+                parameter.grad /= scale
+            if overflowed:
+                scale /= 2
+            else:
+                optimizer.step()
+        return weights(model)
+
+    @pytest.mark.parametrize("by", ["mode", "factory"])
+    @pytest.mark.parametrize("fused", [False, True])
+    @pytest.mark.parametrize("steps", [1, 2, 3])
+    def test_exactly_that_update_is_skipped_and_the_scale_halved(self, by, steps, fused):
+        data, held = batches(12), []
+        model, optimizer, _ = self.make(steps, fused)
+        scaler = torch.amp.GradScaler("cpu")
+        arguments = {"gradient_accumulation_steps": steps, "scaler": scaler, "device": "cpu"}
+        if by == "mode":
+            held.append(create_supervised_trainer(model, optimizer, self.loss(held), amp_mode="amp", **arguments))
+        else:
+            held.append(Engine(supervised_training_step_amp(model, optimizer, self.loss(held), **arguments)))
+        torch.manual_seed(5)
+        held[0].run(data)
+        assert scaler.get_scale() == 2.0**15
+        assert equal(weights(model), self.expected(data, steps, fused))
+
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_a_schedule_in_after_step_does_not_count_it_and_a_resumed_run_has_the_same_scale(self, fused):
+        data = batches(12)
+
+        def run(first: int, last: int, states=None) -> tuple[list[bool], dict]:
+            held, stepped = [], []
+            model, optimizer, _ = self.make(2, fused)
+            schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=6)
+            precision = AMP("cpu", scaler=True)
+
+            def after_step(it_did: bool) -> None:
+                stepped.append(it_did)
+                if it_did:
+                    schedule.step()
+
+            held.append(
+                create_supervised_trainer(
+                    model,
+                    optimizer,
+                    self.loss(held),
+                    gradient_accumulation_steps=2,
+                    precision=precision,
+                    before_step=lambda: nn.utils.clip_grad_norm_(model.parameters(), 1e-3) and None,
+                    after_step=after_step,
+                )
+            )
+            parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "precision": precision}
+            for name, state in (states or {}).items():
+                parts[name].load_state_dict(state)
+            held[0].state.iteration = first
+            for batch in data[first:last]:
+                held[0].state.iteration += 1
+                torch.manual_seed(held[0].state.iteration)
+                held[0].state.output = held[0]._process_function(held[0], batch)
+            return stepped, {name: part.state_dict() for name, part in parts.items()}
+
+        stepped, whole = run(0, 12)
+        assert stepped == [True, True, False, True, True, True]
+        assert whole["schedule"]["last_epoch"] == 5
+        assert (whole["precision"]["scaler"]["scale"], whole["precision"]["num_skipped"]) == (2.0**15, 1)
+        for kill in (4, 6, 10):
+            before, saved = run(0, kill)
+            after, resumed = run(kill, 12, saved)
+            assert before + after == stepped
+            assert resumed["precision"] == whole["precision"]
+            assert equal(list(resumed["model"].values()), list(whole["model"].values()))
+
+    def test_clipping_comes_after_unscaling(self):
+        norms = []
+        model, optimizer, loss = self.make(1)
+        create_supervised_trainer(
+            model,
+            optimizer,
+            lambda y_pred, y: loss(y_pred.float(), y) / 1000,
+            precision=AMP("cpu", scaler=True),
+            before_step=lambda: norms.append(nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()),
+        ).run(batches(3))
+        assert len(norms) == 3
+        assert max(norms) < 1  # times the scale, 65536, it is far above
+
+
+def test_after_step_hears_of_each_update_once():
+    heard = []
+    model = make_model()
+    answers = iter([None, False, True])
+    create_supervised_trainer(
+        model,
+        make_optimizer(model),
+        nn.functional.mse_loss,
+        gradient_accumulation_steps=2,
+        before_step=lambda: next(answers),
+        after_step=heard.append,
+    ).run(batches(6))
+    assert heard == [True, False, True]
+
+
 class TestTrainingMode:
     def test_the_whole_model_is_in_training_mode_at_every_step(self):
         model = make_model()
@@ -558,6 +691,22 @@ class TestDoubles:
             assert run_losses(trainer, data) == losses
             assert equal(weights(model), expected)
             assert amp.state_dict()["loss_scaler0"]["unskipped"] == len(data)
+
+    def test_apex_under_ddp_leaves_a_windows_gradients_scaled_until_they_have_met(self, path, tmp_path):
+        from apex import amp
+
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            model, data = make_model(), batches(4)
+            model, optimizer = amp.initialize(model, make_optimizer(model))
+            arguments = (DistributedDataParallel(model), optimizer, nn.functional.mse_loss)
+            trainer = create_supervised_trainer(*arguments, amp_mode="apex", gradient_accumulation_steps=2)
+            losses, expected = by_hand(data, 2)
+            assert run_losses(trainer, data) == losses
+            assert equal(weights(model), expected)
+            assert amp.state_dict()["loss_scaler0"]["unskipped"] == 2  # once a window
+        finally:
+            dist.destroy_process_group()
 
     @pytest.mark.parametrize("steps", [1, 2])
     def test_tpu_by_device_and_by_factory(self, path, steps):

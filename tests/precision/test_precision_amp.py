@@ -75,6 +75,16 @@ def test_an_overflow_skips_exactly_that_update_and_halves_the_scale(device, fuse
     assert precision.num_skipped == 1
 
 
+@pytest.mark.parametrize(("fused", "called"), [(False, 2), (True, 3)])
+def test_what_update_returns_is_the_only_word_on_whether_the_optimizer_stepped(fused, called):
+    model, optimizer = make("cpu", fused)
+    precision, calls = AMP("cpu", torch.float16, scaler=True), []
+    optimizer.register_step_post_hook(lambda *_: calls.append(True))
+    stepped = [one_update(precision, model, optimizer, factor) for factor in (1.0, math.inf, 1.0)]
+    assert stepped == [True, False, True]
+    assert len(calls) == called  # a fused optimizer is called, told of the overflow, and does nothing
+
+
 def test_before_step_sees_unscaled_gradients_and_overflows_too():
     model, optimizer = make("cpu")
     precision = AMP("cpu", scaler=True)

@@ -1,6 +1,7 @@
 """apex: found without importing it, in four cases; the step against a double of its amp.
 
-The double (`doubles/apex_with_amp`) does the seven things that the step relies on; they are tested here too.
+The double (`doubles/apex_with_amp`) does the seven things that the step relies on, and an eighth that slots and ranks
+need; they are tested here too.
 """
 
 import math
@@ -117,6 +118,57 @@ class TestTheStep:
         assert precision.update(optimizer, lambda: False) is False
         assert torch.equal(parameter.detach(), torch.tensor([1.0, 2.0]))
 
+    @pytest.mark.parametrize("at_update", [False, True])
+    def test_no_to_an_update_that_overflowed_leaves_the_next_one_alone(self, amp, at_update):
+        parameter, optimizer = make()
+        precision = Apex(unscale_at_update=at_update)
+        precision.prepare(nn.Linear(1, 1), optimizer)
+        stepped = []
+        for factor, answer in ((math.inf, False), (1.0, None)):
+            optimizer.zero_grad()
+            precision.backward(parameter.sum() * factor, optimizer)
+            stepped.append(precision.update(optimizer, lambda answer=answer: answer))
+        assert stepped == [False, True]
+        assert torch.equal(parameter.detach(), torch.tensor([0.5, 1.5]))
+
+    def test_under_a_schedule_an_overflow_skips_exactly_that_update_too(self, amp):
+        parameter, optimizer = make()
+        precision = Apex()
+        precision.prepare(nn.Linear(1, 1), optimizer)
+        torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)  # puts a method of its own over the optimizer's
+        stepped = []
+        for factor in (1.0, math.inf, 1.0):
+            optimizer.zero_grad()
+            precision.backward(parameter.sum() * factor, optimizer)
+            stepped.append(precision.update(optimizer))
+        assert stepped == [True, False, True]
+        assert torch.equal(parameter.detach(), torch.tensor([0.0, 1.0]))
+
+    def test_gradients_that_meet_after_their_backwards_stay_scaled_until_the_update(self, amp):
+        parameter, optimizer = make()
+        precision = Apex(unscale_at_update=True)
+        precision.prepare(nn.Linear(1, 1), optimizer)
+        for inject, stepped in ((1.0, True), (math.inf, False), (1.0, True)):
+            optimizer.zero_grad()
+            taken = []
+            for factor in (1.0, 2.0):
+                precision.backward(parameter.sum() * factor, optimizer)
+                taken.append(parameter.grad)
+                parameter.grad = None
+            scale = amp.state_dict()["loss_scaler0"]["loss_scale"]
+            assert torch.equal(taken[1], torch.full((2,), 2 * scale))
+            parameter.grad = (taken[0] * inject + taken[1]) / 2  # as SlotGradients adds up slots and ranks
+            seen = []
+            assert precision.update(optimizer, lambda seen=seen: seen.append(parameter.grad.clone())) is stepped
+            assert not stepped or torch.equal(seen[0], torch.full((2,), 1.5))
+        assert torch.equal(parameter.detach(), torch.tensor([1.0, 2.0]) - 2 * 0.5 * 1.5)
+        assert amp.state_dict() == {"loss_scaler0": {"loss_scale": 2.0**15, "unskipped": 1}}
+
+    def test_the_level_is_apexs(self, amp):
+        _, optimizer = make()
+        Apex("O0").prepare(nn.Linear(1, 1), optimizer)
+        assert amp.state_dict()["loss_scaler0"]["loss_scale"] == 1.0
+
     def test_the_scalers_state_is_apexs(self, amp):
         parameter, optimizer = make()
         precision = Apex()
@@ -212,3 +264,15 @@ class TestTheDouble:
         precision.update(optimizer, lambda: calls.append("clip") if precision.master_params(optimizer) else None)
         assert callable(leave)
         assert calls == ["zero_grad", "enter", "backward", "exit", "master_params", "clip", "step"]
+
+    def test_8_delayed_gradients_stay_scaled_and_are_not_stashed(self, amp):
+        """From reading `apex/amp/handle.py`: not among what was checked against the real one."""
+        parameter, optimizer = make()
+        amp.initialize(None, optimizer, loss_scale=128)
+        for backwards in (1, 2):
+            with amp.scale_loss(parameter.sum(), optimizer, delay_unscale=True) as scaled:
+                scaled.backward()
+            assert torch.equal(parameter.grad, torch.full((2,), 128.0 * backwards))
+        with amp.scale_loss(parameter.sum(), optimizer) as scaled:
+            scaled.backward()
+        assert torch.equal(parameter.grad, torch.full((2,), 3.0))

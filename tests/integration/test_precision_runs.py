@@ -1,0 +1,206 @@
+"""Runs in other numbers than float32, by the real command: the same bits killed, resumed and on other ranks.
+
+apex is the double of tests/precision/doubles, on a CPU that the cfg.py lets it have.
+"""
+
+import math
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from commands import checkpoints, launch, lines, result, write_cfg
+from ranks import Err, Ok, Ranks
+
+from disttrain.backend import Backend
+from disttrain.checkpoint import load
+from disttrain.config import load_config
+from disttrain.launch import COMPLETED, parser, start
+from disttrain.precision import table
+
+DOUBLE = Path(__file__).parents[1] / "precision" / "doubles" / "apex_with_amp"
+OVERFLOW_AT, DIES_AT = 7, 9  # 5 steps an epoch, 15 in all
+
+# The gradients of one step overflow on the way back, on every slot; the loss stays what it was. BatchNorm-like
+# buffers are the same for every slot of a step, so the count is that of the steps on any number of ranks.
+OVERFLOWS = f"""
+class Overflows(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = net()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+    def forward(self, x):
+        y = self.body(x)
+        if self.training:
+            self.steps += 1
+            if int(self.steps) == {OVERFLOW_AT}:
+                y.register_hook(lambda gradient: gradient * torch.inf)
+        return y
+
+import os, signal
+from disttrain.engine import Events
+def dies(trainer, run):
+    def die():
+        if run.backend.rank == 0 and os.path.exists("die"):
+            os.rename("die", "died")
+            if os.path.getsize("died"):
+                raise RuntimeError("rank 0 dies")
+            os.kill(os.getpid(), signal.SIGKILL)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once={DIES_AT}), die)
+
+fields.update(
+    model=Overflows,
+    schedule=lambda optimizer, total: torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=total),
+    grad_clip_norm=1.0,
+    handlers=[dies],
+)
+"""
+APEX = f"""
+import sys
+sys.path.insert(0, {str(DOUBLE)!r})
+from disttrain.precision import table
+table.WORKS["cpu"] += ("apex",)
+"""
+
+
+def run(folder: Path, *words: str, ranks: int = 0, change: str = "", dies: bool = False) -> Path:
+    """Run the small config with `change` in `folder` by the command; return its run directory."""
+    folder.mkdir(exist_ok=True)
+    write_cfg(folder, change)
+    if dies:
+        (folder / "die").touch()
+    done = launch("cfg.py", *words, ranks=ranks, cwd=folder)
+    assert (done.code != 0) == dies, done.text
+    return folder / "runs" / "small"
+
+
+def start_here(backend: Backend, folder: str, words: list[str]) -> None:
+    """Do what the command does once it is connected, on a rank of the pool; leave no apex behind."""
+    works = dict(table.WORKS)
+    os.chdir(folder)
+    try:
+        started = start(load_config(Path("cfg.py"), words), parser().parse_args(["cfg.py"]), backend)
+        assert started == COMPLETED
+    finally:
+        table.WORKS.clear()
+        table.WORKS.update(works)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "apex"]:
+            del sys.modules[name]
+
+
+def run_in(ranks: Ranks, world_size: int, folder: Path, *words: str, change: str = "", dies: bool = False) -> Path:
+    """Run it on ranks of the pool instead, which costs no start; it dies of an exception there."""
+    folder.mkdir(exist_ok=True)
+    write_cfg(folder, change)
+    if dies:
+        (folder / "die").write_text("raise")
+    outcomes = ranks.outcomes(world_size, start_here, str(folder), list(words))
+    assert all(isinstance(outcome, Err if dies else Ok) for outcome in outcomes), outcomes
+    return folder / "runs" / "small"
+
+
+def loss_scale(run: Path) -> float:
+    newest = run / "checkpoints" / f"step-{checkpoints(run)[-1]:08d}"
+    state = load(newest).state["precision"]
+    return state["scaler"]["scale"] if "scaler" in state else state["loss_scaler0"]["loss_scale"]
+
+
+def same(one: Path, other: Path) -> None:
+    for field in ("step", "params_sha256", "metrics", "skipped_steps"):
+        assert result(one)[field] == result(other)[field], field
+    assert lines(one / "metrics/train.jsonl") == lines(other / "metrics/train.jsonl")
+
+
+CASES = [
+    pytest.param(("precision=fp16",), "", id="fp16"),
+    pytest.param(("precision=fp16", "optimizer.fused=true"), "", id="fp16-fused"),
+    pytest.param(("precision=fp16", "on_nan=skip"), "", id="fp16-skip"),
+    pytest.param(("precision=apex",), APEX, id="apex"),
+    pytest.param(("precision=apex", "on_nan=skip"), APEX, id="apex-skip"),
+]
+
+
+def check_whole(whole: Path) -> None:
+    ended = result(whole)
+    assert (ended["status"], ended["skipped_steps"], loss_scale(whole)) == ("completed", 1, 2.0**15)
+    # The rate that each step had: from a third to the whole in 15 steps, and one step that did not count.
+    stepped = [step - (step > OVERFLOW_AT) - 1 for step in range(1, 16)]
+    rates = [line["learning_rate"] for line in lines(whole / "metrics/train.jsonl")]
+    assert rates == [pytest.approx(1e-3 * (1 / 3 + 2 / 3 * done / 15)) for done in stepped]
+    assert all(math.isfinite(line["loss"]) for line in lines(whole / "metrics/train.jsonl"))
+
+
+@pytest.mark.parametrize(("words", "change"), CASES)
+def test_an_overflow_skips_that_update_and_halves_the_scale_resumed_or_not(tmp_path, ranks, words, change):
+    words, change = (*words, "checkpoint.every_steps=4"), OVERFLOWS + change
+    whole = run_in(ranks, 1, tmp_path / "whole", *words, change=change)
+    check_whole(whole)
+    assert f"step {OVERFLOW_AT} is left out" in (whole / "logs" / "rank-0.log").read_text()
+    stopped = run_in(ranks, 2, tmp_path / "stopped", *words, change=change, dies=True)
+    assert (checkpoints(stopped)[-1], loss_scale(stopped)) == (8, 2.0**15)
+    same(whole, run_in(ranks, 3, tmp_path / "stopped", *words, change=change))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("words", "change"), CASES)
+def test_killed_for_good_and_started_again(tmp_path, words, change):
+    words, change = (*words, "checkpoint.every_steps=4"), OVERFLOWS + change
+    whole = run(tmp_path / "whole", *words, change=change)
+    check_whole(whole)
+    killed = run(tmp_path / "killed", *words, ranks=2, change=change, dies=True)
+    assert (checkpoints(killed)[-1], loss_scale(killed)) == (8, 2.0**15)
+    same(whole, run(tmp_path / "killed", *words, ranks=3, change=change))
+
+
+@pytest.mark.parametrize("words", [("precision=bf16",), ("optimizer.fused=true",)])
+def test_the_same_bits_on_one_rank_and_on_three(tmp_path, ranks, words):
+    one = run_in(ranks, 1, tmp_path / "one", *words)
+    same(one, run_in(ranks, 3, tmp_path / "three", *words))
+
+
+def test_bf16_ends_near_fp32_and_is_not_it(tmp_path, ranks):
+    full, half = run_in(ranks, 1, tmp_path / "fp32"), run_in(ranks, 1, tmp_path / "bf16", "precision=bf16")
+    assert result(full)["params_sha256"] != result(half)["params_sha256"]
+    assert result(half)["metrics"]["loss"] == pytest.approx(result(full)["metrics"]["loss"], rel=0.05)
+
+
+def refused(tmp_path: Path, change: str, *words: str, ranks: int = 0) -> str:
+    """Return what is printed where the model must not be built, nor a run directory made."""
+    built = "fields['model'] = fields['train_data'] = lambda: print('BUILT')\n"
+    write_cfg(tmp_path, built + change)
+    done = launch("cfg.py", *words, ranks=ranks, cwd=tmp_path)
+    assert done.code == (2 if ranks == 0 else 1), done.text
+    assert "BUILT" not in done.text
+    assert "Traceback" not in done.ranks_say()
+    assert not (tmp_path / "runs").exists()
+    return done.text
+
+
+def test_apex_on_a_cpu_says_what_works(tmp_path):
+    expected = "ConfigError: precision='apex' does not work on a device of type 'cpu'; use fp32 or bf16 or fp16 or auto"
+    assert expected in refused(tmp_path, "", "precision=apex")
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        pytest.param((), "found no package apex", marks=pytest.mark.slow),
+        pytest.param(("lib.py",), "found another package of that name", marks=pytest.mark.slow),
+        pytest.param(
+            ("multi_tensor_apply/multi_tensor_apply.py", "optimizers/fused_adam.py"),
+            "too new to have it",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_apex_that_is_not_there_says_what_to_install_or_use(tmp_path, files, said):
+    for file in ("__init__.py", *files) if files else ():
+        path = tmp_path / "other" / "apex" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("raise ImportError('a check must not import it')")
+    hidden = "sys.path[:] = [p for p in sys.path if not (pathlib.Path(p) / 'apex').exists()]\n"
+    there = APEX.replace(str(DOUBLE), str(tmp_path / "other")) if files else APEX + "import pathlib\n" + hidden
+    message = refused(tmp_path, there, "precision=apex", ranks=2 if not files else 0)
+    assert said in message
+    assert "precision='apex': expected" in message
+    assert 'in a config precision="bf16" or "fp16"' in message
