@@ -18,7 +18,15 @@ from torch.utils.data import Dataset
 from disttrain.backend import Backend
 from disttrain.checkpoint import About
 from disttrain.config import Config, config_hash
-from disttrain.data import SlotBatchSampler, SlotLoader, check_dataset, evaluation_loader
+from disttrain.data import (
+    SlotBatchSampler,
+    SlotLoader,
+    StreamLoader,
+    check_dataset,
+    check_stream,
+    evaluation_loader,
+    is_iterable_style,
+)
 from disttrain.engine import Engine, create_supervised_trainer
 from disttrain.engine.parts import to_device
 from disttrain.errors import ConfigError, DisttrainError
@@ -44,7 +52,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     schedule: Any
     precision: Precision
-    loader: SlotLoader
+    loader: SlotLoader | StreamLoader
     trainer: Engine
     evaluation: Evaluation | None
     data: dict[str, Any]
@@ -57,7 +65,22 @@ class Run:
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
-        return self.config.max_steps or (self.config.max_epochs or 0) * len(self.loader)
+        if self.config.max_steps is not None:
+            return self.config.max_steps
+        num_samples: int = self.data["dataset_length"]
+        return (self.config.max_epochs or 0) * (num_samples // self.config.global_batch_size)
+
+    @property
+    def epoch_length(self) -> int | None:
+        """Steps of an epoch; None where the training data is a stream, whose passes end when they end."""
+        return len(self.loader) if isinstance(self.loader, SlotLoader) else None
+
+    @property
+    def maximum(self) -> dict[str, int]:
+        """Where the run ends, as `Engine.run` takes it."""
+        if self.config.max_epochs is not None and self.epoch_length is not None:
+            return {"max_epochs": self.config.max_epochs}
+        return {"max_iters": self.total_steps}
 
     def take_grad_norm(self) -> Tensor | None:
         """Return the norm of the newest step's gradient once: a step that computes none then has none."""
@@ -66,11 +89,10 @@ class Run:
 
     def about(self) -> About:
         """Return what a checkpoint says of where the run stands, and in what."""
-        step = self.trainer.state.iteration
         position = {
-            "epoch": step // len(self.loader),
-            "step_in_epoch": step % len(self.loader),
-            "samples_seen": step * self.config.global_batch_size,
+            "epoch": self.loader.epoch,
+            "step_in_epoch": self.loader.step,
+            "samples_seen": self.trainer.state.iteration * self.config.global_batch_size,
             "skipped_steps": self.skipped_steps,
             "global_batch_size": self.config.global_batch_size,
             **self.data,
@@ -102,16 +124,12 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory) -> Run:
         raise ConfigError("num_slots is not resolved; expected a number here, as disttrain.launch gives it")
     slots = Slots(config.num_slots, backend.rank, backend.world_size)
     with backend.agree("choosing the precision"):
-        precision = choose(config.precision, backend.device)
+        precision = build("precision", choose, config.precision, backend.device)
     with backend.agree("building the data"):
         manual_seed(seed_for(config.seed, "data"))
         dataset = build("train_data", config.train_data)
         valid = None if config.valid_data is None else build("valid_data", config.valid_data)
-        data = check_dataset(dataset, "train_data")
-        sampler = SlotBatchSampler(
-            len(dataset), config.global_batch_size, slots.num_slots, seed=config.seed, slots=slots.mine
-        )
-        loader = SlotLoader(dataset, sampler, num_workers=config.num_workers, collate_fn=config.collate)
+        loader, data = loader_of(config, dataset, slots, backend)
     with backend.agree("building the model"):
         manual_seed(seed_for(config.seed, "init"))
         model = backend.move(build("model", config.model))
@@ -152,6 +170,37 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory) -> Run:
         for handler in config.handlers:
             build(f"handler {getattr(handler, '__name__', handler)}", handler, trainer, made)
     return made
+
+
+def loader_of(
+    config: Config, dataset: Any, slots: Slots, backend: Backend
+) -> tuple[SlotLoader | StreamLoader, dict[str, Any]]:
+    """Return the loader of the training data, and what identifies that."""
+    size, num_slots = config.global_batch_size, slots.num_slots
+    if not is_iterable_style(dataset):
+        data = check_dataset(dataset, "train_data")
+        sampler = SlotBatchSampler(len(dataset), size, num_slots, seed=config.seed, slots=slots.mine)
+        return SlotLoader(dataset, sampler, num_workers=config.num_workers, collate_fn=config.collate), data
+    data = check_stream(dataset, "train_data")
+    if config.max_epochs is not None and (data["dataset_length"] or 0) < size:
+        length = f"with a length of {data['dataset_length']}" if data["dataset_length"] else "without a length"
+        raise ConfigError(
+            f"max_epochs={config.max_epochs}: expected training data of a known length, at least global_batch_size="
+            f"{size} samples, got a stream {length} ({type(dataset).__name__}); say where the run ends by max_steps, "
+            "with max_epochs=none, or give it a __len__(self)"
+        )
+    loader = StreamLoader(
+        dataset,
+        size,
+        num_slots,
+        seed=config.seed,
+        slots=slots.mine,
+        ranks=backend,
+        num_workers=config.num_workers,
+        collate_fn=config.collate,
+        accept_other_data=config.accept_other_data,
+    )
+    return loader, {**data, "shards": num_slots if loader.sharded else None}
 
 
 def step_functions(config: Config, device: torch.device) -> dict[str, Any]:

@@ -6,7 +6,6 @@ which calls the step body (engine/supervised.py); that runs `model(x)` once for 
 step is over, `StepEnd` (handlers/) fetches losses, validates and saves.
 """
 
-import math
 import platform
 import time
 from contextlib import ExitStack
@@ -16,9 +15,10 @@ import torch
 from rich.console import Console
 
 from disttrain.assemble import Run, assemble
-from disttrain.backend import Backend, make_deterministic, refused_operations_named
+from disttrain.backend import Backend, make_deterministic, refused_operations_named, set_tf32
 from disttrain.checkpoint import DirectorySaver, checkpoint_name, load_newest, params_sha256
 from disttrain.config import Config, to_json
+from disttrain.data import SlotLoader, StreamLoader
 from disttrain.engine import Engine
 from disttrain.errors import ConfigError, DataError, DisttrainError
 from disttrain.handlers.checkpoint import Checkpoint
@@ -26,7 +26,7 @@ from disttrain.handlers.compilations import Compilations
 from disttrain.handlers.curves import Curves
 from disttrain.handlers.losses import LossLog, Pace
 from disttrain.handlers.preemption import Preemption
-from disttrain.handlers.progress import ProgressDisplay
+from disttrain.handlers.progress import ProgressDisplay, dropping
 from disttrain.handlers.rank_log import RankLog
 from disttrain.handlers.step_end import StepEnd
 from disttrain.observe import Ledger, state_tensors
@@ -43,6 +43,7 @@ def run(
     """
     with backend.agree("choosing deterministic kernels"):
         make_deterministic(config.cpu_threads, strict=config.deterministic)
+        set_tf32(config.tf32)
     if not config.deterministic:
         console.print("WARNING: deterministic=false: the same bits are not promised", style="bold yellow")
     with refused_operations_named(), ExitStack() as stack:
@@ -50,22 +51,15 @@ def run(
         made = assemble(config, backend, directory)
         stack.callback(made.loader.close)
         take(directory, backend, console, fresh=fresh, stack=stack)
-        sampler = made.loader.sampler
-        if sampler.num_dropped:
-            console.print(
-                f"each epoch leaves out {sampler.num_dropped} of {sampler.num_samples} samples, another choice each "
-                f"time: they fill no global batch of {config.global_batch_size}",
-                soft_wrap=True,
-            )
+        for note in made.loader.notes:
+            console.print(note, soft_wrap=True)
         step = restore(made, console)
         compilations = Compilations(backend)
         end = observe(made, preemption, console, step, stack, compilations)
         compilations.attach(made.trainer)
         began = time.perf_counter()
         if step < made.total_steps:
-            made.trainer.run(
-                made.loader, max_epochs=config.max_epochs, max_iters=config.max_steps, epoch_length=len(made.loader)
-            )
+            made.trainer.run(made.loader, **made.maximum, epoch_length=made.epoch_length)
         if not end.interrupted:
             end.finish(made.trainer)
         result = outcome(made, end, step, time.perf_counter() - began) | compilations.report()
@@ -80,6 +74,8 @@ def to_save(made: Run) -> dict[str, Any]:
     parts = {"model": made.model, "optimizer": made.optimizer, "trainer": made.trainer, "precision": made.precision}
     if made.schedule is not None:
         parts["schedule"] = made.schedule
+    if isinstance(made.loader, StreamLoader):
+        parts["data"] = made.loader
     return parts
 
 
@@ -115,10 +111,14 @@ def restore(made: Run, console: Console) -> int:
                 "ask for more, or start anew with --fresh"
             )
         with made.backend.agree("loading the checkpoint"):
-            Checkpoint.load_objects(to_save(made), {**found.state, "trainer": lengthened(made, found.state["trainer"])})
+            parts = to_save(made)
+            if "data" not in found.state:
+                parts.pop("data", None)  # other data, which is accepted: the run began over samples with indices
+            Checkpoint.load_objects(parts, {**found.state, "trainer": lengthened(made, found.state["trainer"])})
         skipped = position.get("skipped_steps", 0)
         made.skipped_steps = skipped if isinstance(skipped, int) else 0
-        console.print(f"resuming from step {step} (epoch {step // len(made.loader) + 1})")
+        place(made, step, console)
+        console.print(f"resuming from step {step} (epoch {made.loader.epoch + 1})")
     with made.backend.agree("describing the run"):
         if made.backend.rank == 0 and (origin := made.config.origin) is not None:
             made.directory.describe(to_json(made.config), origin.file, origin.overrides)
@@ -128,9 +128,17 @@ def restore(made: Run, console: Console) -> int:
 def lengthened(made: Run, trainer: dict[str, Any]) -> dict[str, Any]:
     """Return the trainer's saved state with the length that the config has now: a resumed run may have another."""
     kept = {key: value for key, value in trainer.items() if key not in ("max_epochs", "max_iters", "epoch_length")}
-    config = made.config
-    maximum = {"max_iters": config.max_steps} if config.max_steps else {"max_epochs": config.max_epochs}
-    return {**kept, **maximum, "epoch_length": len(made.loader)}
+    return {**kept, **made.maximum, "epoch_length": made.epoch_length}
+
+
+def place(made: Run, step: int, console: Console) -> None:
+    """Bring the training data to where the run stands, and the trainer's epoch with it."""
+    loader = made.loader
+    loader.seek(*divmod(step, made.epoch_length or step + 1))
+    if isinstance(loader, StreamLoader) and step < made.total_steps:
+        with dropping(console, line_every_s=made.config.log.every_s) as show:
+            loader.catch_up(show)
+    made.trainer.state.epoch = loader.epoch
 
 
 def observe(
@@ -197,6 +205,7 @@ def observe(
         log_every_steps=config.log.every_steps,
         save_every_steps=config.checkpoint.every_steps,
         validate_every_steps=config.validate.every_steps,
+        pass_ends=None if made.epoch_length else lambda: made.loader.step == 0,
     )
     end.resumed_at(step)
     losses.attach(trainer)
@@ -207,7 +216,9 @@ def observe(
 
 def ledger_of(made: Run, step: int) -> Ledger:
     """Return the ledger of the run, which goes on after `step`."""
-    sampler = made.loader.sampler
+    loader = made.loader
+    # A stream's samples have no indices; the hashes of what the slots hold tell them apart.
+    samples = loader.sampler.samples if isinstance(loader, SlotLoader) else None
     return Ledger(
         made.directory.ledger_jsonl,
         step or -1,  # a run that begins does not go on with the line of step 0 that an unsaved one may have left
@@ -215,7 +226,7 @@ def ledger_of(made: Run, step: int) -> Ledger:
         every_steps=made.config.ledger.every_steps,
         state=lambda: state_tensors(made.model, made.optimizer),
         grad_norm=made.take_grad_norm,
-        order=lambda batch: sampler.samples(batch.epoch, batch.step).astype("<i8").tobytes(),
+        order=None if samples is None else lambda batch: samples(batch.epoch, batch.step).astype("<i8").tobytes(),
     )
 
 
@@ -230,7 +241,7 @@ def outcome(made: Run, end: StepEnd, resumed_at: int, wall_s: float) -> dict[str
     return {
         "status": "interrupted" if end.interrupted else "completed",
         "step": step,
-        "epoch": math.ceil(step / len(made.loader)),
+        "epoch": made.loader.epoch + (made.loader.step > 0),
         "metrics": end.metrics,
         "params_sha256": digests[0],
         "world_size": backend.world_size,

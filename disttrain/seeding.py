@@ -3,14 +3,15 @@
 *Contract*: nothing random depends on what was drawn before. Each use of randomness has a purpose and a
 position, and its seed is a hash of the run's seed and those two, so resuming is arithmetic:
 
-| purpose | position                   | seeds                                                    |
-|---------|----------------------------|----------------------------------------------------------|
-| "init"  | -                          | building the model, the same on every rank               |
-| "order" | epoch                      | the order of the samples                                 |
-| "batch" | epoch, step in epoch, slot | python, numpy and torch where that microbatch is loaded  |
-| "step"  | step, slot                 | torch's generators before that slot's forward: dropout   |
-| "valid" | number of the batch        | as "batch", for validation data                          |
-| "data"  | -                          | building the datasets, the same on every rank            |
+| purpose  | position                   | seeds                                                    |
+|----------|----------------------------|----------------------------------------------------------|
+| "init"   | -                          | building the model, the same on every rank               |
+| "order"  | epoch                      | the order of the samples                                 |
+| "batch"  | epoch, step in epoch, slot | python, numpy and torch where that microbatch is loaded  |
+| "stream" | epoch, slot                | as "batch", where the stream that a slot reads is opened |
+| "step"   | step, slot                 | torch's generators before that slot's forward: dropout   |
+| "valid"  | number of the batch        | as "batch", for validation data                          |
+| "data"   | -                          | building the datasets, the same on every rank            |
 
 Never `seed + i`: it aliases (seed 0 in epoch 1 is seed 1 in epoch 0).
 """

@@ -1,13 +1,21 @@
 """WHAT goes into a step: the order of the samples, which slot loads which, and loading them anywhere alike.
 
 `permutation` (a random order without holding it), `sampler` (step, slot and rank to indices and a seed),
-`dataset` (seeding, naming errors, telling datasets apart), `fetching` (worker processes), `loader` (positions).
+`dataset` (seeding, naming errors, telling datasets apart), `fetching` (worker processes), `loader` (positions);
+`stream` and `stream_reader`: the same for data that can only be iterated.
 
 *Contract*: everything is a function of the run's seed and a position. Ranks are unknown here: a loader is told
 which slots are its own, an evaluation which part of the batches.
 """
 
-from disttrain.data.dataset import LoadingError, SeededDataset, check_dataset, fingerprint, is_iterable_style
+from disttrain.data.dataset import (
+    LoadingError,
+    SeededDataset,
+    check_dataset,
+    check_stream,
+    fingerprint,
+    is_iterable_style,
+)
 from disttrain.data.loader import Seekable, SlotLoader, StepBatch, evaluation_loader, update_dataloader
 from disttrain.data.permutation import IndexShuffle
 from disttrain.data.sampler import (
@@ -18,6 +26,7 @@ from disttrain.data.sampler import (
     SeededBatch,
     SlotBatchSampler,
 )
+from disttrain.data.stream import StreamLoader
 
 __all__ = [
     "EvaluationBatch",
@@ -32,7 +41,9 @@ __all__ = [
     "SlotBatchSampler",
     "SlotLoader",
     "StepBatch",
+    "StreamLoader",
     "check_dataset",
+    "check_stream",
     "evaluation_loader",
     "fingerprint",
     "is_iterable_style",

@@ -38,7 +38,8 @@ class LoadingError(DataError):
             self.add_note(message)
 
 
-def _quoted(error: Exception) -> str:
+def quoted(error: Exception) -> str:
+    """Return an error as one line of a message: its type, and what it says, cut where it is long."""
     text = " ".join(str(error).split())
     text = text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE] + "..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -83,14 +84,14 @@ class SeededDataset(Dataset[Any]):
             return getitems(list(batch))
         except Exception as error:
             self._find_culprit(batch)
-            raise LoadingError(f"dataset.__getitems__ raised {_quoted(error)}, loading {_named(batch)}") from error
+            raise LoadingError(f"dataset.__getitems__ raised {quoted(error)}, loading {_named(batch)}") from error
 
     def _sample(self, index: int, batch: SeededBatch) -> Any:
         try:
             return self.dataset[index]
         except Exception as error:
             raise LoadingError(
-                f"dataset[{index}] raised {_quoted(error)}; mend that sample or leave it out (it is in {batch.name})"
+                f"dataset[{index}] raised {quoted(error)}; mend that sample or leave it out (it is in {batch.name})"
             ) from error
 
     def _find_culprit(self, batch: SeededBatch) -> None:
@@ -118,15 +119,19 @@ class CollatedDataset(SeededDataset):
 
     def __getitems__(self, batch: SeededBatch) -> Any:
         """Return the batch that the samples of `batch` make."""
-        samples = super().__getitems__(batch)
-        try:
-            return self.collate_fn(samples)
-        except Exception as error:
-            name = getattr(self.collate_fn, "__name__", type(self.collate_fn).__name__)
-            raise LoadingError(
-                f"{name} raised {_quoted(error)}, collating {_named(batch)}; give all samples one shape and type, "
-                "or a collate function that takes them as they are"
-            ) from error
+        return collated(self.collate_fn, super().__getitems__(batch), _named(batch))
+
+
+def collated(collate_fn: Callable[[Any], Any], samples: Any, name: str) -> Any:
+    """Return the batch that `samples` make; LoadingError, with the batch's `name`, where they make none."""
+    try:
+        return collate_fn(samples)
+    except Exception as error:
+        function = getattr(collate_fn, "__name__", type(collate_fn).__name__)
+        raise LoadingError(
+            f"{function} raised {quoted(error)}, collating {name}; give all samples one shape and type, "
+            "or a collate function that takes them as they are"
+        ) from error
 
 
 def is_iterable_style(dataset: Any) -> bool:
@@ -144,19 +149,51 @@ def check_dataset(dataset: Any, field: str = "dataset") -> dict[str, Any]:
     """
     expected = f"{field}: expected a dataset with __len__ and __getitem__, got {type(dataset).__name__}"
     if is_iterable_style(dataset):
-        raise DataError(f"{expected}, which can only be iterated; put its samples into a list or an indexed file")
+        raise DataError(
+            f"{expected}, which can only be iterated; put its samples into a list or an indexed file "
+            "(training data may be iterated: docs/streams.md)"
+        )
     if not (hasattr(dataset, "__getitem__") or hasattr(dataset, "__getitems__")):
         raise DataError(f"{expected}, which cannot be indexed; give it a __getitem__(self, index)")
     try:
         num_samples = len(dataset)
     except (TypeError, NotImplementedError) as error:
-        raise DataError(f"{expected}, whose length is unknown ({_quoted(error)}); give it a __len__(self)") from error
+        raise DataError(f"{expected}, whose length is unknown ({quoted(error)}); give it a __len__(self)") from error
     if num_samples < 1:
-        raise DataError(
-            f"{field}: expected at least one sample, got an empty {type(dataset).__name__}; "
-            "check that its files were found and that no filter took every sample"
-        )
+        raise DataError(_empty(dataset, field))
     return {"dataset_length": num_samples, "dataset_fingerprint": fingerprint(dataset)}
+
+
+def check_stream(dataset: Any, field: str = "dataset") -> dict[str, Any]:
+    """Return what identifies an iterable-style dataset, as `check_dataset` does; a length that is unknown is None.
+
+    *Errors*: DataError for one that can be iterated only once, or that says that it is empty.
+    """
+    once = isinstance(dataset, Iterator) and not hasattr(dataset, "load_state_dict")
+    if once or not callable(getattr(dataset, "__iter__", None)):
+        raise DataError(
+            f"{field}: expected an object whose iter() begins anew each time, got a {type(dataset).__name__}, which "
+            "can be read only once; return an IterableDataset, whose __iter__ may be the function that makes it"
+        )
+    num_samples = length_of(dataset)
+    if num_samples is not None and num_samples < 1:
+        raise DataError(_empty(dataset, field))
+    return {"dataset_length": num_samples, "dataset_fingerprint": fingerprint(dataset)}
+
+
+def length_of(dataset: Any) -> int | None:
+    """Return `len(dataset)`, None where that is unknown."""
+    try:
+        return len(dataset)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def _empty(dataset: Any, field: str) -> str:
+    return (
+        f"{field}: expected at least one sample, got an empty {type(dataset).__name__}; "
+        "check that its files were found and that no filter took every sample"
+    )
 
 
 def fingerprint(dataset: Any) -> str:
@@ -173,7 +210,7 @@ def fingerprint(dataset: Any) -> str:
 
 def _features(dataset: Any) -> Iterator[str]:
     # Without the module's name: that of a cfg.py depends on where it was loaded from.
-    yield f"{type(dataset).__qualname__} of {len(dataset)}"
+    yield f"{type(dataset).__qualname__} of {length_of(dataset)}"
     for name in ("fingerprint", "_fingerprint"):
         if (own := getattr(dataset, name, None)) is not None:
             yield str(own() if callable(own) else own)

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing import connection, parent_process, resource_tracker
 from multiprocessing.context import BaseContext
@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from disttrain.data.dataset import CollatedDataset, LoadingError
-from disttrain.data.sampler import SeededBatch
+from disttrain.data.dataset import LoadingError
 from disttrain.errors import DataError
 from disttrain.seeding import random_state_kept
 
@@ -33,18 +32,20 @@ WHAT_A_DEAD_WORKER_LEAVES = (RuntimeError, OSError, EOFError)
 
 
 class Fetching:
-    """An inner DataLoader and its one running iterator: where batches are fetched and workers live."""
+    """An inner DataLoader and its one running iterator: where batches are fetched and workers live.
+
+    `dataset.__getitems__(request)` returns what is fetched as it is; requests are what `start` is given.
+    """
 
     def __init__(
         self,
         dataset: Any,
         num_workers: int,
-        collate_fn: Callable[[list[Any]], Any] | None,
         pin_memory: bool,
         prefetch_factor: int | None,
         multiprocessing_context: str | BaseContext | None,
     ) -> None:
-        self._dataset = CollatedDataset(dataset, collate_fn)
+        self._dataset = dataset
         self._options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
         if num_workers:
             # Without workers torch refuses these two; here they say how workers are, if there are any.
@@ -60,13 +61,13 @@ class Fetching:
     def started(self) -> bool:
         return self._iterator is not None
 
-    def start(self, batches: Iterable[SeededBatch]) -> None:
-        """Begin to fetch `batches`, in this order."""
+    def start(self, requests: Iterable[Any]) -> None:
+        """Begin to fetch what `requests` ask for, in this order; the n-th goes to worker n % num_workers."""
         # The generator is for the workers' base seed, which would else be drawn from the global one. Each batch
         # is seeded by itself, so what it gives does not matter.
         loader = DataLoader(
             self._dataset,
-            batch_sampler=batches,
+            batch_sampler=requests,
             collate_fn=_as_it_is,
             generator=torch.Generator(),
             **self._options,

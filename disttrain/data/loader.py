@@ -11,21 +11,26 @@ as a `DataError`.
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.context import BaseContext
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from disttrain.data.dataset import CollatedDataset
 from disttrain.data.fetching import Fetching
 from disttrain.data.sampler import EvaluationBatchSampler, Microbatch, SlotBatchSampler
+from disttrain.errors import DataError
 
 LoaderT = TypeVar("LoaderT", bound=DataLoader[Any])
 
 
 @runtime_checkable
 class Seekable(Protocol):
-    """Data that yields an epoch's batches in a pass and can go to any position, both counted from 0."""
+    """Data that yields an epoch's batches in a pass and can go to any position, both counted from 0.
+
+    Data without a `len` is sought by steps alone: step 23 of epoch 0 is the 23rd of all, whatever epoch that is in.
+    """
 
     def seek(self, epoch: int, step: int) -> None:
         """Let the next pass begin at `step` of `epoch`."""
@@ -64,14 +69,20 @@ class SlotLoader:
     ) -> None:
         self.sampler = sampler
         self.epoch, self.step = sampler.position(sampler.epoch, sampler.step)
-        self._fetching = Fetching(
-            dataset, num_workers, collate_fn, pin_memory, prefetch_factor, multiprocessing_context
-        )
+        collated = CollatedDataset(dataset, collate_fn)
+        self._fetching = Fetching(collated, num_workers, pin_memory, prefetch_factor, multiprocessing_context)
         # Runs when the loader is collected and, before multiprocessing ends what is left, at the interpreter's exit.
         weakref.finalize(self, self._fetching.stop)
 
     def __len__(self) -> int:
         return self.sampler.num_steps
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of how this data is read."""
+        dropped, size = self.sampler.num_dropped, self.sampler.global_batch_size
+        left_out = f"each epoch leaves out {dropped} of {self.sampler.num_samples} samples, another choice each time"
+        return [f"{left_out}: they fill no global batch of {size}"] if dropped else []
 
     def seek(self, epoch: int, step: int) -> None:
         """Go to `step` of `epoch`; the step after an epoch's last is the next epoch's first."""
@@ -79,6 +90,28 @@ class SlotLoader:
         if position != (self.epoch, self.step):
             self._fetching.stop()
             self.epoch, self.step = position
+
+    @property
+    def iteration(self) -> int:
+        """Steps that lie before the position, over all epochs: inside a loop the number of its step, from 1."""
+        return self.epoch * len(self) + self.step
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position and what it is a position of: all that a loop has to save of its data."""
+        sampler = self.sampler
+        order = ("num_samples", "global_batch_size", "num_slots", "seed", "shuffle")
+        return {"epoch": self.epoch, "step": self.step, **{name: getattr(sampler, name) for name in order}}
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Go to where `state_dict` was called, with any number of ranks and workers.
+
+        *Errors*: DataError where another number of samples or slots, batch size or seed gives other batches.
+        """
+        order = {name: value for name, value in state_dict.items() if name not in ("epoch", "step")}
+        mine = {name: getattr(self.sampler, name, None) for name in order}
+        if order != mine:
+            raise DataError(f"the batches would be others than before: expected {order}, got {mine}; go back to those")
+        self.seek(state_dict["epoch"], state_dict["step"])
 
     def __iter__(self) -> Iterator[StepBatch]:
         epoch = self.epoch
@@ -127,9 +160,8 @@ def evaluation_loader(
     the last batch, or with the iterator.
     """
     sampler = EvaluationBatchSampler(len(dataset), batch_size, rank, world_size, seed=seed)
-    fetching = Fetching(
-        dataset, min(num_workers, len(sampler)), collate_fn, pin_memory, prefetch_factor, multiprocessing_context
-    )
+    collated, num_workers = CollatedDataset(dataset, collate_fn), min(num_workers, len(sampler))
+    fetching = Fetching(collated, num_workers, pin_memory, prefetch_factor, multiprocessing_context)
     return _evaluation_batches(sampler, fetching)
 
 

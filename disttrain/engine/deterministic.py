@@ -99,7 +99,7 @@ class DeterministicEngine(Engine):
         self._reseed(data, began)
         iterator: Iterator[Any]
         if _is_seekable(data):
-            data.seek(*divmod(state.iteration, length or state.epoch_length or state.iteration + 1))
+            data.seek(*divmod(state.iteration, length or state.iteration + 1))
             iterator = iter(data)
         elif _skips(data):
             order = data.batch_sampler.batch_sampler

@@ -1,7 +1,8 @@
 """What a person sees of a run, on rank 0 only: a bar on a terminal, now and then a plain line elsewhere."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -99,3 +100,38 @@ class ProgressDisplay:
         if self._pace is None:
             return ""
         return f"loss {self._pace.loss:.4f}  {self._pace.samples_per_second:,.0f} samples/s"
+
+
+@contextmanager
+def dropping(console: Console, *, line_every_s: float) -> Iterator[Callable[[int, int], None]]:
+    """Show how data that lies before a resumed run's place is read and dropped; the function takes (done, total)."""
+    began = shown = time.monotonic()
+    bar: Progress | None = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar, shown
+        now = time.monotonic()
+        if done == 0:
+            console.print(
+                f"WARNING: {total} steps of the training data are read and dropped to come to where the run stands; "
+                "data with state_dict() and load_state_dict(state) goes on at once (docs/streams.md)",
+                style="bold yellow",
+                soft_wrap=True,
+            )
+            if console.is_terminal:
+                columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+                bar = Progress(TextColumn("dropping"), *columns, console=console, transient=True)
+                bar.add_task("", total=total)
+                bar.start()
+        if bar is not None:
+            bar.update(bar.task_ids[0], completed=done)
+        elif now - shown >= line_every_s:
+            shown = now
+            left = timedelta(seconds=round((now - began) / max(done, 1) * (total - done)))
+            console.print(f"read and dropped {done} of {total} steps, {left} left", soft_wrap=True)
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.stop()

@@ -19,7 +19,10 @@ def due(every_steps: int, step: int, epoch_ends: bool) -> bool:
 
 
 class StepEnd:
-    """Attached last of all. `validate` returns the results of the validation data, `save` makes a checkpoint."""
+    """Attached last of all. `validate` returns the results of the validation data, `save` makes a checkpoint.
+
+    Where an epoch's length is not known beforehand, `pass_ends()` says after each step whether that was its last.
+    """
 
     def __init__(
         self,
@@ -32,6 +35,7 @@ class StepEnd:
         log_every_steps: int,
         save_every_steps: int,
         validate_every_steps: int,
+        pass_ends: Callable[[], bool] | None = None,
     ) -> None:
         self.losses = losses
         self.preemption = preemption
@@ -43,6 +47,7 @@ class StepEnd:
         self.metrics: dict[str, Any] = {}
         self._save = save
         self._validate = validate
+        self._pass_ends = pass_ends
         self._saved_at = 0
         self._validated_at = -1
 
@@ -51,8 +56,14 @@ class StepEnd:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_end)
 
     def inside_epoch(self, engine: Engine) -> None:
-        if engine.state.iteration % (engine.state.epoch_length or 1):
+        if self._pass_ends is not None:
+            ends = self._pass_ends()
+        else:
+            ends = engine.state.iteration % (engine.state.epoch_length or 1) == 0
+        if not ends:
             self._act(engine, epoch_ends=False)
+        elif self._pass_ends is not None:
+            engine.terminate_epoch()  # EPOCH_COMPLETED comes next
 
     def epoch_end(self, engine: Engine) -> None:
         self._act(engine, epoch_ends=True)
