@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset, default_collate
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from disttrain.data.sampler import SeededBatch
 from disttrain.errors import DataError
@@ -167,8 +167,13 @@ def check_dataset(dataset: Any, field: str = "dataset") -> dict[str, Any]:
 def check_stream(dataset: Any, field: str = "dataset") -> dict[str, Any]:
     """Return what identifies an iterable-style dataset, as `check_dataset` does; a length that is unknown is None.
 
-    *Errors*: DataError for one that can be iterated only once, or that says that it is empty.
+    *Errors*: DataError for one that can be iterated only once, gives batches, or says that it is empty.
     """
+    if isinstance(dataset, DataLoader):
+        raise DataError(
+            f"{field}: expected a dataset, which gives samples, got a DataLoader, which gives batches; return its "
+            "dataset: batches, order and workers are made here"
+        )
     once = isinstance(dataset, Iterator) and not hasattr(dataset, "load_state_dict")
     if once or not callable(getattr(dataset, "__iter__", None)):
         raise DataError(

@@ -145,8 +145,8 @@ class StreamReader:
             raise LoadingError(f"{call} raised {quoted(error)}, when pass {self._epoch} was begun{advice}") from error
         return self._open[number]
 
-    def too_short(self, left: Mapping[int, int]) -> str:
-        """Say which streams ended before the first step of the pass; `left` is the samples that they had, by slot."""
+    def too_short(self, epoch: int, left: Mapping[int, int]) -> str:
+        """Say which streams ended before the first step of a pass; `left` is the samples that they had, by slot."""
         if self.sharded:
             slot, num_samples = min(left.items())
             expected = f"at least {self.microbatch_size} samples (a slot's part of a step) in each shard"
@@ -157,11 +157,11 @@ class StreamReader:
             expected = f"at least {self.microbatch_size * self.num_slots} samples (one step)"
             found = f"{max(left.values())}"
             todo = "use more data or a smaller global_batch_size"
-        if self._epoch:
+        if epoch:
             todo = "each iter() of it has to begin anew"
         elif not any(left.values()):
             todo = "check that its files were found and that no filter took every sample"
-        return f"pass {self._epoch} of the training data has not one step: expected {expected}, got {found}; {todo}"
+        return f"pass {epoch} of the training data has not one step: expected {expected}, got {found}; {todo}"
 
 
 class _Open:
