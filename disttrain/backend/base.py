@@ -1,4 +1,4 @@
-"""Where a run happens: the contract that `single`, `gloo`, `nccl` and (later) `xla` obey alike.
+"""Where a run happens: the contract that `single`, `gloo`, `nccl` and `xla` obey alike.
 
 *Contract*: a `Backend` is passed to whoever needs a rank or a collective; there is no ambient one. One rank
 obeys the same checks, shapes and errors as many. Every rank calls the same collectives in the same order,
@@ -16,13 +16,14 @@ numbers, small objects and barriers need. Gradients use `process_group`.
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar
 
 import torch
+from torch import Tensor, nn
 
 from disttrain.errors import RemoteError
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 Op = Literal["sum", "mean", "min", "max", "product"]
 
@@ -46,6 +48,15 @@ class Place:
     local_world_size: int = 1
     node_rank: int = 0
     num_nodes: int = 1
+
+
+@dataclass(frozen=True)
+class Programs:
+    """What a device's compiler did in this process so far."""
+
+    num_compiled: int
+    fallback_ops: tuple[str, ...]
+    """Operations that it does not know and the CPU ran in its stead, with a copy there and back."""
 
 
 class Backend(ABC):
@@ -88,7 +99,7 @@ class Backend(ABC):
     @property
     @abstractmethod
     def process_group(self) -> "ProcessGroup | None":
-        """The process group for gradients and shards, on `device`; None on `single`."""
+        """The process group for gradients and shards, on `device`; None on `single` and on `xla`, which needs none."""
 
     @abstractmethod
     def all_reduce(self, value: T, op: Op = "sum") -> T:
@@ -160,6 +171,31 @@ class Backend(ABC):
     @abstractmethod
     def close(self) -> None:
         """Leave the group; any number of times. Every later collective raises BackendError."""
+
+    @property
+    def metrics_device(self) -> torch.device:
+        """Where validation metrics are computed: on `device`, except where it compiles every shape anew."""
+        return self.device
+
+    def move(self, module: ModuleT) -> ModuleT:
+        """Return the module on `device`; parameters that are tied stay so."""
+        return module.to(self.device)
+
+    def compile(self, module: nn.Module) -> None:
+        """Let `torch.compile` compile the module in place; ConfigError where the device cannot."""
+        module.compile()
+
+    def fetch(self, values: Sequence[Tensor]) -> list[float]:
+        """Return 0-dimensional tensors on `device` as numbers, brought to the host together."""
+        return torch.stack(list(values)).cpu().double().tolist() if values else []
+
+    def flush(self) -> None:
+        """Send to the device what was recorded for it; nothing where operations are sent as they are called."""
+        return
+
+    def programs(self) -> Programs | None:
+        """Return what the device's compiler did so far; None where there is none that compiles whole steps."""
+        return None
 
     def rank_zero_only(self, func: Callable[P, R]) -> Callable[P, R | None]:
         """Decorate `func` to run on rank 0 alone; the others get None."""

@@ -5,10 +5,10 @@ import math
 import torch
 
 from disttrain.backend.base import Backend, Place
-from disttrain.backend.environment import Launch, read_launch
+from disttrain.backend.environment import Launch, pjrt_device, read_launch
 from disttrain.backend.native import GROUPS, NativeBackend, choose_device
 from disttrain.backend.single import SingleBackend
-from disttrain.backend.xla import refuse_xla
+from disttrain.backend.xla import connect_xla, has_torch_xla
 from disttrain.errors import BackendError, ConfigError
 
 NAMES = ("auto", "gloo", "nccl", "single", "xla")
@@ -17,7 +17,8 @@ NAMES = ("auto", "gloo", "nccl", "single", "xla")
 def connect(name: str = "auto", *, timeout_s: float = 300.0, device: str | torch.device | None = None) -> Backend:
     """Connect this process to the other ranks of its run and return its backend.
 
-    "auto": under a launcher nccl where CUDA is there and gloo where not; `single` without a launcher. "gloo" and
+    "auto": xla where PJRT_DEVICE=TPU is set and torch_xla is there; else under a launcher nccl where CUDA is there and
+    gloo where not; `single` without a launcher. "gloo" and
     "nccl" without a launcher are a world of one. `timeout_s` is the longest silence of a rank in a collective, at
     the start too. `device` overrides the choice: an accelerator where there is one and the backend runs there.
     """
@@ -25,10 +26,14 @@ def connect(name: str = "auto", *, timeout_s: float = 300.0, device: str | torch
         raise ConfigError(f"expected backend to be one of {', '.join(NAMES)}, got {name!r}")
     if not (math.isfinite(timeout_s) and timeout_s > 0):
         raise ConfigError(f"expected timeout_s to be a positive number of seconds, got {timeout_s!r}")
-    if name == "xla":
-        raise refuse_xla()
     launch = read_launch()
     asked = torch.device(device) if device is not None else None
+    if name == "auto" and asked is None and pjrt_device() == "TPU" and has_torch_xla():
+        name = "xla"
+    if name == "xla":
+        if asked is not None and asked.type != "xla":
+            raise ConfigError(f"backend='xla' runs on 'xla', got device={str(asked)!r}; leave device out")
+        return connect_xla(launch, timeout_s)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
         name = choose_name(launch, asked or accelerator)

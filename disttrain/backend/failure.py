@@ -37,7 +37,11 @@ class Board:
 
     def publish(self, error: BaseException) -> None:
         """Post `error`, unless another failure was first. Never raises."""
-        self._hear(_to_post(self._rank, error))
+        self.post(_to_post(self._rank, error))
+
+    def post(self, posted: str) -> None:
+        """Let whoever shares this board hear of a failure."""
+        self.hear(posted)
 
     def first(self, wait_s: float) -> RemoteError | None:
         """Return the first failure that was posted, waiting for it up to `wait_s`."""
@@ -48,7 +52,8 @@ class Board:
     def close(self) -> None:
         """Stop listening. A failure that was heard is still known."""
 
-    def _hear(self, posted: str) -> None:
+    def hear(self, posted: str) -> None:
+        """Keep the failure that was posted, if it is the first."""
         if self._failure is None:
             rank, message = json.loads(posted)
             self._failure = RemoteError(rank, message)
@@ -78,7 +83,7 @@ class StoreBoard(Board):
                 posted = self._store.compare_set(FIRST, "", _to_post(self._rank, error)).decode()
                 for other in self._others:
                     self._store.set(f"failure/bell/{other}", posted)
-                self._hear(posted)
+                self.hear(posted)
             except RuntimeError as gone:
                 logger.warning("the other ranks could not be told that this one failed: %s", gone)
         super().publish(error)
@@ -118,7 +123,7 @@ class StoreBoard(Board):
             posted = store.get(bell).decode()
             if posted == _CLOSING:
                 return
-            self._hear(posted)
+            self.hear(posted)
             store.set(f"failure/ack/{self._rank}", "heard")
         except RuntimeError as gone:
             logger.debug("rank %s stops listening for failures, the store has gone: %s", self._rank, gone)

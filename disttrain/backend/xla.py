@@ -1,11 +1,185 @@
-"""The name `xla` is reserved: what it will be, and what works until then."""
+"""Ranks that are XLA devices, TPU chips first: one a process as torchrun starts them, or threads of one process.
 
-from disttrain.errors import BackendError
+*Contract*: headers, numbers, objects and CPU tensors go over the host, by gloo between processes and by shared memory
+between threads, so they compile nothing. Tensors on the device are gathered by XLA; each new shape is compiled once,
+and before the result is read everything recorded so far is sent to the device. Gradients are reduced by
+`parallel/xla.py`, not through a process group, so `process_group` is None.
+
+*Errors*: BackendError where torch_xla is absent, and where the XLA runtime connects other replicas than the launcher
+started: its CPU device has one replica a process, and says rank 0 of 1 in each without a word.
+
+*Cost*: as in base.py; of a tensor on the device a broadcast costs what a gather costs.
+
+*Source*: torch_xla 2.9's `_internal/rendezvous.py`, for how torchrun's processes become replicas.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from disttrain.backend.base import Programs
+from disttrain.backend.checked import CheckedBackend
+from disttrain.backend.environment import Launch
+from disttrain.backend.native import NativeBackend
+from disttrain.backend.single import SingleBackend
+from disttrain.backend.threads import ThreadsBackend
+from disttrain.errors import BackendError, ConfigError
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+INSTALL = "pip install torch==2.9.0 torch_xla==2.9.0 (its newest release needs that torch)"
+CPU = torch.device("cpu")
 
 
-def refuse_xla() -> BackendError:
-    """Return the error for `connect("xla")`."""
-    return BackendError(
-        "expected a backend of this release, got 'xla', which comes with a later one; "
-        "use 'nccl' on GPUs, 'gloo' on CPUs, 'single' for one process, or 'auto'"
+def has_torch_xla() -> bool:
+    """Return whether torch_xla is installed, without importing it, which would start its runtime."""
+    return find_spec("torch_xla") is not None
+
+
+def connect_xla(launch: Launch | None, timeout_s: float) -> "XlaBackend":
+    """Return the backend of this process, or of this thread where replicas are threads."""
+    if not has_torch_xla():
+        raise BackendError(
+            f"backend='xla' expected torch_xla, which is not installed; {INSTALL}, or use another backend"
+        )
+    handlers = list(logging.getLogger().handlers)
+    from torch_xla import _XLAC, runtime
+    from torch_xla._internal import pjrt
+
+    for added in [handler for handler in logging.getLogger().handlers if handler not in handlers]:
+        logging.getLogger().removeHandler(added)  # its import logs, by which everybody's messages would be printed
+    if launch is not None and launch.place.world_size > 1:
+        pjrt.initialize_multiprocess(launch.place.local_rank, launch.place.local_world_size)
+        check_world_size(launch, runtime.world_size(), runtime.device_type())
+        place = replace(launch.place, rank=runtime.global_ordinal())
+        return XlaBackend(NativeBackend(replace(launch, place=place), CPU, timeout_s))
+    restarts = launch.restarts if launch is not None else 0
+    if not _XLAC._xla_get_replication_devices_count():
+        pjrt.initialize_singleprocess()
+    if runtime.world_size() == 1:
+        return XlaBackend(SingleBackend(CPU, restarts))
+    if runtime.process_count() > 1:
+        raise BackendError(
+            f"expected torchrun's variables in each of {runtime.process_count()} processes, got none; start with "
+            "torchrun, one process a chip: ranks need a way to talk beside the device"
+        )
+    return XlaBackend(ThreadsBackend(runtime.global_ordinal(), runtime.world_size(), timeout_s))
+
+
+def check_world_size(launch: Launch, num_replicas: int, device_type: str | None) -> None:
+    """Refuse processes that the launcher counts as ranks and the XLA runtime does not as replicas."""
+    expected = launch.place.world_size
+    if num_replicas == expected:
+        return
+    if device_type == "CPU":
+        reason = (
+            "torch_xla's CPU device does not connect processes, each would train alone as rank 0 of 1; "
+            "start one process (python -m disttrain.launch), or use backend='gloo'"
+        )
+    else:
+        reason = "start one process for each device: --nproc-per-node is the number of chips of a host"
+    raise BackendError(
+        f"expected {expected} replicas, as {launch.launcher} started, got {num_replicas} from the XLA runtime "
+        f"(PJRT_DEVICE={device_type}): {reason}"
     )
+
+
+class XlaBackend(CheckedBackend):
+    """One XLA device; `control` is the backend of the same ranks on their hosts' CPUs."""
+
+    name = "xla"
+
+    def __init__(self, control: CheckedBackend) -> None:
+        import torch_xla
+
+        self.device = torch_xla.device()
+        self.place = control.place
+        self.restarts = control.restarts
+        self._control = control
+        self._board = control._board
+
+    @property
+    def process_group(self) -> None:
+        if self._closed:
+            raise BackendError("process_group was asked of a backend that is closed; call connect() again")
+
+    @property
+    def metrics_device(self) -> torch.device:
+        return CPU
+
+    def move(self, module: ModuleT) -> ModuleT:
+        """Return the module on the device, its tied parameters tied again: there torch gives each name a new one."""
+        places: dict[int, list[tuple[nn.Module, str]]] = {}
+        for owner in module.modules():
+            for name, tensor in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
+                places.setdefault(id(tensor), []).append((owner, name))
+        kept = list(module.parameters()), list(module.buffers())  # so that no id is given to another tensor
+        module = module.to(self.device)
+        for first, *others in places.values():
+            for owner, name in others:
+                setattr(owner, name, getattr(*first))
+        del kept
+        return module
+
+    def compile(self, module: nn.Module) -> None:
+        raise ConfigError(
+            "compile=True expected a device of torch.compile, got an XLA device, which compiles every step as it is; "
+            "leave compile out"
+        )
+
+    def fetch(self, values: Sequence[Tensor]) -> list[float]:
+        from torch_xla import _XLAC
+
+        return [float(value) for value in _XLAC._xla_get_cpu_tensors(list(values))] if values else []
+
+    def flush(self) -> None:
+        import torch_xla
+
+        torch_xla.sync()
+
+    def programs(self) -> Programs:
+        from torch_xla.debug import metrics
+
+        return Programs(metrics.counter_value("UncachedCompile") or 0, tuple(metrics.executed_fallback_ops()))
+
+    def close(self) -> None:
+        self._closed = True
+        self._control.close()
+
+    def _start_gather(self, data: Tensor) -> Callable[[], Tensor]:
+        return self._control._start_gather(data)
+
+    def _spread(self, data: Tensor, source: int) -> None:
+        self._control._spread(data, source)
+
+    def _gather_tensor(self, text: str, tensor: Tensor) -> Tensor:
+        if tensor.device.type == "cpu" or not tensor.numel():
+            return super()._gather_tensor(text, tensor)
+        import torch_xla
+        from torch_xla.core import xla_model
+
+        sent = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.resolve_neg()
+        flat = (sent.to(torch.uint8) if tensor.dtype == torch.bool else sent).reshape(1, -1)
+        with self._contact(text):
+            # Without a layout pinned: the pinned form is an all-reduce of zeros and a slice that depends on the rank.
+            rows = flat.clone() if self.world_size == 1 else xla_model.all_gather(flat, pin_layout=False)
+            torch_xla.sync()
+        rows = rows.reshape(self.world_size, *sent.shape)
+        return torch.view_as_complex(rows) if tensor.is_complex() else rows.to(tensor.dtype)
+
+    def _spread_tensor(
+        self, text: str, value: Tensor | None, source: int, dtype: torch.dtype, shape: tuple[int, ...], here: bool
+    ) -> Tensor:
+        if here:
+            return super()._spread_tensor(text, value, source, dtype, shape, here)
+        if self.rank == source and value is not None:
+            mine = value.detach()
+        else:
+            # As data, not as a constant of the program, which has to be the same on every rank.
+            mine = torch.zeros(shape, dtype=dtype).to(self.device)
+        return self._gather_tensor(text, mine)[source].clone()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from disttrain.backend import Backend
+from disttrain.engine.parts import to_device
 from disttrain.errors import DataError
 from disttrain.precision import Precision
 from disttrain.seeding import keep_random_state
@@ -93,12 +94,14 @@ class Evaluation:
     def _evaluate(self, batch: Any) -> tuple[float, int]:
         with self.precision.forward():
             loss, outputs = self.compute(self.model, batch)
+        self.backend.flush()
+        outputs = to_device(outputs, self.backend.metrics_device)
         for metric in self.metrics.values():
             if isinstance(outputs, tuple):
                 metric.update(*outputs)
             else:
                 metric.update(outputs)
-        return float(loss), num_samples(batch)
+        return self.backend.fetch([loss])[0], num_samples(batch)
 
     def _mean(self, losses: dict[int, tuple[float, int]]) -> float:
         together: dict[int, tuple[float, int]] = {}

@@ -1,13 +1,46 @@
 """HOW gradients meet: over microbatches, slots and ranks, so that a step's result is a function of its position.
 
 `Slots` says which slots of a run this rank runs. `SlotGradients` makes their gradients the same bits on any number of
-ranks, `Accumulation` adds up microbatches of one rank; both obey `Gradients`, which the step body calls. `TreeReduce`
-is the reduction alone, for somebody's own loop.
+ranks, `XlaSlotGradients` on any number of XLA devices, `slot_gradients` picks the one for a device. `Accumulation` adds
+up microbatches of one rank. All obey `Gradients`, which the step body calls. `TreeReduce` is the reduction alone, for
+somebody's own loop.
 """
+
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup
 
 from disttrain.parallel.base import Accumulation, Gradients
 from disttrain.parallel.ddp import SlotGradients
 from disttrain.parallel.slots import Slots, TreeSum, mean_over_slots
 from disttrain.parallel.tree import TreeReduce
+from disttrain.parallel.xla import XlaSlotGradients
 
-__all__ = ["Accumulation", "Gradients", "SlotGradients", "Slots", "TreeReduce", "TreeSum", "mean_over_slots"]
+__all__ = [
+    "Accumulation",
+    "Gradients",
+    "SlotGradients",
+    "Slots",
+    "TreeReduce",
+    "TreeSum",
+    "XlaSlotGradients",
+    "mean_over_slots",
+    "slot_gradients",
+]
+
+
+def slot_gradients(
+    model: nn.Module,
+    slots: Slots,
+    *,
+    seed: int,
+    process_group: ProcessGroup | None,
+    reduction: Literal["invariant", "fast"],
+    device: torch.device,
+) -> SlotGradients | XlaSlotGradients:
+    """Return how gradients meet on `device`; XLA devices need no process group."""
+    if device.type == "xla":
+        return XlaSlotGradients(model, slots, seed=seed, reduction=reduction, device=device)
+    return SlotGradients(model, slots, seed=seed, process_group=process_group, reduction=reduction, device=device)

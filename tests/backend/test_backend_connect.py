@@ -15,6 +15,7 @@ from disttrain.backend import NAMES, Backend, Place, connect
 from disttrain.backend.connect import choose_name
 from disttrain.backend.environment import Launch
 from disttrain.backend.native import choose_device
+from disttrain.backend.xla import check_world_size
 from disttrain.errors import BackendError, ConfigError
 
 TORCHRUN = {
@@ -32,9 +33,30 @@ def test_an_unknown_name_lists_the_names() -> None:
         connect("mpi")
 
 
-def test_xla_is_reserved_and_says_what_works() -> None:
-    with pytest.raises(BackendError, match="later one; use 'nccl' on GPUs, 'gloo' on CPUs"):
+def test_xla_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if not (Path(p) / "torch_xla").exists()])
+    for name in [n for n in sys.modules if n.partition(".")[0] == "torch_xla"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(BackendError, match=r"torch_xla, which is not installed; pip install torch==.* torch_xla=="):
         connect("xla")
+    with pytest.raises(BackendError, match="'xla' expected torch_xla"):
+        connect("xla", device="xla")
+    monkeypatch.setenv("PJRT_DEVICE", "TPU")
+    with connect("auto") as backend:
+        assert backend.name == "single"
+
+
+def test_xla_runs_on_its_own_devices_alone() -> None:
+    with pytest.raises(ConfigError, match="runs on 'xla', got device='cpu'"):
+        connect("xla", device="cpu")
+
+
+@pytest.mark.parametrize(("device_type", "told"), [("CPU", "train alone as rank 0 of 1"), ("TPU", "--nproc-per-node")])
+def test_replicas_that_are_not_the_launchers_are_refused(device_type: str, told: str) -> None:
+    launch = Launch("torchrun", Place(1, 2, 1, 2, 0, 1), "localhost", 29999)
+    check_world_size(launch, 2, device_type)
+    with pytest.raises(BackendError, match=f"expected 2 replicas, as torchrun started, got 1 .*{told}"):
+        check_world_size(launch, 1, device_type)
 
 
 @pytest.mark.parametrize("timeout_s", [0, -1.0, float("inf"), float("nan")])

@@ -1,8 +1,12 @@
-"""One body of checks for every backend: single, gloo on 1, 2 and 3 ranks, and nccl where CUDA is there."""
+"""One body of checks for every backend: single, threads, gloo on 1, 2 and 3 ranks, and nccl where CUDA is there.
+
+tests/xla runs it on 1, 2 and 4 XLA devices. Functions that run on the ranks take at most 4 of them.
+"""
 
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,9 +15,13 @@ import torch
 from ranks import Ranks
 
 from disttrain.backend import Backend, Op, connect
+from disttrain.backend.threads import ThreadsBackend
 from disttrain.errors import BackendError, RemoteError
 
-WORLDS = ["single", "gloo-1", "gloo-2", "gloo-3"] + (["nccl-1"] if torch.cuda.is_available() else [])
+WORLDS = ["single", "threads-1", "threads-3", "gloo-1", "gloo-2", "gloo-3"]
+WORLDS += ["nccl-1"] * torch.cuda.is_available()
+    ["nccl-1"] if torch.cuda.is_available() else []
+)
 
 Run = Callable[..., list[Any]]
 
@@ -26,10 +34,21 @@ def world(request: pytest.FixtureRequest, ranks: Ranks) -> Run:
     def run(function: Callable[..., Any], *args: Any) -> list[Any]:
         if name == "gloo":
             return ranks(int(size), function, *args)
+        if name == "threads":
+            return in_threads(int(size), function, *args)
         with connect(name, device="cpu" if name == "single" else None, timeout_s=30) as backend:
             return [function(backend, *args)]
 
     return run
+
+
+def in_threads(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    def body(rank: int) -> Any:
+        with ThreadsBackend(rank, size, timeout_s=30) as backend:
+            return function(backend, *args)
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(body, range(size)))
 
 
 def raised_by(call: Callable[[], object]) -> tuple[str, str]:
@@ -71,7 +90,7 @@ DTYPES = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16"
 
 
 def a_tensor(rank: int, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Multiples of 6, so that sums, products and means over 1 to 3 ranks are exact in every order."""
+    """Multiples of 6, so that sums, products and means over 1 to 4 ranks are exact in every order."""
     values = (torch.arange(math.prod(shape)) * 7 + rank * 5) % 4 * 6
     return (values > 6 if dtype == "bool" else values).to(getattr(torch, dtype)).reshape(shape)
 
@@ -134,7 +153,7 @@ def test_all_reduce_of_views(world: Run) -> None:
 def reduce_in_pieces(backend: Backend) -> torch.Tensor:
     from disttrain.backend import checked
 
-    whole = checked.PIECE_BYTES
+    whole = 2**26
     checked.PIECE_BYTES = 64
     try:
         return backend.all_reduce(torch.arange(1001) + backend.rank)
@@ -149,22 +168,22 @@ def test_all_reduce_in_pieces(world: Run) -> None:
 
 
 NUMBERS: list[tuple[list[Any], Any, Callable[[Any], Any]]] = [
-    ([3, -5, 7], "sum", sum),
-    ([3, -5, 7], "product", math.prod),
-    ([3, -5, 7], "min", min),
-    ([3, -5, 8], "mean", lambda v: sum(v) / len(v)),
-    ([2**100, 1, 2], "sum", sum),
-    ([0.5, 0.25, -4.0], "sum", math.fsum),
-    ([0.5, 0.25, -4.0], "max", max),
-    ([0.5, 1.5, 4.0], "mean", lambda v: math.fsum(v) / len(v)),
-    ([math.inf, 1.0, 2.0], "max", max),
-    ([True, False, True], "min", all),
-    ([False, False, True], "max", any),
+    ([3, -5, 7, 11], "sum", sum),
+    ([3, -5, 7, 11], "product", math.prod),
+    ([3, -5, 7, -11], "min", min),
+    ([3, -5, 8, 1], "mean", lambda v: sum(v) / len(v)),
+    ([2**100, 1, 2, 3], "sum", sum),
+    ([0.5, 0.25, -4.0, 8.0], "sum", math.fsum),
+    ([0.5, 0.25, -4.0, 8.0], "max", max),
+    ([0.5, 1.5, 4.0, 2.0], "mean", lambda v: math.fsum(v) / len(v)),
+    ([math.inf, 1.0, 2.0, 3.0], "max", max),
+    ([True, False, True, True], "min", all),
+    ([False, False, True, False], "max", any),
 ]
 
 
 def reduce_numbers(backend: Backend) -> tuple[list[Any], list[Any]]:
-    nans = [backend.all_reduce([math.nan, 1.0, 2.0][backend.rank], op) for op in get_args(Op)]
+    nans = [backend.all_reduce([math.nan, 1.0, 2.0, 3.0][backend.rank], op) for op in get_args(Op)]
     return [backend.all_reduce(values[backend.rank], op) for values, op, _ in NUMBERS], nans
 
 
@@ -184,13 +203,13 @@ def gather(backend: Backend, values: list[Any]) -> Any:
 
 
 def test_all_gather_stacks_tensors(world: Run) -> None:
-    values = [a_tensor(rank, "int16", (2, 3)) for rank in range(3)]
+    values = [a_tensor(rank, "int16", (2, 3)) for rank in range(4)]
     results = world(gather, values)
     assert all(torch.equal(result, torch.stack(values[: len(results)])) for result in results)
 
 
 def test_all_gather_of_anything_else_is_a_list_by_rank(world: Run) -> None:
-    values = [{"rank": 0, "text": "ä" * 5000}, None, [1, 2.5, "three", torch.ones(2).tolist()]]
+    values = [{"rank": 0, "text": "ä" * 5000}, None, [1, 2.5, "three", torch.ones(2).tolist()], 4]
     results = world(gather, values)
     assert results == [values[: len(results)]] * len(results)
 
@@ -260,7 +279,7 @@ def ask(backend: Backend, flags: list[list[bool]]) -> list[bool]:
 
 
 def test_start_any_is_true_where_one_rank_says_so(world: Run) -> None:
-    flags = [[False, False, False], [True, False, False], [True, True, True], [False, False, True]]
+    flags = [[False] * 4, [True, False, False, False], [True] * 4, [False, False, True, False]]
     results = world(ask, flags)
     expected = [any(question[: len(results)]) for question in flags]
     assert results == [expected + expected[:1]] * len(results)

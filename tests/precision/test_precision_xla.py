@@ -1,7 +1,8 @@
 """XLA's step: what is refused without torch_xla, and the order of the calls with a double of it.
 
-The double (`doubles/xla`) is one function over CPU tensors: it shows that the step is torch_xla's, called
-once, with a barrier, after `before_step`. It shows nothing about XLA; `make test-xla` runs the real one.
+The double (`doubles/xla`) is three functions over CPU tensors: it shows that the step is torch_xla's, called once,
+with a barrier, and that gradients are reduced before `before_step` sees them. It shows nothing about XLA; `make
+test-xla` runs the real one.
 """
 
 import sys
@@ -38,15 +39,25 @@ def test_the_update_is_torch_xlas_step_with_a_barrier(calls):
     with precision.forward():
         loss = parameter.sum()
     precision.backward(loss, optimizer)
-    assert precision.update(optimizer, lambda: calls.append("before_step")) is True
-    assert calls == ["before_step", {"optimizer": optimizer, "barrier": True}]
+    assert precision.update(optimizer) is True
+    assert calls == [{"optimizer": optimizer, "barrier": True}]
     assert parameter.item() == 0.5
 
 
-def test_before_step_that_says_no_skips_it(calls):
+@pytest.mark.parametrize("wanted", [None, False])
+@pytest.mark.parametrize("reduces", [True, False])
+def test_before_step_sees_gradients_that_have_met_and_may_skip(calls, wanted, reduces):
     parameter = nn.Parameter(torch.tensor([1.0]))
-    assert XLA().update(torch.optim.SGD([parameter], lr=0.5), lambda: False) is False
-    assert calls == []
+    parameter.grad = torch.tensor([1.0])
+    optimizer = torch.optim.SGD([parameter], lr=0.5)
+
+    def before_step():
+        calls.append("before_step")
+        return wanted
+
+    assert XLA(reduces=reduces).update(optimizer, before_step) is (wanted is None)
+    assert calls == ["reduce_gradients"] * reduces + ["before_step", "sync"]
+    assert parameter.item() == (0.5 if wanted is None else 1.0)
 
 
 def test_bfloat16_is_autocasts_and_float16_is_refused(calls):

@@ -1,12 +1,16 @@
-"""A double of the one function that the step calls; `calls` records how."""
+"""A double of the functions that the step calls; `calls` records how."""
 
 from typing import Any
 
 import torch
 
-calls: list[dict[str, Any]] = []
+calls: list[Any] = []
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, barrier: bool = False, **options: Any) -> Any:
     calls.append({"optimizer": optimizer, "barrier": barrier, **options})
     return optimizer.step()
+
+
+def reduce_gradients(optimizer: torch.optim.Optimizer, **options: Any) -> None:
+    calls.append("reduce_gradients")

@@ -1,0 +1,220 @@
+"""Gradients that meet over slots on XLA devices: the same bits on any number of replicas, by XLA's own collectives.
+
+Contract: that of `SlotGradients` (ddp.py), except that every replica runs the same number of slots. A step is cut into
+programs whose borders do not depend on the number of replicas: one for each slot's forward and backward, the same for
+all slots, some small ones that add gradients, one in which they meet, and the optimizer's. What is recorded is sent
+to the device at each border, never waited for.
+
+Errors: ConfigError for slots that the replicas cannot share equally, for they must all run the same programs.
+
+Cost: a slot's program is compiled once, whatever the number of slots. Under "invariant" every replica gathers every
+replica's sum, W gradients of memory for W replicas, and all slots' where a replica's slots are no node of the tree;
+"fast" is one all-reduce.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from disttrain.errors import ConfigError
+from disttrain.parallel.buffers import SlotBuffers
+from disttrain.parallel.ddp import check_model
+from disttrain.parallel.slots import Node, Slots, TreeSum, fold
+from disttrain.parallel.tree import accumulation_dtype
+from disttrain.seeding import seed_for, seed_torch
+
+log = logging.getLogger(__name__)
+
+Gradient = list[Tensor]
+"""One tensor for each trainable parameter."""
+
+
+def _add(left: Gradient, right: Gradient) -> Gradient:
+    return [a + b for a, b in zip(left, right, strict=True)]
+
+
+class XlaSlotGradients:
+    """The gradients of a run that is cut into slots, on XLA devices; `module` is the model."""
+
+    several = True
+    divisor = 1
+
+    def __init__(
+        self,
+        model: nn.Module,
+        slots: Slots,
+        *,
+        seed: int,
+        reduction: Literal["invariant", "fast"] = "invariant",
+        device: torch.device,
+    ) -> None:
+        import torch_xla
+
+        check_model(model, device)
+        if slots.num_slots % slots.world_size:
+            raise ConfigError(
+                f"num_slots={slots.num_slots} cannot be shared equally by {slots.world_size} XLA devices, which must "
+                f"all run the same programs; use a number of devices that divides {slots.num_slots}"
+            )
+        self.slots = slots
+        self.module = model
+        self._seed = seed
+        self._device = device
+        self._xla = torch_xla
+        self._invariant = reduction == "invariant"
+        self._meets_whole = not self._invariant or all(len(slots.nodes(rank)) == 1 for rank in range(slots.world_size))
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._names = [name for name, _ in named]
+        self._parameters = [parameter for _, parameter in named]
+        self._buffers = XlaSlotBuffers(model, slots)
+        self._unused: set[int] = set()
+        self._warned = False
+
+    def opens(self, iteration: int) -> bool:
+        return True
+
+    def closes(self, iteration: int) -> bool:
+        return True
+
+    def microbatches(self, batch: Sequence[Any], iteration: int) -> Iterator[Any]:
+        """Yield the microbatches of this replica's slots; `batch` holds one for each, in slot order."""
+        mine = self.slots.mine
+        if len(batch) != len(mine):
+            raise ValueError(
+                f"expected {len(mine)} microbatches, for the slots {mine.start} to {mine.stop - 1}; got {len(batch)}"
+            )
+        self._unused = set(range(len(self._parameters)))
+        gradients = _Sums(self.slots.num_slots, merges=self._meets_whole)
+        for slot, microbatch in zip(mine, batch, strict=True):
+            self._buffers.slot_starts(slot)
+            self._xla.sync()
+            seed = seed_for(self._seed, "step", iteration - 1, slot)
+            seed_torch(seed)
+            self._xla.manual_seed(seed, self._device)
+            yield microbatch
+            gradient = self._take()
+            self._xla.sync()
+            self._buffers.slot_ends(slot)
+            gradients.put((slot, slot + 1), gradient)
+        self._xla.sync()
+        self._meet(gradients.parts)
+        self._buffers.step_ends()
+        self._xla.sync()
+        self._warn_of_unused(iteration)
+
+    def _take(self) -> Gradient:
+        """Take a slot's gradients off the parameters."""
+        self._unused &= {i for i, parameter in enumerate(self._parameters) if parameter.grad is None}
+        gradient = []
+        for parameter in self._parameters:
+            found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradient.append(found.to(accumulation_dtype(parameter.dtype)))
+            parameter.grad = None
+        return gradient
+
+    def _meet(self, parts: dict[Node, Gradient]) -> None:
+        """Give the parameters the sum over all slots of all replicas, divided by the number of slots."""
+        num_slots, num_replicas = self.slots.num_slots, self.slots.world_size
+        if num_replicas == 1:
+            total = parts[0, num_slots]
+        else:
+            total = [torch.empty(())] * len(self._parameters)
+            for dtype in dict.fromkeys(part.dtype for part in next(iter(parts.values()))):
+                index = [i for i, tensor in enumerate(next(iter(parts.values()))) if tensor.dtype == dtype]
+                flat = {node: torch.cat([part[i].reshape(-1) for i in index]) for node, part in sorted(parts.items())}
+                met = self._over_replicas(list(flat.values()))
+                shapes = [self._parameters[i].shape for i in index]
+                for i, piece in zip(index, torch.split(met, [shape.numel() for shape in shapes]), strict=True):
+                    total[i] = piece.reshape(self._parameters[i].shape)
+        for parameter, whole in zip(self._parameters, total, strict=True):
+            parameter.grad = torch.div(whole, num_slots).to(parameter.dtype)
+
+    def _over_replicas(self, values: list[Tensor]) -> Tensor:
+        """Return the sum over replicas of flat tensors: one for all of a replica's slots, or one for each slot."""
+        from torch_xla.core import xla_model
+
+        if not self._invariant:
+            summed: Tensor = xla_model.all_reduce("sum", values[0], pin_layout=False)
+            return summed
+        # Without a layout pinned: the pinned form is an all-reduce whose program depends on the replica's number.
+        rows: Tensor = xla_model.all_gather(torch.stack(values), pin_layout=False)
+        count = self.slots.num_slots // len(rows)
+        found = {(i * count, (i + 1) * count): row for i, row in enumerate(rows.unbind())}
+        return fold(found, self.slots.num_slots, torch.add)
+
+    def _warn_of_unused(self, iteration: int) -> None:
+        if self._unused and not self._warned:
+            self._warned = True
+            log.warning(
+                "step %d: no slot of rank %d used the parameters %s. Their gradients count as zero, so weight decay "
+                "and momentum still move them; freeze what is not in use with requires_grad_(False).",
+                iteration,
+                self.slots.rank,
+                ", ".join(self._names[i] for i in sorted(self._unused)),
+            )
+
+
+class _Sums(TreeSum[Gradient]):
+    """This replica's sums by node of the tree, or its slots' gradients one by one where `merges` is False."""
+
+    def __init__(self, num_slots: int, merges: bool) -> None:
+        super().__init__(num_slots, _add)
+        self._merges = merges
+
+    def put(self, node: Node, value: Gradient) -> None:
+        if self._merges:
+            super().put(node, value)
+        else:
+            self.parts[node] = value
+
+
+class XlaSlotBuffers(SlotBuffers):
+    """The buffers of one replica: each keeps its first slot's, as all run the same programs, then takes rank 0's."""
+
+    def __init__(self, model: nn.Module, slots: Slots) -> None:
+        super().__init__(model, slots, None)
+        self._num_replicas = slots.world_size
+
+    def slot_ends(self, slot: int) -> None:
+        if self._places and self._restores and slot == self._first:
+            self._after_first = self._copies()
+
+    def _copies(self) -> list[Tensor]:
+        return self._apart(super()._copies())
+
+    def _set(self, values: list[Tensor]) -> None:
+        super()._set(values)
+        self._apart(self._now())
+
+    def _apart(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Give the tensors memory of their own: a copy shares it until then, and the step's program may reuse it."""
+        from torch_xla.core import xla_model
+
+        xla_model.optimization_barrier_(tensors)
+        return tensors
+
+    @torch.no_grad()
+    def step_ends(self) -> None:
+        if not self._places:
+            return
+        if self._restores:
+            self._set(self._after_first)
+        if self._num_replicas > 1:
+            self._set(self._of_first_replica(self._now()))
+        self._at_start = self._after_first = []
+
+    def _of_first_replica(self, buffers: list[Tensor]) -> list[Tensor]:
+        """Return rank 0's values, those of one dtype in one message."""
+        from torch_xla.core import xla_model
+
+        found: dict[int, Tensor] = {}
+        for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
+            index = [i for i, buffer in enumerate(buffers) if buffer.dtype == dtype]
+            flat = torch.cat([buffers[i].reshape(-1) for i in index]).unsqueeze(0)
+            row: Tensor = xla_model.all_gather(flat, pin_layout=False)[0]
+            for i, piece in zip(index, torch.split(row, [buffers[i].numel() for i in index]), strict=True):
+                found[i] = piece.reshape(buffers[i].shape)
+        return [found[i] for i in range(len(buffers))]
