@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from disttrain.backend import Backend
+from disttrain.backend import Backend, kernels_of
 from disttrain.checkpoint import About
 from disttrain.config import Config, config_hash
 from disttrain.data import (
@@ -24,13 +24,16 @@ from disttrain.data import (
     StreamLoader,
     check_dataset,
     check_stream,
+    copies_for,
     evaluation_loader,
     is_iterable_style,
 )
+from disttrain.data.ahead import STREAMS
 from disttrain.engine import Engine, create_supervised_trainer
 from disttrain.engine.parts import to_device
 from disttrain.errors import ConfigError, DisttrainError
 from disttrain.handlers.evaluation import Evaluation
+from disttrain.observe import batch_hash
 from disttrain.parallel import Slots, slot_gradients
 from disttrain.parallel.ddp import check_model
 from disttrain.precision import Precision, choose
@@ -95,6 +98,7 @@ class Run:
             "samples_seen": self.trainer.state.iteration * self.config.global_batch_size,
             "skipped_steps": self.skipped_steps,
             "global_batch_size": self.config.global_batch_size,
+            "kernels": kernels_of(self.backend.device),
             **self.data,
         }
         return About(
@@ -153,6 +157,7 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory) -> Run:
         optimizer,
         **step_functions(config, backend.device),
         device=backend.device,
+        non_blocking=backend.device.type in STREAMS,
         output_transform=lambda x, y, y_pred, loss: loss.detach(),
         deterministic=True,
         precision=precision,
@@ -177,10 +182,19 @@ def loader_of(
 ) -> tuple[SlotLoader | StreamLoader, dict[str, Any]]:
     """Return the loader of the training data, and what identifies that."""
     size, num_slots = config.global_batch_size, slots.num_slots
+    copies = copies_for(backend.device, to_device)
     if not is_iterable_style(dataset):
         data = check_dataset(dataset, "train_data")
         sampler = SlotBatchSampler(len(dataset), size, num_slots, seed=config.seed, slots=slots.mine)
-        return SlotLoader(dataset, sampler, num_workers=config.num_workers, collate_fn=config.collate), data
+        slot_loader = SlotLoader(
+            dataset,
+            sampler,
+            num_workers=config.num_workers,
+            collate_fn=config.collate,
+            pin_memory=copies is not None,
+            copies=copies,
+        )
+        return slot_loader, data
     data = check_stream(dataset, "train_data")
     if config.max_epochs is not None and (data["dataset_length"] or 0) < size:
         length = f"with a length of {data['dataset_length']}" if data["dataset_length"] else "without a length"
@@ -198,7 +212,9 @@ def loader_of(
         ranks=backend,
         num_workers=config.num_workers,
         collate_fn=config.collate,
+        digest=batch_hash,
         accept_other_data=config.accept_other_data,
+        pin_memory=copies is not None,
     )
     return loader, {**data, "shards": num_slots if loader.sharded else None}
 
@@ -275,6 +291,7 @@ def evaluation_of(made: Run, dataset: Dataset[Any]) -> Evaluation:
             seed=config.seed,
             num_workers=config.num_workers,
             collate_fn=config.collate,
+            pin_memory=backend.device.type in STREAMS,
         ),
         compute_of(config, backend.device),
         metrics,

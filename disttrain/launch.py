@@ -199,9 +199,10 @@ def greet(config: Config, directory: RunDirectory, backend: Backend, console: Co
     busy = backend.local_world_size * (config.cpu_threads + config.num_workers)
     idle = f", {cores - busy} of {cores} cores idle" if busy < cores else ""
     threads = f"{config.cpu_threads} thread{'s' * (config.cpu_threads > 1)} a rank{idle}"
+    precision = getattr(config.precision, "__name__", config.precision)
     console.print(
         f"disttrain {__version__}: {config.name} on {ranks} ({backend.name}, {backend.device}), "
-        f"{config.num_slots} slots, {config.precision}, {threads}; in {directory.path}",
+        f"{config.num_slots} slots, {precision}, {threads}; in {directory.path}",
         soft_wrap=True,
     )
 
@@ -217,6 +218,9 @@ def summarise(result: dict[str, Any], directory: RunDirectory, console: Console)
         "logs": directory.logs,
         "weights": f"sha256 {result['params_sha256']}",
     }
+    if "xla_compilations" in result:
+        steady = result["xla_compilations_after_step_2"]
+        rows["compiled"] = f"{result['xla_compilations']} programs, {steady} of them after step 2"
     width = max(map(len, rows)) + 2
     for name, value in rows.items():
         console.print(f"{name:<{width}}{value}", soft_wrap=True)

@@ -8,6 +8,7 @@ step is over, `StepEnd` (handlers/) fetches losses, validates and saves.
 
 import platform
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from rich.console import Console
 
 from disttrain.assemble import Run, assemble
-from disttrain.backend import Backend, make_deterministic, refused_operations_named, set_tf32
+from disttrain.backend import Backend, kernels_of, make_deterministic, refused_operations_named, set_tf32
 from disttrain.checkpoint import DirectorySaver, checkpoint_name, load_newest, params_sha256
 from disttrain.config import Config, to_json
 from disttrain.data import SlotLoader, StreamLoader
@@ -94,6 +95,7 @@ def take(directory: RunDirectory, backend: Backend, console: Console, *, fresh: 
 def restore(made: Run, console: Console) -> int:
     """Take the newest good checkpoint, if there is one; return its step, 0 without. Loud where one is damaged."""
     found = load_newest(made.directory.checkpoints, made.backend)
+    warn_of_kernels(made.backend, {} if found is None else found.manifest.position, console)
     step = 0
     if found is not None:
         step, position = found.manifest.step, found.manifest.position
@@ -123,6 +125,15 @@ def restore(made: Run, console: Console) -> int:
         if made.backend.rank == 0 and (origin := made.config.origin) is not None:
             made.directory.describe(to_json(made.config), origin.file, origin.overrides)
     return step
+
+
+def warn_of_kernels(backend: Backend, saved: Mapping[str, Any], console: Console) -> None:
+    """Say so where ranks, or what went before, compute with other kernels: nothing is promised then."""
+    by_rank = backend.all_gather(kernels_of(backend.device))
+    kinds = sorted({*by_rank, str(saved.get("kernels", by_rank[0]))})
+    if len(kinds) > 1:
+        said = f"expected one kind of kernels for a run, got {'; '.join(kinds)}"
+        console.print(f"WARNING: the same bits are not promised: {said}", style="bold yellow", soft_wrap=True)
 
 
 def lengthened(made: Run, trainer: dict[str, Any]) -> dict[str, Any]:

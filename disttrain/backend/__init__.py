@@ -6,7 +6,8 @@ collective is given one. Environment variables are read here and nowhere else.
 
 from disttrain.backend.base import Backend, Op, Place
 from disttrain.backend.connect import NAMES, connect
-from disttrain.backend.determinism import make_deterministic, refused_operations_named, set_cpu_threads
+from disttrain.backend.determinism import kernels_of, make_deterministic, refused_operations_named, set_cpu_threads
+from disttrain.backend.tf32 import set_tf32
 
 __all__ = [
     "NAMES",
@@ -14,7 +15,9 @@ __all__ = [
     "Op",
     "Place",
     "connect",
+    "kernels_of",
     "make_deterministic",
     "refused_operations_named",
     "set_cpu_threads",
+    "set_tf32",
 ]

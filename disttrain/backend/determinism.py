@@ -62,6 +62,18 @@ def set_cpu_threads(num_threads: int) -> None:
     torch.set_num_threads(num_threads)
 
 
+def kernels_of(device: torch.device) -> str:
+    """Return what chooses the kernels, and so decides a run's bits: torch's version and the kind of processor.
+
+    Of a CPU that is the instruction set which torch uses; MKL and oneDNN choose by themselves, mostly alike.
+    """
+    if device.type == "cpu":
+        kind = torch.backends.cpu.get_cpu_capability()
+    else:
+        kind = getattr(torch.get_device_module(device), "get_device_name", str)(device)
+    return f"torch {torch.__version__} on {device.type} {kind}"
+
+
 @contextmanager
 def refused_operations_named() -> Iterator[None]:
     """Turn the error of an operation that strict mode refuses into one message for a person: a ConfigError."""

@@ -15,6 +15,7 @@ from pydantic import AllowInfNan, BaseModel, Strict
 from pydantic.fields import FieldInfo
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
@@ -29,10 +30,11 @@ if TYPE_CHECKING:
     ScheduleFactory = Callable[[Any, int], LRScheduler]
     MetricFactory = Callable[[], Metric]
     Collate = Callable[[list[Any]], Any]
+    PrecisionFactory = Callable[[torch.device], Any]
     Handler = Callable[[Any, Any], object]
 else:  # pydantic only asks whether they can be called; torch stays unimported
     ModelFactory = DataFactory = Loss = Forward = OptimizerFactory = Callable[..., Any]
-    ScheduleFactory = MetricFactory = Collate = Handler = Callable[..., Any]
+    ScheduleFactory = MetricFactory = Collate = Handler = PrecisionFactory = Callable[..., Any]
 
 Integer = Annotated[int, Strict()]
 Positive = Annotated[int, Strict(), Gt(0)]
@@ -102,6 +104,8 @@ def type_text(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     """Return a type with its bounds as a person reads it: `int > 0 | None`, `"ddp" | "fsdp"`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
+        if takes := next((m.takes for m in arguments[1:] if isinstance(m, About)), ""):
+            return takes
         return type_text(arguments[0], [*arguments[1:], *metadata])
     if origin in (Union, types.UnionType):
         return " | ".join(type_text(argument) for argument in arguments)

@@ -29,6 +29,7 @@ from disttrain.config.annotations import (
     OptimizerFactory,
     Positive,
     PositiveFloat,
+    PrecisionFactory,
     ScheduleFactory,
 )
 from disttrain.config.checks import problems
@@ -151,8 +152,14 @@ class Config(Declaration):
     """The run's length; a resumed run may change it where there is no schedule. This or max_steps."""
     max_steps: Annotated[Positive | None, About("steps")] = None
     """The run's length; a resumed run may change it where there is no schedule. This or max_epochs."""
-    precision: Annotated[Literal["fp32", "bf16", "fp16", "apex", "auto"], About()] = "fp32"
-    """The numbers in which forward and backward compute."""
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16", "apex", "auto"]
+        | Annotated[PrecisionFactory, About(takes="(device) -> Precision")],
+        About(),
+    ] = "fp32"
+    """The numbers in which forward and backward compute; "auto": bf16 where the device has it, else fp32."""
+    tf32: Annotated[Flag, About()] = False
+    """Let CUDA round the inputs of float32 matrix products and convolutions to 10 bits of mantissa, for speed."""
     strategy: Annotated[Literal["ddp", "fsdp"], About()] = "ddp"
     """How the model is spread over the ranks."""
     reduction: Annotated[Literal["invariant", "fast"], About()] = "invariant"

@@ -8,6 +8,7 @@
 which slots are its own, an evaluation which part of the batches.
 """
 
+from disttrain.data.ahead import Copies, copies_for
 from disttrain.data.dataset import (
     LoadingError,
     SeededDataset,
@@ -29,6 +30,7 @@ from disttrain.data.sampler import (
 from disttrain.data.stream import StreamLoader
 
 __all__ = [
+    "Copies",
     "EvaluationBatch",
     "EvaluationBatchSampler",
     "IndexShuffle",
@@ -44,6 +46,7 @@ __all__ = [
     "StreamLoader",
     "check_dataset",
     "check_stream",
+    "copies_for",
     "evaluation_loader",
     "fingerprint",
     "is_iterable_style",

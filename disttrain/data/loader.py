@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from disttrain.data.ahead import Copies
 from disttrain.data.dataset import CollatedDataset
 from disttrain.data.fetching import Fetching
 from disttrain.data.sampler import EvaluationBatchSampler, Microbatch, SlotBatchSampler
@@ -52,6 +53,8 @@ class SlotLoader:
     *Contract*: `epoch` and `step` are the position: the step that comes next. A pass that was left early goes on
     where it was left. `len` is the number of steps of a whole epoch. Workers live across epochs and fetch the
     next one's first batches while this one ends; they end with `close`, with the loader or with the process.
+    With `copies` the batches come on the device, and the step after is fetched and on its way there when one is
+    yielded; what it raises is raised in its turn.
     *Cost*: seeking where the loader stands already is free; elsewhere the workers start anew. Without workers a
     step costs some 100 microseconds to keep the global generators, and 15 a slot to seed them.
     """
@@ -66,8 +69,11 @@ class SlotLoader:
         pin_memory: bool = False,
         prefetch_factor: int | None = None,
         multiprocessing_context: str | BaseContext | None = None,
+        copies: Copies | None = None,
     ) -> None:
         self.sampler = sampler
+        self._copies = copies
+        self._ahead: StepBatch | Exception | None = None
         self.epoch, self.step = sampler.position(sampler.epoch, sampler.step)
         collated = CollatedDataset(dataset, collate_fn)
         self._fetching = Fetching(collated, num_workers, pin_memory, prefetch_factor, multiprocessing_context)
@@ -88,7 +94,7 @@ class SlotLoader:
         """Go to `step` of `epoch`; the step after an epoch's last is the next epoch's first."""
         position = self.sampler.position(epoch, step)
         if position != (self.epoch, self.step):
-            self._fetching.stop()
+            self.close()
             self.epoch, self.step = position
 
     @property
@@ -121,14 +127,35 @@ class SlotLoader:
     def close(self) -> None:
         """End the workers; the loader stays where it stands and starts new ones if it is used again."""
         self._fetching.stop()
+        self._ahead = None
 
     def _next(self) -> StepBatch:
-        if not self._fetching.started:
-            self._fetching.start(_Stream(self.sampler, self.epoch, self.step))
-        slots = self.sampler.slots
-        batch = StepBatch(self._fetching.take(len(slots)), epoch=self.epoch, step=self.step, slots=slots)
-        self.epoch, self.step = self.sampler.position(self.epoch, self.step + 1)
+        following = self.sampler.position(self.epoch, self.step + 1)
+        if self._copies is None:
+            batch = self._fetch(self.epoch, self.step)
+        else:
+            ahead, self._ahead = self._ahead or self._start(self._copies, self.epoch, self.step), None
+            if isinstance(ahead, Exception):
+                raise ahead
+            batch = ahead
+            self._copies.finish()
+            self._ahead = self._start(self._copies, *following)
+        self.epoch, self.step = following
         return batch
+
+    def _start(self, copies: Copies, epoch: int, step: int) -> StepBatch | Exception:
+        """Fetch a step and start its way to the device; what is raised belongs to that step, not to the one before."""
+        try:
+            batch = self._fetch(epoch, step)
+            return StepBatch(copies.start(list(batch)), epoch=epoch, step=step, slots=batch.slots)
+        except Exception as error:  # noqa: BLE001 - raised in its turn
+            return error
+
+    def _fetch(self, epoch: int, step: int) -> StepBatch:
+        if not self._fetching.started:
+            self._fetching.start(_Stream(self.sampler, epoch, step))
+        slots = self.sampler.slots
+        return StepBatch(self._fetching.take(len(slots)), epoch=epoch, step=step, slots=slots)
 
 
 class _Stream:

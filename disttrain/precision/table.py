@@ -14,6 +14,8 @@ does not. docs/devices.md says how each pair was tested.
 *Errors*: ConfigError with what would work instead.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from disttrain.errors import ConfigError
@@ -32,9 +34,12 @@ WORKS = {
 ANY_OTHER = ("fp32", "bf16")
 
 
-def choose(name: str, device: torch.device | str) -> Precision:
-    """Return the precision that a config calls `name`, for `device`."""
-    kind = torch.device(device).type
+def choose(name: str | Callable[[torch.device], Precision], device: torch.device | str) -> Precision:
+    """Return the precision that a config calls `name`, for `device`; one of its own is made by calling it."""
+    device = torch.device(device)
+    if not isinstance(name, str):
+        return _own(name, device)
+    kind = device.type
     if name == "auto":
         name = _best(kind)
     works = WORKS.get(kind, ANY_OTHER)
@@ -47,11 +52,21 @@ def choose(name: str, device: torch.device | str) -> Precision:
         raise ConfigError(f"precision={name!r}: {error}") from error
 
 
+def _own(factory: Callable[[torch.device], Precision], device: torch.device) -> Precision:
+    made = factory(device)
+    if not isinstance(made, Precision) or isinstance(made, type):
+        raise ConfigError(
+            f"precision: expected a function that returns an object with prepare, forward, backward, update, "
+            f"state_dict and load_state_dict, got {made!r} from {factory!r}; begin with a subclass of FP32"
+        )
+    return made
+
+
 def _build(name: str, kind: str) -> Precision:
     if name == "apex":
         return Apex(unscale_at_update=True)  # slots and ranks: gradients meet after their backwards
     if kind == "xla":
-        return XLA(torch.bfloat16 if name == "bf16" else None)
+        return XLA(torch.bfloat16 if name == "bf16" else None, reduces=False)  # slots meet before the update
     if name == "fp32":
         return FP32()
     if name == "bf16":

@@ -132,3 +132,13 @@ def test_importing_warns_of_nothing_and_leaves_torch_alone() -> None:
     package = __import__("disttrain").__path__[0]
     done = subprocess.run([sys.executable, "-W", "error", "-c", program, package], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+def test_a_precision_is_a_name_or_makes_one() -> None:
+    def fifth(device: object) -> None:
+        raise AssertionError("making a Config builds nothing")
+
+    assert sample(precision=fifth).precision is fifth
+    assert refused(precision=3) == 'precision: expected "fp32" | "bf16" | "fp16" | "apex" | "auto" | ' + (
+        "(device) -> Precision, got 3."
+    )

@@ -116,7 +116,7 @@ def test_the_result_is_checked_as_a_whole() -> None:
     assert "got both" in refused("max_steps=3")
     assert "use 96 or 104, or num_slots=4, 5 or 10." in refused("global_batch_size=100", num_slots=8)
     assert refused("checkpoint.keep=0") == "checkpoint.keep: expected int > 0, got 0."
-    assert "which waits for the XLA backend" in refused("backend=xla")
+    assert "which waits for training with sharded parameters" in refused("strategy=fsdp")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_an_unknown_key_names_the_nearest(text: str, message: str) -> None:
         ("max_epochs=many", "expected int > 0 | none, got 'many'."),
         ("max_epochs=", "expected int > 0 | none, got ''."),
         ("compile=yes", "expected true | false, got 'yes'."),
-        ("precision=fp23", "expected fp32 | bf16 | fp16 | apex | auto, got 'fp23'."),
+        ("precision=fp23", "expected fp32 | bf16 | fp16 | apex | auto | (device) -> Precision, got 'fp23'."),
         ("optimizer.lr=big", "expected float, got 'big'."),
         ("optimizer.betas=0.9", "expected tuple, got '0.9'."),
         ("model.kind=huge", "expected small | large, got 'huge'."),

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from commands import checkpoints, launch, lines, result, write_cfg
 from ranks import Err, Ok, Ranks
 
@@ -19,11 +20,14 @@ from disttrain.launch import COMPLETED, parser, start
 from disttrain.precision import table
 
 DOUBLE = Path(__file__).parents[1] / "precision" / "doubles" / "apex_with_amp"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 OVERFLOW_AT, DIES_AT = 7, 9  # 5 steps an epoch, 15 in all
 
 # The gradients of one step overflow on the way back, on every slot; the loss stays what it was. BatchNorm-like
 # buffers are the same for every slot of a step, so the count is that of the steps on any number of ranks.
 OVERFLOWS = f"""
+from torch import nn
+import torch
 class Overflows(nn.Module):
     def __init__(self):
         super().__init__()
@@ -48,7 +52,7 @@ def dies(trainer, run):
             os.kill(os.getpid(), signal.SIGKILL)
     trainer.add_event_handler(Events.ITERATION_COMPLETED(once={DIES_AT}), die)
 
-fields.update(
+if "fields" in globals(): fields.update(
     model=Overflows,
     schedule=lambda optimizer, total: torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=total),
     grad_clip_norm=1.0,
@@ -88,10 +92,21 @@ def start_here(backend: Backend, folder: str, words: list[str]) -> None:
             del sys.modules[name]
 
 
-def run_in(ranks: Ranks, world_size: int, folder: Path, *words: str, change: str = "", dies: bool = False) -> Path:
+def run_in(
+    ranks: Ranks,
+    world_size: int,
+    folder: Path,
+    *words: str,
+    change: str = "",
+    dies: bool = False,
+    code: str | None = None,
+) -> Path:
     """Run it on ranks of the pool instead, which costs no start; it dies of an exception there."""
     folder.mkdir(exist_ok=True)
-    write_cfg(folder, change)
+    if code is None:
+        write_cfg(folder, change)
+    else:
+        (folder / "cfg.py").write_text(code)
     if dies:
         (folder / "die").write_text("raise")
     outcomes = ranks.outcomes(world_size, start_here, str(folder), list(words))
@@ -162,6 +177,61 @@ def test_bf16_ends_near_fp32_and_is_not_it(tmp_path, ranks):
     full, half = run_in(ranks, 1, tmp_path / "fp32"), run_in(ranks, 1, tmp_path / "bf16", "precision=bf16")
     assert result(full)["params_sha256"] != result(half)["params_sha256"]
     assert result(half)["metrics"]["loss"] == pytest.approx(result(full)["metrics"]["loss"], rel=0.05)
+
+
+FIFTH = f"""
+sys.path.insert(0, {str(EXAMPLES)!r})
+import bf16_weights, digits
+from disttrain.config import replace
+precision = bf16_weights.BF16Weights if NAME == "fifth" else NAME
+config = replace(digits.config, name="small", precision=precision, max_epochs=None, max_steps=20, grad_clip_norm=0.5,
+    handlers=[dies])
+"""
+
+
+def fifth(ranks: Ranks, world_size: int, folder: Path, name: str = "fifth", dies: bool = False) -> Path:
+    """Run the example's digits for 20 steps in the example's precision, or in another."""
+    code = f"import sys\nNAME = {name!r}\n{OVERFLOWS}\n{FIFTH}"
+    return run_in(ranks, world_size, folder, "checkpoint.every_steps=4", code=code, dies=dies)
+
+
+def test_a_fifth_precision_is_one_file_and_keeps_the_promise(tmp_path, ranks):
+    code = (EXAMPLES / "bf16_weights.py").read_text()
+    assert len(code.splitlines()) < 60
+    assert f"```python file=examples/bf16_weights.py\n{code}```" in (EXAMPLES.parent / "docs/precision.md").read_text()
+    whole = fifth(ranks, 1, tmp_path / "whole")
+    fifth(ranks, 3, tmp_path / "stopped", dies=True)
+    assert checkpoints(tmp_path / "stopped/runs/small")[-1] == 8
+    same(whole, fifth(ranks, 2, tmp_path / "stopped"))
+
+    state = load(whole / "checkpoints/step-00000020").state
+    matrices = [weight for weight in state["model"].values() if weight.ndim > 1]
+    masters = state["precision"]["masters"]
+    assert {weight.dtype for weight in matrices} == {torch.bfloat16}
+    assert all(torch.equal(master.bfloat16(), w) for master, w in zip(masters, matrices, strict=True))
+    assert not any(torch.equal(master, w.float()) for master, w in zip(masters, matrices, strict=True))
+
+    full = fifth(ranks, 1, tmp_path / "fp32", "fp32")
+    assert result(whole)["metrics"]["loss"] == pytest.approx(result(full)["metrics"]["loss"], rel=0.05)
+    first = [lines(run / "metrics/train.jsonl")[0]["loss"] for run in (whole, full)]
+    assert first[0] == pytest.approx(first[1], rel=0.01)
+
+
+@pytest.mark.parametrize("word", ["true", "false"])
+def test_tf32_is_the_configs_word(tmp_path, ranks, word):
+    look = """
+    def look(trainer, run):
+        seen = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        open("seen", "w").write(str(seen))
+    fields["handlers"] = [look]
+    """
+    run_in(ranks, 1, tmp_path, f"tf32={word}", "max_epochs=1", change=look)
+    assert (tmp_path / "seen").read_text() == str((word == "true",) * 2)
+
+
+def test_what_is_no_precision_is_refused(tmp_path):
+    message = refused(tmp_path, "fields['precision'] = lambda device: 'bf16'")
+    assert "ConfigError: precision: expected a function that returns an object with prepare, forward" in message
 
 
 def refused(tmp_path: Path, change: str, *words: str, ranks: int = 0) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from disttrain.errors import ConfigError
 from disttrain.precision import AMP, FP32, choose
+from disttrain.precision.table import ANY_OTHER, NAMES, WORKS
 
 
 @pytest.mark.parametrize(("name", "kind", "scaled"), [("fp32", FP32, False), ("bf16", AMP, False), ("fp16", AMP, True)])
@@ -56,3 +57,32 @@ def test_a_missing_package_is_a_config_error_that_says_what_to_install(name, dev
         monkeypatch.setattr(sys, "path", [p for p in sys.path if not (Path(p) / package).exists()])
     with pytest.raises(ConfigError, match=r"precision='\w+': expected .* install"):
         choose(name, device)
+
+
+def test_a_precision_of_ones_own_is_made_for_the_device():
+    asked = []
+
+    class Fifth(FP32):
+        name = "fifth"
+
+        def __init__(self, device):
+            asked.append(device)
+
+    assert choose(Fifth, "cpu").name == "fifth"
+    assert asked == [torch.device("cpu")]
+    with pytest.raises(ConfigError, match=r"prepare, forward, backward, update.*got None from .*subclass of FP32"):
+        choose(lambda device: None, "cpu")
+
+
+def test_the_docs_show_the_same_table():
+    """docs/devices.md: a row a device, a column a precision; what is refused there is refused here, and no other."""
+    page = (Path(__file__).parents[2] / "docs" / "devices.md").read_text().split("## Which numbers where")[1]
+    rows = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in page.splitlines() if "|" in line]
+    heading, _, *body = rows
+    names = [name for name in NAMES if name != "auto"]
+    assert heading == ["device", *names, "auto"]
+    table = {row[0].strip("`"): row[1:5] for row in body if len(row) == 6}
+    assert set(table) == {*WORKS, "any other"}
+    for device, cells in table.items():
+        works = WORKS.get(device, ANY_OTHER)
+        assert [not cell.startswith("refused") for cell in cells] == [name in works for name in names], device
