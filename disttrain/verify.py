@@ -8,15 +8,12 @@ The runs' ledgers, with hashes at every step, and the weights at their ends are 
 """
 
 import argparse
-import itertools
-import os
 import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from disttrain import launch
-from disttrain.assemble import Run
 from disttrain.backend.local import LocalRanks
 from disttrain.config import Config, check_slots, load_config
-from disttrain.engine import Engine, Events
 from disttrain.errors import ConfigError, DisttrainError
 from disttrain.observe import Comparison, compare_runs
 from disttrain.run_directory import RunDirectory
-from disttrain.seeding import seed_for
+from disttrain.scenarios import Death, Scenario, counted, plan
 
 SAME, DIFFERENT, USAGE = 0, 1, 2
 PRELOAD = ("disttrain.launch", "torch.nn.parallel", "torch._dynamo.config", "torchmetrics")
@@ -39,70 +34,8 @@ PRELOAD = ("disttrain.launch", "torch.nn.parallel", "torch._dynamo.config", "tor
 NUM_QUOTED_LINES = 20
 
 
-@dataclass(frozen=True)
-class Life:
-    """One process group of a run: how many ranks and workers, and the step in which one of its ranks is killed."""
-
-    num_ranks: int
-    num_workers: int
-    killed_at: int | None = None
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """A whole run, in as many lives as it is killed times and one."""
-
-    name: str
-    lives: tuple[Life, ...]
-
-
-@dataclass(frozen=True)
-class Death:
-    """A handler that kills its rank with SIGKILL in `step`, after the update and before anything of it is kept."""
-
-    step: int
-
-    def __call__(self, trainer: Engine, run: Run) -> None:
-        # Not always rank 0: its death is seen by the others otherwise than that of a peer.
-        doomed = self.step % run.backend.world_size
-
-        def die() -> None:
-            if run.backend.rank == doomed:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=self.step), die)
-
-
 class CannotRun(DisttrainError):
     """A run of the verification that ended otherwise than by the death that was meant for it."""
-
-
-def plan(worlds: Sequence[int], workers: Sequence[int], num_kills: int, num_steps: int) -> list[Scenario]:
-    """Return the runs to make, the reference first."""
-    first = Life(worlds[0], workers[0])
-    scenarios = [Scenario("reference", (first,)), Scenario("again", (first,))]
-    turns = itertools.cycle(workers[1:] or workers)
-    scenarios += [Scenario(counted(ranks, "rank"), (Life(ranks, next(turns)),)) for ranks in worlds[1:]]
-    not_yet = workers[len(worlds) :] if len(worlds) > 1 else workers[1:]
-    scenarios += [Scenario(counted(number, "worker"), (Life(worlds[0], number),)) for number in not_yet]
-    if num_kills:
-        scenarios.append(killed("killed", [worlds[0]], [workers[0]], num_kills, num_steps))
-        if len(worlds) > 1 or len(workers) > 1:
-            downwards = sorted(worlds, reverse=True)
-            scenarios.append(killed("killed, resized", downwards, list(workers), num_kills, num_steps))
-    return scenarios
-
-
-def killed(name: str, worlds: list[int], workers: list[int], num_kills: int, num_steps: int) -> Scenario:
-    """Return a run killed at a step of each of `num_kills` equal parts of it, the same steps each time."""
-    ends = [num_steps * i // num_kills for i in range(num_kills + 1)]
-    steps = [low + 1 + seed_for(0, name, i) % (high - low) for i, (low, high) in enumerate(itertools.pairwise(ends))]
-    ranks, processes = itertools.cycle(worlds), itertools.cycle(workers)
-    return Scenario(name, tuple(Life(next(ranks), next(processes), step) for step in [*steps, None]))
-
-
-def counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def rank_main(words: Sequence[str], killed_at: int | None) -> int:
@@ -114,9 +47,19 @@ class Verification:
     """Runs scenarios of one config in a folder of their own."""
 
     def __init__(
-        self, cfg: Path, overrides: Sequence[str], config: Config, num_slots: int, num_steps: int, folder: Path
-    ):
+        self,
+        cfg: Path,
+        config: Config,
+        overrides: Sequence[str],
+        folder: Path,
+        *,
+        num_slots: int,
+        num_steps: int,
+        preload: Sequence[str] = PRELOAD,
+    ) -> None:
         self.folder = folder
+        self.num_steps = num_steps
+        self._preload = preload
         self._name = str(config.name)
         self._words = [
             str(cfg),
@@ -137,10 +80,9 @@ class Verification:
             logs = place / f"life-{number}"
             logs.mkdir(parents=True)
             words = [*self._words, f"num_workers={life.num_workers}", "--runs", str(place)]
-            with LocalRanks(life.num_ranks, rank_main, (words, life.killed_at), logs, PRELOAD) as ranks:
+            with LocalRanks(life.num_ranks, rank_main, (words, life.killed_at), logs, self._preload) as ranks:
                 codes = ranks.wait()
-            died = any(code == -signal.SIGKILL for code in codes) and all(code <= 0 for code in codes)
-            if not (died if life.killed_at else set(codes) == {0}):
+            if ranks.first_failed != (-signal.SIGKILL if life.killed_at else None):
                 raise CannotRun(
                     f"{scenario.name}, on {counted(life.num_ranks, 'rank')} with "
                     f"{counted(life.num_workers, 'worker')}: the ranks ended with "
@@ -176,7 +118,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ConfigError: --keep {folder}: expected a new or empty folder", file=sys.stderr)
         return USAGE
     verification = Verification(
-        Path(options.config).resolve(), options.overrides, config, num_slots, options.steps, folder.resolve()
+        Path(options.config).resolve(),
+        config,
+        options.overrides,
+        folder.resolve(),
+        num_slots=num_slots,
+        num_steps=options.steps,
     )
     scenarios = plan(options.worlds, options.workers, options.kills, options.steps)
     console.print(
@@ -203,7 +150,7 @@ def verify(
     for heading in ("run", "ranks", "workers", "killed at", "time", "weights", "same bits"):
         table.add_column(heading, no_wrap=heading != "killed at", overflow="fold")
     reference: RunDirectory | None = None
-    found: list[tuple[Scenario, Comparison]] = []
+    found: list[tuple[Scenario, Comparison, bool]] = []
     failed: CannotRun | None = None
     for number, scenario in enumerate(scenarios, start=1):
         began = time.monotonic()
@@ -215,14 +162,19 @@ def verify(
                 break
         reference = reference or run
         comparison = compare_runs(reference, run)
+        # Every step and the beginning were compared: what was not seen is not the same.
+        whole = comparison.num_steps == verification.num_steps == comparison.num_hashed - 1
+        alike = comparison.same and whole
         if run is not reference:
-            found.append((scenario, comparison))
-        same = "-" if run is reference else "yes" if comparison.same else "NO"
+            found.append((scenario, comparison, alike))
+        same = "-" if run is reference else "yes" if alike else "NO"
         table.add_row(*row(scenario), f"{time.monotonic() - began:.1f} s", str(comparison.weights[1])[:12], same)
         if not console.is_terminal:
             console.print(
                 f"{number}/{len(scenarios)} {scenario.name}: {'done' if same == '-' else 'same bits: ' + same}"
             )
+        if first_only and not alike:
+            break
     console.print(table)
     if failed is not None:
         print(f"\n{failed}", file=sys.stderr)
@@ -241,10 +193,10 @@ def row(scenario: Scenario) -> tuple[str, str, str, str]:
     return scenario.name, each([x.num_ranks for x in lives]), each([x.num_workers for x in lives]), kills or "-"
 
 
-def conclude(found: Sequence[tuple[Scenario, Comparison]], console: Console) -> int:
+def conclude(found: Sequence[tuple[Scenario, Comparison, bool]], console: Console) -> int:
     """Say in words what the table shows; return the exit code."""
     console.print()
-    wrong = [(scenario, comparison) for scenario, comparison in found if not comparison.same]
+    wrong = [(scenario, comparison) for scenario, comparison, alike in found if not alike]
     for scenario, comparison in wrong[:1]:
         console.print(f"not the same bits: {scenario.name}", style="bold red")
         tell(comparison, console)
@@ -259,7 +211,7 @@ def conclude(found: Sequence[tuple[Scenario, Comparison]], console: Console) -> 
         "every slot's loss, the gradient's norm, all weights, buffers and optimizer states",
         soft_wrap=True,
     )
-    for text in dict.fromkeys(text for _, comparison in found for text in comparison.other):
+    for text in dict.fromkeys(text for _, comparison, _ in found for text in comparison.other):
         console.print(f"but {text} (float metrics may differ in their last digits: docs/guarantees.md)", soft_wrap=True)
     return SAME
 

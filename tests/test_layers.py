@@ -16,7 +16,7 @@ FLOORS = [
     ["backend", "data", "precision", "parallel"],
     ["engine", "checkpoint"],
     ["handlers", "observe"],
-    ["assemble", "recipe", "launch", "verify", "cli"],
+    ["assemble", "recipe", "launch", "scenarios", "verify", "cli"],
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 ROWS = {0, 4}  # floors on which a room may use the ones named before it
@@ -28,6 +28,7 @@ ALLOWED = {
         "handlers/preemption.py",
         "data/fetching.py",
         "backend/parent.py",
+        "scenarios.py",
         "verify.py",
     },  # the others install no handler in a rank
 }

@@ -35,6 +35,8 @@ class LocalRanks:
         context.set_forkserver_preload(list(preload))
         port = _free_port()
         self.logs = [logs / f"rank-{rank}.txt" for rank in range(world_size)]
+        self.first_failed: int | None = None
+        """The exit code of the rank that first ended otherwise than with 0, before others were killed for it."""
         self._processes = []
         for rank, log in enumerate(self.logs):
             place = Place(rank, world_size, rank, world_size)
@@ -50,7 +52,9 @@ class LocalRanks:
             connection.wait([process.sentinel for process in left])
             ended = [process for process in left if not process.is_alive()]
             left = [process for process in left if process not in ended]
-            if any(process.exitcode for process in ended):
+            failed = [process.exitcode for process in ended if process.exitcode]
+            if failed and self.first_failed is None:
+                self.first_failed = failed[0]
                 self.kill()
         return [process.exitcode or 0 for process in self._processes]
 

@@ -4,7 +4,7 @@
 of them, the loss, the gradient, the learning rate, the weights, the optimizer's state. What only one of two lines
 holds (hashes are written every `ledger.every_steps` steps) is not compared.
 
-*Errors*: ConfigError for a folder that holds no run, or no ledger.
+*Errors*: ConfigError for a folder that holds no run or no ledger, and for ledgers without a step in common.
 """
 
 import json
@@ -212,6 +212,10 @@ def compare_runs(left: RunDirectory, right: RunDirectory) -> Comparison:
     """Compare two finished or broken runs, by their configs, ledgers and results."""
     ledgers = [read_ledger(run.ledger_jsonl) for run in (left, right)]
     common = ledgers[0].keys() & ledgers[1].keys()
+    if not common - {0}:
+        raise ConfigError(
+            f"the ledgers of {left.path} and {right.path} have no step in common; let both runs do the same steps"
+        )
     results = [run.result() or {} for run in (left, right)]
     other = []
     metrics = [result.get("metrics", {}) for result in results]

@@ -1,0 +1,172 @@
+"""`disttrain verify` and `disttrain compare` by their real commands: sound configs pass, wrong ones are found."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import ROOT, Done, environment, launch, write_cfg
+
+from disttrain import cli
+
+WRONG = ROOT / "examples" / "not_deterministic"
+PROGRAM = Path(sys.executable).with_name("disttrain")
+
+
+def disttrain(*words: object, cwd: Path) -> Done:
+    """Run the installed command."""
+    done = subprocess.run(
+        [PROGRAM, *map(str, words)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=170,
+        env=environment(),
+        check=False,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def test_a_sound_config_gives_the_same_bits_in_all_runs(tmp_path: Path) -> None:
+    done = disttrain("verify", WRONG / "sound.py", "--worlds", "1,3", "--kills", 1, "--steps", 9, cwd=tmp_path)
+    assert done.code == 0, done.text
+    assert "the same bits in all 5 runs: at each of 9 steps" in done.out
+    rows = [line.split() for line in done.out.splitlines() if re.search(r"\d s  ", line)]
+    assert [row[0] for row in rows] == ["reference", "again", "3", "killed", "killed,"]
+    assert [row[-1] for row in rows] == ["-", "yes", "yes", "yes", "yes"]
+    assert len({row[-2] for row in rows}) == 1
+    assert done.err == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("name", "worlds", "kills", "found_by", "headline"),
+    [
+        ("own_generator", "1", 0, "again", "step 1: what was loaded (slot 0, slot 1, slot 2, slot 3)"),
+        ("clock", "1", 0, "again", "step 0: the state that the runs began with (model.0.weight, model.0.bias, "),
+        ("rank", "1,2", 0, "2 ranks", "step 1: the loss (slot 2, slot 3)"),
+        ("history", "1", 1, "killed", r"step \d+: what was loaded (slot 0, slot 1, slot 2, slot 3)"),
+        ("unsaved", "1", 1, "killed", r"step \d+: the loss (slot 0, slot 1, slot 2, slot 3)"),
+    ],
+)
+def test_what_is_wrong_on_purpose_is_found_and_named(
+    name: str,
+    worlds: str,
+    kills: int,
+    found_by: str,
+    headline: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--worlds", worlds, "--workers", "0", "--kills", str(kills), "--steps", "6", "--first"]
+    code = cli.main(["verify", str(WRONG / f"{name}.py"), *words, "--keep", str(tmp_path / "kept")])
+    said = capsys.readouterr()
+    assert code == 1, said.out + said.err
+    assert f"not the same bits: {found_by}\n" in said.out
+    assert re.search(f"first difference at {headline}".replace("(", r"\(").replace(")", r"\)"), said.out), said.out
+    explained = {"own_generator": "generator of its own", "history": "generator of its own", "clock": "the clock"}
+    assert explained.get(name, "the forward pass or the loss depends on something else") in said.out
+    if kills:
+        # The first step that was done again after the kill, from a checkpoint before it.
+        killed_at = int(re.search(r"killed +1 +0 +(\d+)", said.out)[1])  # type: ignore[index]
+        assert int(re.search(r"first difference at step (\d+)", said.out)[1]) <= killed_at  # type: ignore[index]
+    assert (tmp_path / "kept" / "reference" / name / "ledger.jsonl").exists()
+
+
+def test_every_wrong_example_is_tried() -> None:
+    tried = {mark.args[1][i][0] for mark in MARKS for i in range(len(mark.args[1]))}
+    assert tried == {path.stem for path in WRONG.glob("*.py")} - {"sound"}
+
+
+MARKS = [m for m in test_what_is_wrong_on_purpose_is_found_and_named.pytestmark if m.name == "parametrize"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["none.py"], "none.py: no such file"),
+        (["cfg.py", "--worlds", "9"], "num_slots=4 is too few for 9 ranks"),
+        (["cfg.py", "--kills", "7", "--steps", "3"], "--kills 7: expected at most one a step, of 3"),
+        (["cfg.py", "optimiser.lr=1"], "did you mean optimizer.lr"),
+        (["cfg.py", "--keep", "."], "--keep .: expected a new or empty folder"),
+    ],
+)
+def test_what_cannot_be_verified_is_said_at_once(
+    words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_cfg(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["verify", *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("ConfigError: ")
+    assert told in said
+    assert [path.name for path in tmp_path.iterdir()] == ["cfg.py"]
+
+
+@pytest.mark.parametrize("option", [["--worlds", "0"], ["--worlds", "1,x"], ["--steps", "-1"], ["--kills", ""]])
+def test_options_are_numbers(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["verify", "cfg.py", *option])
+    assert ended.value.code == 2
+    assert "expected a whole number from" in capsys.readouterr().err
+
+
+def test_a_config_that_fails_while_running_is_told_with_its_own_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = write_cfg(tmp_path, "def broken(): raise OSError('the disk of the model is gone')\nfields['model'] = broken")
+    assert cli.main(["verify", str(cfg), "--steps", "3", "--keep", str(tmp_path / "kept")]) == 2
+    said = capsys.readouterr()
+    assert "reference, on 1 rank with 0 workers: the ranks ended with 2, expected 0" in said.err
+    assert "ConfigError: model raised OSError: the disk of the model is gone" in said.err
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `runs/one` and `runs/two`, which differ in their learning rates."""
+    folder = tmp_path_factory.mktemp("two_runs")
+    write_cfg(folder)
+    for name, rate in (("one", "1e-3"), ("two", "2e-3")):
+        done = launch("cfg.py", f"name={name}", f"optimizer.lr={rate}", cwd=folder)
+        assert done.code == 0, done.text
+    return folder
+
+
+def compared(folder: Path, capsys: pytest.CaptureFixture[str], *names: str) -> tuple[int, str]:
+    code = cli.main(["compare", *(str(folder / "runs" / name) for name in names)])
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+def test_compare_finds_where_two_runs_part(two_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = compared(two_runs, capsys, "one", "two")
+    assert code == 1
+    assert "the configs differ in optimizer.lr: 0.001 and 0.002" in said
+    assert "first difference at step 1: the learning rate: 0.001 (0x1.0624dd2f1a9fcp-10) and 0.002" in said
+    assert "In this step the same: the choice of samples, the loss, the gradient's norm." in said
+
+
+def test_compare_says_where_two_runs_are_the_same(
+    two_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "runs" / "broken"
+    shutil.copytree(two_runs / "runs" / "one", broken)
+    shutil.copytree(two_runs / "runs" / "one", tmp_path / "runs" / "one")
+    (broken / "result.json").unlink()
+    text = (broken / "ledger.jsonl").read_text().splitlines(keepends=True)
+    (broken / "ledger.jsonl").write_text("".join(text[:10]) + text[10][:20])
+    code, said = compared(tmp_path, capsys, "one", "broken")
+    assert code == 0
+    assert "has 15 steps" in said
+    assert "the same bits: 9 steps, the whole state at 3 of them" in said
+
+
+def test_compare_refuses_what_is_no_run(two_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = compared(two_runs, capsys, "one", "none")
+    assert code == 2
+    assert said.startswith("ConfigError: expected a run's ledger at ")
