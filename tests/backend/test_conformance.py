@@ -20,8 +20,6 @@ from disttrain.errors import BackendError, RemoteError
 
 WORLDS = ["single", "threads-1", "threads-3", "gloo-1", "gloo-2", "gloo-3"]
 WORLDS += ["nccl-1"] * torch.cuda.is_available()
-    ["nccl-1"] if torch.cuda.is_available() else []
-)
 
 Run = Callable[..., list[Any]]
 
