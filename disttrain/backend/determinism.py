@@ -24,7 +24,7 @@ from disttrain.backend.environment import set_default
 from disttrain.errors import ConfigError
 
 CUBLAS_WORKSPACES = (":4096:8", ":16:8")
-"""The only values under which torch takes cuBLAS for deterministic; the first costs 24 MiB a device and is faster."""
+"""The values for which cuBLAS documents the same bits each time; the first costs 24 MiB a device and is faster."""
 
 _REFUSED = re.compile(r"(\w+) does not have a deterministic implementation, but you set")
 _NOT_THE_USERS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
@@ -38,7 +38,8 @@ def make_deterministic(cpu_threads: int = 1, *, strict: bool = True) -> None:
     other bits each time, and so do the backwards of flash and memory-efficient attention on CUDA, which torch makes
     deterministic in strict mode alone. Call it before anything runs on an accelerator.
 
-    *Errors*: ConfigError for a CUBLAS_WORKSPACE_CONFIG of the user's that torch refuses; a good one is kept.
+    *Errors*: ConfigError for another CUBLAS_WORKSPACE_CONFIG than those two where the user has set one (not where
+    `strict=False`), ValueError for `cpu_threads` below 1.
     *Cost*: none on the CPU. On CUDA deterministic kernels are slower, by how much depends on the model.
     """
     set_cpu_threads(cpu_threads)

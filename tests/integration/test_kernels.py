@@ -1,0 +1,22 @@
+"""A run that goes on with other kernels than it began with says so: its bits are not the promised ones."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from commands import launch, write_cfg
+
+
+def test_another_instruction_set_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cfg(tmp_path)
+    first = launch("cfg.py", "max_epochs=1", cwd=tmp_path)
+    assert first.code == 0, first.text
+    assert "WARNING" not in first.out
+    usual = torch.backends.cpu.get_cpu_capability()
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2" if usual == "DEFAULT" else "default")
+    second = launch("cfg.py", "max_epochs=2", cwd=tmp_path)
+    assert second.code == 0, second.text
+    assert "resuming from step 5" in second.out
+    (warning,) = [line for line in second.out.splitlines() if line.startswith("WARNING")]
+    assert f"torch {torch.__version__} on cpu {usual}" in warning
+    assert "the same bits are not promised" in warning
