@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Copies this checkout, its cfg files with it, to every worker and installs it there: setup.sh NAME ZONE
+set -euo pipefail
+
+if (($# != 2)); then
+  echo "usage: $0 NAME ZONE" >&2
+  exit 2
+fi
+name=$1 zone=$2
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+archive=$(mktemp -t disttrain.XXXXXX.tgz)
+trap 'rm -f "$archive"' EXIT
+
+tar --create --gzip --file "$archive" --directory "$root" \
+  --exclude './.*' --exclude ./runs --exclude __pycache__ .
+gcloud compute tpus tpu-vm scp "$archive" "$name:disttrain.tgz" --zone "$zone" --worker=all
+gcloud compute tpus tpu-vm ssh "$name" --zone "$zone" --worker=all --command \
+  'mkdir -p disttrain && tar --extract --gzip --file disttrain.tgz --directory disttrain && bash disttrain/launch/tpu_vm/on_worker_setup.sh'
