@@ -31,10 +31,14 @@ R = TypeVar("R")
 
 
 def seed_for(seed: int, purpose: str, *position: int) -> int:
-    """Return the 63-bit seed of one use of randomness: a stable hash of the arguments.
+    """Return the seed of one use of randomness, 0 <= seed < 2**63: a stable hash of the arguments.
 
-    The same on every platform, Python and process. Cost: about 2 microseconds.
-    Source: BLAKE2b (RFC 7693), over the decimal text of the arguments, which no two of them share.
+    `seed` is the run's, any integer; `purpose` any text; `position` any number of integers, counted as you like but
+    always alike. The same on every platform, Python and process. It seeds nothing: hand it to a generator, or to
+    `manual_seed`.
+
+    *Cost*: about 2 microseconds.
+    *Source*: BLAKE2b (RFC 7693), over the decimal text of the arguments, which no two of them share.
     """
     text = f"{seed}/{len(purpose)}:{purpose}/{'/'.join(map(str, position))}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

@@ -55,6 +55,11 @@ class SlotLoader:
     next one's first batches while this one ends; they end with `close`, with the loader or with the process.
     With `copies` the batches come on the device, and the step after is fetched and on its way there when one is
     yielded; what it raises is raised in its turn.
+
+    A `StepBatch` is a list with what `collate_fn` makes of the samples of each of the sampler's slots, in slot order.
+    The global generators are left as they were found.
+    *Errors*: LoadingError (a DataError) of one line for what a sample or `collate_fn` raises; DataError for a worker
+    that died; ValueError for a position outside an epoch.
     *Cost*: seeking where the loader stands already is free; elsewhere the workers start anew. Without workers a
     step costs some 100 microseconds to keep the global generators, and 15 a slot to seed them.
     """

@@ -163,7 +163,16 @@ def _hash(half: Words, key: RoundKey, out: Words, scratch: Words) -> None:
 
 
 class IndexShuffle:
-    """The permutation of range(n) that `key`, any integer, picks; slices of it cost only themselves."""
+    """The permutation of range(n) that `key`, any integer, picks; slices of it cost only themselves.
+
+    *Contract*: a function of n (1 to 2**48) and key alone, on every platform. `shuffle[i]` is an int; `shuffle[a:b]`,
+    `indices(a, b)` and `at(positions)` are int64 arrays, of the positions' shape; `position_of` is the inverse of `at`.
+    *Errors*: ValueError for n out of bounds, IndexError for a position or index outside range(n), TypeError for one
+    that is no integer.
+    *Cost*: 25 ns an index in large slices, some 60 microseconds a call in small ones, at any n; memory for the slice
+    and 0.3 MB. n <= 2**16 is sorted once, in about 1 ms.
+    *Source*: a sort by hash up to n = 2**16, a Feistel network above; the module's docstring cites both.
+    """
 
     def __init__(self, n: int, key: int) -> None:
         n, key = operator.index(n), operator.index(key)

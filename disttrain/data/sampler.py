@@ -60,7 +60,11 @@ class SlotBatchSampler(BatchSampler):
     *Contract*: a pass (`iter`) yields the microbatches of `slots`, step by step, from the position
     (`epoch`, `step`) to the end of that epoch. A pass that has ended moves the position to the next epoch; one
     that was left earlier does not move it, so the next starts again from the same place. `len` is the number of
-    microbatches of a whole epoch.
+    microbatches of a whole epoch. A microbatch is a list of `global_batch_size // num_slots` indices with the seed to
+    load them under: give it to a `SlotLoader`, or with a `SeededDataset` to a DataLoader, as its `batch_sampler`.
+    *Errors*: DataError for fewer samples than a global batch, ConfigError for slots that do not divide it, ValueError
+    for `slots` that are no part of range(num_slots) and for positions outside an epoch.
+    *Cost*: constant time to begin anywhere; some 13 microseconds a microbatch, and memory for about 8,192 indices.
     """
 
     def __init__(
@@ -201,9 +205,13 @@ def check_sizes(num_samples: int, global_batch_size: int, num_slots: int) -> Non
 class ReproducibleBatchSampler(BatchSampler):
     """A batch sampler that can start anywhere in a pass.
 
-    *Contract*: the next pass leaves out the first `start_iteration` batches; that holds for this one pass. `len`
-    stays that of the whole.
-    *Cost*: nothing is stored; constant time over a `SlotBatchSampler`, else the indices that are left out.
+    *Contract*: the next pass leaves out the first `start_iteration` batches (None: none); that holds for this one
+    pass. `len` stays that of the whole. The batches are the wrapped sampler's, which draws its order as it always
+    does: seed that, and what the samples draw, by yourself, or wrap a `SlotBatchSampler`.
+    *Errors*: TypeError for anything but a BatchSampler, ValueError for a negative `start_iteration`; one beyond the
+    pass makes it empty.
+    *Cost*: nothing is stored; constant time over a `SlotBatchSampler`, else the drawing of the indices that are left
+    out, never the loading of their samples.
     """
 
     def __init__(self, batch_sampler: BatchSampler, start_iteration: int | None = None) -> None:

@@ -46,7 +46,16 @@ _inside_a_run: ContextVar[bool] = ContextVar("_inside_a_run", default=False)
 
 
 class DeterministicEngine(Engine):
-    """An `Engine` over reproducible batches; `backend` says whose rank 0 draws the seed."""
+    """An `Engine` over reproducible batches; `backend` says whose rank 0 draws the seed.
+
+    *Contract*: a run that goes on from a `state_dict` (inside a pass too) gets the batches that it would have got, and
+    the global generators as they were. `state.seed` is drawn from torch's generator when a run begins. Over a
+    `SlotLoader` the samples' own randomness is the same too; over a foreign DataLoader with workers it is not, inside a
+    pass. Which kernels compute is left to `make_deterministic`.
+    *Errors*: ValueError for a run without data.
+    *Cost*: seeding at the start of each pass, 0.1 to 0.2 ms. On resume nothing over `SlotLoader`, the indices passed
+    over for a map-style DataLoader, all batches since the pass began for data that can only be iterated.
+    """
 
     def __init__(self, process_function: Callable[[Self, Any], Any], *, backend: Backend | None = None) -> None:
         super().__init__(process_function)

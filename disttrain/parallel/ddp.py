@@ -60,6 +60,17 @@ class SlotGradients:
 
     `reduction="fast"` sums each rank's slots and leaves the rest to one all-reduce a bucket: the same bits only for the
     same number of ranks. `device` is where the model has to be. Parameters are frozen before, not later.
+    `process_group` may be None for a world of one. Every rank makes it at the same point, from the same weights.
+
+    *Contract*: `microbatches(batch, iteration)` takes a list with one microbatch for each of this rank's slots, of any
+    form, and the step's number from 1; the loop over it runs `module` and one backward each. Losses are means over
+    their slot. After the loop each `.grad`, of its parameter's shape and dtype, is the mean over all slots.
+    *Errors*: ConfigError for a model that cannot give the same bits on any number of ranks (SyncBatchNorm, sparse
+    gradients, lazy or no parameters); ValueError for another number of microbatches; RuntimeError where the bare model
+    was called instead of `module`, or a peer is gone.
+    *Cost*: the slots of a rank run one after the other; at most log2(slots of the rank) + 1 copies of the gradients;
+    the traffic of a ring all-reduce, up to twice that where the ranks are no power of two.
+    *Source*: DistributedDataParallel's communication hook; `parallel.tree` for the sum.
     """
 
     several = True

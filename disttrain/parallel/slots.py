@@ -125,7 +125,12 @@ class TreeSum(Generic[T]):
 
 @dataclass(frozen=True)
 class Slots:
-    """The slots of a run, and which of them this rank runs. More ranks than slots: ConfigError."""
+    """The slots of a run, and which of them this rank runs: `mine`, a range.
+
+    *Contract*: rank r of W runs the slots [V*r//W, V*(r+1)//W) of V; plain numbers, nothing is looked up. `num_slots`
+    is fixed for the life of a run, rank and world size are not.
+    *Errors*: ConfigError for more ranks than slots, and for numbers that cannot be.
+    """
 
     num_slots: int
     rank: int = 0

@@ -38,6 +38,7 @@ from disttrain.data import (
     evaluation_loader,
     update_dataloader,
 )
+from disttrain.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -68,6 +69,30 @@ def test_seeking_any_step_gives_the_same(num_workers, two_epochs):
     for first in reversed(range(2 * NUM_STEPS)):
         loader.seek(*divmod(first, NUM_STEPS))
         assert take(loader, 2) == (two_epochs + take(loader_of_epoch(2), 1))[first : first + 2]
+
+
+def test_a_state_leads_back_with_other_workers_and_ranks(two_epochs):
+    loader = loader_of(num_workers=1)
+    assert loader.iteration == 0
+    for iteration in range(1, NUM_STEPS + 3):
+        take(loader, 1)
+        assert loader.iteration == iteration
+    state = loader.state_dict()
+    for slots in (range(NUM_SLOTS), range(1, 3)):
+        other = loader_of(slots)
+        other.load_state_dict(state)
+        assert (other.epoch, other.step, other.iteration) == (1, 2, NUM_STEPS + 2)
+        (step,) = take(other, 1)
+        assert step == two_epochs[NUM_STEPS + 2][slots.start : slots.stop]
+
+
+@pytest.mark.parametrize("changed", ["num_samples", "global_batch_size", "num_slots", "seed", "shuffle"])
+def test_a_state_of_other_batches_is_refused(changed):
+    loader = loader_of()
+    state = loader.state_dict()
+    with pytest.raises(DataError, match=f"the batches would be others than before: expected .*'{changed}': 99"):
+        loader.load_state_dict({**state, "epoch": 3, changed: 99})
+    assert (loader.epoch, loader.step) == (0, 0)
 
 
 def loader_of_epoch(epoch):
