@@ -89,7 +89,7 @@ def test_a_refused_operation_is_named_with_its_place(ranks: Ranks, what: str) ->
 
 
 def test_what_a_worker_quoted_is_named_too(ranks: Ranks) -> None:
-    with pytest.raises(ConfigError, match="got put_ .*deterministic=false"), refused_operations_named():
+    with pytest.raises(ConfigError, match=r"got put_ .*deterministic=false"), refused_operations_named():
         raise LoadingError(
             "dataset[3] raised RuntimeError: put_ does not have a deterministic implementation, but you set ..."
         )
