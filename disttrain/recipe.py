@@ -228,8 +228,6 @@ def observe(
 def ledger_of(made: Run, step: int) -> Ledger:
     """Return the ledger of the run, which goes on after `step`."""
     loader = made.loader
-    # A stream's samples have no indices; the hashes of what the slots hold tell them apart.
-    samples = loader.sampler.samples if isinstance(loader, SlotLoader) else None
     return Ledger(
         made.directory.ledger_jsonl,
         step or -1,  # a run that begins does not go on with the line of step 0 that an unsaved one may have left
@@ -237,7 +235,8 @@ def ledger_of(made: Run, step: int) -> Ledger:
         every_steps=made.config.ledger.every_steps,
         state=lambda: state_tensors(made.model, made.optimizer),
         grad_norm=made.take_grad_norm,
-        order=None if samples is None else lambda batch: samples(batch.epoch, batch.step).astype("<i8").tobytes(),
+        # A stream's samples have no indices; the hashes of what the slots hold tell them apart.
+        order=loader.sampler.samples if isinstance(loader, SlotLoader) else None,
     )
 
 

@@ -127,9 +127,9 @@ class SlotBatchSampler(BatchSampler):
         (indices,) = self._indices(epoch, range(step, step + 1), range(slot, slot + 1))
         return self._microbatch(indices, epoch, step, slot)
 
-    def samples(self, epoch: int, step: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Return the indices of a step's whole global batch, those of all slots in slot order."""
-        positions = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
+    def samples(self, epoch: int, steps: range) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Return the indices of whole global batches, one a row, those of all slots in slot order."""
+        positions = np.array(steps)[:, None] * self.global_batch_size + np.arange(self.global_batch_size)
         return self._order_of(epoch).at(positions) if self.shuffle else positions
 
     def __iter__(self) -> Iterator[Microbatch]:

@@ -19,6 +19,7 @@ hashes one pass over the state and a gather. Nothing waits for an accelerator ex
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ class Ledger:
     """Writes the ledger of a run to `path` on rank 0, going on after `step`.
 
     `state()` gives the tensors to hash, by name; `grad_norm()` the norm of the step's gradient, which may stay on its
-    device; `order(batch)` the indices of the whole global batch, as bytes. `fetched` takes the losses, in batches,
-    after which their lines are written.
+    device; `order(epoch, steps)` the indices of the global batches of some steps of an epoch, a row each, both as a
+    `StepBatch` counts them. `fetched` takes the losses, in batches, after which their lines are written.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Ledger:
         every_steps: int,
         state: Callable[[], Mapping[str, Tensor]],
         grad_norm: Callable[[], Tensor | None],
-        order: Callable[[Any], bytes] | None,
+        order: Callable[[int, range], Any] | None,
     ) -> None:
         self.backend = backend
         self.every_steps = every_steps
@@ -87,8 +88,8 @@ class Ledger:
     def step_ends(self, engine: Engine) -> None:
         step = engine.state.iteration
         line: Line = {"step": step, "epoch": engine.state.epoch}
-        if self._lines is not None and self._order is not None:
-            line["order"] = hashlib.blake2b(self._order(engine.state.batch), digest_size=8).hexdigest()
+        if self._order is not None:
+            line["order"] = (engine.state.batch.epoch, engine.state.batch.step)  # for `fetched`, which asks for several
         details: Line = {}
         if step % self.every_steps == 0:
             losses = [hex_float(loss) for loss in self.backend.fetch(engine.state.output)]
@@ -122,6 +123,12 @@ class Ledger:
         if self._lines is None:
             return
         pending, self._pending = self._pending, []
+        if self._order is not None:
+            for epoch, group in itertools.groupby((line for line, _ in pending), key=lambda line: line["order"][0]):
+                some_lines = list(group)
+                steps = range(some_lines[0]["order"][1], some_lines[-1]["order"][1] + 1)
+                for line, row in zip(some_lines, self._order(epoch, steps), strict=True):
+                    line["order"] = hashlib.blake2b(row.astype("<i8").tobytes(), digest_size=8).hexdigest()
         norms = self._numbers([norm for _, norm in pending])
         for (line, _), norm, fetched in zip(pending, norms, lines, strict=True):
             line["loss"], line["grad_norm"] = hex_float(fetched["loss"]), hex_float(norm)

@@ -27,7 +27,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def typed(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a line as somebody with the environment activated would."""
     words = shlex.split(line)
-    words[0] = {"python": sys.executable, "torchrun": str(Path(sys.executable).with_name("torchrun"))}[words[0]]
+    beside = {name: str(Path(sys.executable).with_name(name)) for name in ("torchrun", "disttrain")}
+    words[0] = {"python": sys.executable, **beside}[words[0]]
     return subprocess.run(
         words, cwd=folder, capture_output=True, text=True, env=environment(), timeout=120, check=False
     )
@@ -38,11 +39,14 @@ def test_the_config_is_the_example() -> None:
 
 
 def test_the_commands_run(checkout: Path) -> None:
-    (block,) = blocks("bash run")
-    for line in block.splitlines():
-        done = typed(line, checkout)
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert "is completed" in done.stdout
+    said = []
+    for block in blocks("bash run"):
+        for line in block.splitlines():
+            done = typed(line, checkout)
+            assert done.returncode == 0, done.stdout + done.stderr
+            said.append(done.stdout)
+    assert "is completed" in said[2]
+    assert "the same bits in all 5 runs" in said[3]
     assert result(checkout / "runs/three")["world_size"] == 3
     assert result(checkout / "runs/other")["step"] == 2 * (1437 // 96)
 

@@ -170,3 +170,44 @@ def test_compare_refuses_what_is_no_run(two_runs: Path, capsys: pytest.CaptureFi
     code, said = compared(two_runs, capsys, "one", "none")
     assert code == 2
     assert said.startswith("ConfigError: expected a run's ledger at ")
+
+
+PAGE = (ROOT / "docs" / "verify.md").read_text()
+
+
+def block(kind: str) -> list[str]:
+    """Return the words of the page's one command of a kind, without `disttrain`."""
+    (text,) = re.findall(rf"(?ms)^```bash {kind}\n(.*?)^```$", PAGE)
+    program, *words = text.split()
+    assert program == "disttrain"
+    return list(words)
+
+
+def test_the_commands_of_the_page_do_what_it_says(
+    two_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.chdir(tmp_path)
+    assert f"disttrain {' '.join(block('run'))}" in (ROOT / "README.md").read_text()  # whose test runs it
+    assert cli.main(block("fails")) == 1
+    said = capsys.readouterr().out
+    shown = re.search(r"(?ms)^```\n(not the same bits.*?)^```$", PAGE)
+    assert shown is not None
+    # All of the shown text but the two hashes, which are others each time.
+    expected = re.sub(r": [0-9a-f]{16} and [0-9a-f]{16}", "", " ".join(shown[1].split()))
+    assert expected in re.sub(r": [0-9a-f]{16} and [0-9a-f]{16}", "", " ".join(said.split()))
+    monkeypatch.chdir(two_runs)
+    assert cli.main(block("compare")) == 1
+
+
+def test_the_page_lists_every_option_with_its_default() -> None:
+    from disttrain.verify import parser
+
+    for action in parser()._actions:
+        if action.option_strings and action.dest != "help":
+            (row,) = [line for line in PAGE.splitlines() if line.startswith(f"| `{action.option_strings[0]}")]
+            default = action.default
+            if isinstance(default, list):
+                assert f"`{','.join(map(str, default))}`" in row
+            elif default:
+                assert f"`{default}`" in row
