@@ -264,4 +264,5 @@ def outcome(made: Run, end: StepEnd, resumed_at: int, wall_s: float) -> dict[str
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": str(backend.device),
+        "precision": made.precision.name,
     }

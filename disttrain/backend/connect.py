@@ -11,7 +11,7 @@ from disttrain.backend.single import SingleBackend
 from disttrain.backend.xla import connect_xla, has_torch_xla
 from disttrain.errors import BackendError, ConfigError
 
-NAMES = ("auto", "gloo", "nccl", "single", "xla")
+NAMES = ("auto", *GROUPS.values(), "single", "xla")
 
 
 def connect(name: str = "auto", *, timeout_s: float = 300.0, device: str | torch.device | None = None) -> Backend:

@@ -88,7 +88,7 @@ def _training_step(
         iteration = engine.state.iteration
         set_mode()
         if opens(iteration):
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()  # no arguments: apex's optimizers take none
         outputs = []
         microbatches = microbatches_of(batch, iteration)
         try:

@@ -4,7 +4,10 @@ import os
 import subprocess
 import sys
 import threading
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from ranks import Ranks
 from disttrain.backend import NAMES, Backend, Place, connect
 from disttrain.backend.connect import choose_name
 from disttrain.backend.environment import Launch
-from disttrain.backend.native import choose_device
+from disttrain.backend.native import GROUPS, NativeBackend, choose_device
 from disttrain.backend.xla import check_world_size
 from disttrain.errors import BackendError, ConfigError
 
@@ -139,6 +142,56 @@ def test_a_rank_that_sees_one_device_takes_it() -> None:
 def test_more_local_ranks_than_devices_are_refused() -> None:
     with pytest.raises(BackendError, match=r"at most 2 ranks on this host, one for each cuda device, got 4; .*'gloo'"):
         choose_device("cuda", 2, Place(0, 4, 0, 4, 0, 1))
+
+
+def test_another_accelerator_is_a_row_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = Launch("torchrun", Place(0, 2, 0, 2, 0, 1), "localhost", 29999)
+    assert choose_name(launch, torch.device("xpu", 0)) == "gloo"  # its ranks talk, on the CPU
+    monkeypatch.setitem(GROUPS, "xpu", "xccl")
+    assert choose_name(launch, torch.device("xpu", 0)) == "xccl"
+
+
+def test_a_group_is_bound_to_its_device_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: what NativeBackend asks of torch for cuda:1, in its order."""
+    asked: list[Any] = []
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: asked.append(index))
+    monkeypatch.setattr(dist, "init_process_group", lambda name, **options: asked.append((name, options["device_id"])))
+    monkeypatch.setattr(dist, "new_group", lambda backend, timeout: asked.append(backend))
+    backend = NativeBackend.__new__(NativeBackend)
+    backend.name, backend.device, backend.place = "nccl", torch.device("cuda", 1), Place(1, 2, 1, 2)
+    backend._timeout = timedelta(seconds=1)
+    backend._open_groups(None)
+    assert asked == [1, ("nccl", torch.device("cuda", 1)), "gloo"]
+
+
+class Properties(NamedTuple):
+    """What torch says of a GPU, of which only the UUID is asked."""
+
+    uuid: str
+
+
+def on_gpus(backend: Backend, uuids: list[str]) -> str:
+    """Let this rank say that it is on the GPU of this name, and return what it is told."""
+    assert isinstance(backend, NativeBackend)
+    seen = torch.get_device_module
+    torch.get_device_module = lambda device: SimpleNamespace(  # type: ignore[assignment]
+        get_device_properties=lambda device: Properties(uuids[backend.rank])
+    )
+    backend.device = torch.device("cuda", 0)
+    try:
+        backend._check_devices()
+    except BackendError as error:
+        return str(error)
+    finally:
+        torch.get_device_module = seen
+        backend.device = torch.device("cpu")
+    return "in order"
+
+
+def test_two_ranks_on_one_gpu_are_refused_on_every_rank(ranks: Ranks) -> None:
+    assert ranks(3, on_gpus, ["a", "b", "c"]) == ["in order"] * 3
+    for said in ranks(3, on_gpus, ["a", "b", "a"]):
+        assert "got ranks 0, 2 on cuda a; start one rank per accelerator, or use backend='gloo'" in said
 
 
 def connect_twice(backend: Backend) -> str:

@@ -217,6 +217,21 @@ def test_a_fifth_precision_is_one_file_and_keeps_the_promise(tmp_path, ranks):
     assert first[0] == pytest.approx(first[1], rel=0.01)
 
 
+@pytest.mark.parametrize("precision", ["apex", "bf16"])
+def test_apexs_optimizers_and_layers_are_factories_like_any_other(tmp_path, ranks, precision):
+    change = f"""{APEX}
+from apex.normalization import FusedRMSNorm
+from apex.optimizers import FusedAdam
+def fused_net():
+    return nn.Sequential(nn.Linear(64, 32), FusedRMSNorm(32), nn.ReLU(), nn.Linear(32, 10))
+fields.update(model=fused_net, optimizer=partial(FusedAdam, lr=1e-3))
+"""
+    words = (f"precision={precision}", "optimizer.weight_decay=0.01")
+    one = run_in(ranks, 1, tmp_path / "one", *words, change=change)
+    assert result(one)["precision"] == precision
+    same(one, run_in(ranks, 3, tmp_path / "three", *words, change=change))
+
+
 @pytest.mark.parametrize("word", ["true", "false"])
 def test_tf32_is_the_configs_word(tmp_path, ranks, word):
     look = """
