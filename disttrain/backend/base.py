@@ -189,6 +189,11 @@ class Backend(ABC):
         """Return 0-dimensional tensors on `device` as numbers, brought to the host together."""
         return torch.stack(list(values)).cpu().double().tolist() if values else []
 
+    def gather_recorded(self, tensor: Tensor) -> Tensor:
+        """Gather a tensor on `device` as `all_gather` does; XLA checks nothing and sends nothing before `flush`."""
+        gathered: Tensor = self.all_gather(tensor)
+        return gathered
+
     def flush(self) -> None:
         """Send to the device what was recorded for it; nothing where operations are sent as they are called."""
         return

@@ -13,6 +13,7 @@ started: its CPU device has one replica a process, and says rank 0 of 1 in each 
 *Source*: torch_xla 2.9's `_internal/rendezvous.py`, for how torchrun's processes become replicas.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -157,20 +158,27 @@ class XlaBackend(CheckedBackend):
     def _spread(self, data: Tensor, source: int) -> None:
         self._control._spread(data, source)
 
+    def gather_recorded(self, tensor: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return tensor.clone().unsqueeze(0)
+        return _gather_bits(tensor)
+
+    def _reduce(self, text: str, tensor: Tensor, op: str) -> Tensor:
+        if tensor.is_complex():  # torch_xla adds some of them up as real numbers
+            return super()._reduce(text, tensor.cpu(), op).to(tensor.device)
+        return super()._reduce(text, tensor, op)
+
     def _gather_tensor(self, text: str, tensor: Tensor) -> Tensor:
         if tensor.device.type == "cpu" or not tensor.numel():
             return super()._gather_tensor(text, tensor)
-        import torch_xla
-        from torch_xla.core import xla_model
-
-        sent = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.resolve_neg()
-        flat = (sent.to(torch.uint8) if tensor.dtype == torch.bool else sent).reshape(1, -1)
+        if tensor.is_complex():
+            return super()._gather_tensor(text, tensor.cpu()).to(tensor.device)
         with self._contact(text):
-            # Without a layout pinned: the pinned form is an all-reduce of zeros and a slice that depends on the rank.
-            rows = flat.clone() if self.world_size == 1 else xla_model.all_gather(flat, pin_layout=False)
-            torch_xla.sync()
-        rows = rows.reshape(self.world_size, *sent.shape)
-        return torch.view_as_complex(rows) if tensor.is_complex() else rows.to(tensor.dtype)
+            # What is still to be computed may be another program on each rank; what is gathered is then plain data.
+            self.flush()
+            rows = self.gather_recorded(tensor)
+            self.flush()
+        return rows
 
     def _spread_tensor(
         self, text: str, value: Tensor | None, source: int, dtype: torch.dtype, shape: tuple[int, ...], here: bool
@@ -183,3 +191,47 @@ class XlaBackend(CheckedBackend):
             # As data, not as a constant of the program, which has to be the same on every rank.
             mine = torch.zeros(shape, dtype=dtype).to(self.device)
         return self._gather_tensor(text, mine)[source].clone()
+
+
+def _gather_bits(tensor: Tensor) -> Tensor:
+    """Record the gather of `tensor` from all replicas, [world_size, *S].
+
+    Floats go as integers of their width: XLA's CPU device gathers by adding to zeros, after which -0.0 is 0.0 and the
+    smallest numbers are none.
+    """
+    from torch_xla.core import xla_model
+
+    if tensor.dtype == torch.bool:
+        return _gather_bits(tensor.to(torch.uint8)).to(torch.bool)
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    flat = tensor.reshape(1, -1)
+    integers, floats = _XLA_NAMES.get(tensor.dtype, ("", ""))
+    if integers:
+        flat = _reinterpreted(integers)(flat)
+    # Without a layout pinned: the pinned form is an all-reduce whose program depends on the rank.
+    rows: Tensor = xla_model.all_gather(flat, pin_layout=False)
+    if floats:
+        rows = _reinterpreted(floats)(rows)
+    return rows.reshape(len(rows), *tensor.shape)
+
+
+_XLA_NAMES = {
+    torch.float64: ("S64", "F64"),
+    torch.float32: ("S32", "F32"),
+    torch.float16: ("S16", "F16"),
+    torch.bfloat16: ("S16", "BF16"),
+}
+"""Float types: XLA's names of the integers of their width, and of their own."""
+
+
+@functools.cache
+def _reinterpreted(name: str) -> Callable[[Tensor], Tensor]:
+    """Return the operation that takes a tensor's bits for another type; torch's `view` would fall back to the CPU."""
+    from torch_xla.core import xla_builder, xla_op_registry
+
+    kind = getattr(xla_builder.Type, name)
+    made: Callable[[Tensor], Tensor] = xla_op_registry.register(
+        f"disttrain_{name}", lambda tensor: tensor.bitcast(kind)
+    )
+    return made

@@ -6,10 +6,11 @@ up microbatches of one rank. All obey `Gradients`, which the step body calls. `T
 somebody's own loop.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from disttrain.parallel.base import Accumulation, Gradients
@@ -37,10 +38,11 @@ def slot_gradients(
     *,
     seed: int,
     process_group: ProcessGroup | None,
+    gather: Callable[[Tensor], Tensor],
     reduction: Literal["invariant", "fast"],
     device: torch.device,
 ) -> SlotGradients | XlaSlotGradients:
-    """Return how gradients meet on `device`; XLA devices need no process group."""
+    """Return how gradients meet on `device`: over the process group, or by `gather` on XLA devices, which need none."""
     if device.type == "xla":
-        return XlaSlotGradients(model, slots, seed=seed, reduction=reduction, device=device)
+        return XlaSlotGradients(model, slots, seed=seed, gather=gather, reduction=reduction, device=device)
     return SlotGradients(model, slots, seed=seed, process_group=process_group, reduction=reduction, device=device)

@@ -13,7 +13,7 @@ replica's sum, W gradients of memory for W replicas, and all slots' where a repl
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -37,7 +37,10 @@ def _add(left: Gradient, right: Gradient) -> Gradient:
 
 
 class XlaSlotGradients:
-    """The gradients of a run that is cut into slots, on XLA devices; `module` is the model."""
+    """The gradients of a run that is cut into slots, on XLA devices; `module` is the model.
+
+    `gather` records the gather of a tensor from all replicas, [world_size, *S], bit for bit.
+    """
 
     several = True
     divisor = 1
@@ -48,6 +51,7 @@ class XlaSlotGradients:
         slots: Slots,
         *,
         seed: int,
+        gather: Callable[[Tensor], Tensor],
         reduction: Literal["invariant", "fast"] = "invariant",
         device: torch.device,
     ) -> None:
@@ -62,6 +66,7 @@ class XlaSlotGradients:
         self.slots = slots
         self.module = model
         self._seed = seed
+        self._gather = gather
         self._device = device
         self._xla = torch_xla
         self._invariant = reduction == "invariant"
@@ -69,7 +74,7 @@ class XlaSlotGradients:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._names = [name for name, _ in named]
         self._parameters = [parameter for _, parameter in named]
-        self._buffers = XlaSlotBuffers(model, slots)
+        self._buffers = XlaSlotBuffers(model, slots, gather)
         self._unused: set[int] = set()
         self._warned = False
 
@@ -134,13 +139,12 @@ class XlaSlotGradients:
 
     def _over_replicas(self, values: list[Tensor]) -> Tensor:
         """Return the sum over replicas of flat tensors: one for all of a replica's slots, or one for each slot."""
-        from torch_xla.core import xla_model
-
         if not self._invariant:
+            from torch_xla.core import xla_model
+
             summed: Tensor = xla_model.all_reduce("sum", values[0], pin_layout=False)
             return summed
-        # Without a layout pinned: the pinned form is an all-reduce whose program depends on the replica's number.
-        rows: Tensor = xla_model.all_gather(torch.stack(values), pin_layout=False)
+        rows = self._gather(torch.stack(values)).flatten(0, 1)
         count = self.slots.num_slots // len(rows)
         found = {(i * count, (i + 1) * count): row for i, row in enumerate(rows.unbind())}
         return fold(found, self.slots.num_slots, torch.add)
@@ -174,8 +178,9 @@ class _Sums(TreeSum[Gradient]):
 class XlaSlotBuffers(SlotBuffers):
     """The buffers of one replica: each keeps its first slot's, as all run the same programs, then takes rank 0's."""
 
-    def __init__(self, model: nn.Module, slots: Slots) -> None:
+    def __init__(self, model: nn.Module, slots: Slots, gather: Callable[[Tensor], Tensor]) -> None:
         super().__init__(model, slots, None)
+        self._gather = gather
         self._num_replicas = slots.world_size
 
     def slot_ends(self, slot: int) -> None:
@@ -208,13 +213,10 @@ class XlaSlotBuffers(SlotBuffers):
 
     def _of_first_replica(self, buffers: list[Tensor]) -> list[Tensor]:
         """Return rank 0's values, those of one dtype in one message."""
-        from torch_xla.core import xla_model
-
         found: dict[int, Tensor] = {}
         for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
             index = [i for i, buffer in enumerate(buffers) if buffer.dtype == dtype]
-            flat = torch.cat([buffers[i].reshape(-1) for i in index]).unsqueeze(0)
-            row: Tensor = xla_model.all_gather(flat, pin_layout=False)[0]
+            row = self._gather(torch.cat([buffers[i].reshape(-1) for i in index]))[0]
             for i, piece in zip(index, torch.split(row, [buffers[i].numel() for i in index]), strict=True):
                 found[i] = piece.reshape(buffers[i].shape)
         return [found[i] for i in range(len(buffers))]

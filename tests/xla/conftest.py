@@ -1,0 +1,17 @@
+"""What the tests of the XLA lane share. They need torch_xla and run by `make test-xla`; other lanes leave them out."""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import pytest
+from replicas import Replicas
+
+collect_ignore_glob = [] if find_spec("torch_xla") is not None else ["test_*.py"]
+
+
+@pytest.fixture(scope="session")
+def replicas() -> Iterator[Replicas]:
+    """Real XLA replicas on the CPU device; see replicas.py."""
+    pool = Replicas()
+    yield pool
+    pool.close()
