@@ -19,6 +19,8 @@ from rich.table import Table
 
 from disttrain import recipe
 from disttrain.backend import Backend, connect
+from disttrain.backend.determinism import CUBLAS_WORKSPACES
+from disttrain.backend.environment import set_default
 from disttrain.backend.parent import end_with_launcher
 from disttrain.config import (
     Config,
@@ -66,6 +68,7 @@ def main(arguments: Sequence[str] | None = None, *, handlers: Sequence[Callable[
         return check(config)
     try:
         end_with_launcher()
+        set_default("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACES[0])  # before connecting starts CUDA
         backend = connect(config.backend if config else "auto", timeout_s=config.timeout_s if config else 60.0)
     except DisttrainError as error:
         return tell(mistake or error, options)
@@ -210,7 +213,8 @@ def greet(config: Config, directory: RunDirectory, backend: Backend, console: Co
 def summarise(result: dict[str, Any], directory: RunDirectory, console: Console) -> None:
     """Print the end of a run as a person wants to read it."""
     rows = {
-        "steps": f"{result['step']:,} ({result['epoch']} epochs), {result['status']}",
+        "steps": f"{result['step']:,} ({result['epoch']} epochs), {result['status']}"
+        + (f"; the updates of {result['skipped_steps']:,} were left out" if result["skipped_steps"] else ""),
         **{f"validation {name}": number(value) for name, value in result["metrics"].items()},
         "pace": f"{result['samples_per_second']:,.0f} samples/s, {result['wall_s']:.1f} s",
         "checkpoint": directory.checkpoints / result["checkpoint"],

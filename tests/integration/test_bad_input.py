@@ -168,6 +168,7 @@ def test_loss_that_becomes_nan(tmp_path: Path, ranks: int) -> None:
     assert checkpoints(tmp_path / "runs" / "small") == [5]
     skipped = launch("cfg.py", "on_nan=skip", ranks=ranks, cwd=tmp_path)
     assert skipped.code == 0, skipped.text
+    assert "completed; the updates of 1 were left out" in skipped.out
     assert result(tmp_path / "runs" / "small")["skipped_steps"] == 1
     longer = launch("cfg.py", "on_nan=skip", "max_epochs=4", cwd=tmp_path)
     assert longer.code == 0, longer.text
