@@ -76,12 +76,13 @@ class JsonLines:
                 file.write(b"\n")
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
-    def write(self, line: dict[str, Any]) -> None:
-        """Write a line, unless its step has one; another process sees it, a power loss may take it until `sync`."""
-        if line["step"] > self._last_step:
-            self._last_step = line["step"]
-            self._file.write(json_text(line) + "\n")
-            self._file.flush()
+    def write(self, *lines: dict[str, Any]) -> None:
+        """Write lines but for steps that have theirs: seen by others at once, safe from a power loss after `sync`."""
+        for line in lines:
+            if line["step"] > self._last_step:
+                self._last_step = line["step"]
+                self._file.write(json_text(line) + "\n")
+        self._file.flush()
 
     def sync(self) -> None:
         """Flush what was written to the disk."""

@@ -41,8 +41,7 @@ class Curves:
 
     def trained(self, lines: list[dict[str, Any]], pace: Pace) -> None:
         """Write a line for each step, and to TensorBoard the newest."""
-        for line in lines:
-            self._train.write(line)
+        self._train.write(*lines)
         if self._board is not None:
             names = ("loss", "learning_rate", "samples_per_second")
             self._board.add(pace.step, {f"train/{name}": getattr(pace, name) for name in names})

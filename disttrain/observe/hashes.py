@@ -3,7 +3,7 @@
 *Contract*: a hash is 16 hex digits of a tensor's dtype, shape and values, of one meaning on CPU and CUDA. Made to
 find accidents, not forgeries. The sign of a zero counts, and so does a NaN's.
 
-*Cost*: one pass on the device where the tensor lies (about 3 GB/s on one core) and one copy of at most 16 KiB a tensor
+*Cost*: one pass on the device where the tensor lies (about 3 GB/s on one core) and one copy of at most 4 KiB a tensor
 to the host, all tensors together in one. Other devices than CPU and CUDA copy the tensor itself.
 
 *Source*: `torch.hash_tensor` (torch 2.9), which is an exclusive or over 64-bit values. Over a whole tensor that would
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-NUM_RUNS = 1024
+NUM_RUNS = 256
 """A tensor is cut into at least so many runs of neighbours, a smaller one into single values."""
 HASHED_WHERE_THEY_LIE = ("cpu", "cuda")
 

@@ -133,7 +133,7 @@ class Ledger:
         for (line, _), norm, fetched in zip(pending, norms, lines, strict=True):
             line["loss"], line["grad_norm"] = hex_float(fetched["loss"]), hex_float(norm)
             line["learning_rate"] = hex_float(fetched["learning_rate"])
-            self._lines.write(line)
+        self._lines.write(*(line for line, _ in pending))
 
     def _numbers(self, values: Sequence[Tensor | None]) -> list[float | None]:
         """Return 0-dimensional tensors as numbers, all brought to the host together."""

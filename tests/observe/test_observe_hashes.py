@@ -30,7 +30,7 @@ def hash_of(tensor: torch.Tensor) -> str:
 
 
 @given(
-    size=st.sampled_from([1, 2, 100, 1023, 1024, 1025, 5000, 70_001]),
+    size=st.sampled_from([1, 2, 100, 255, 256, 257, 5000, 70_001]),
     place=st.floats(0, 1, exclude_max=True),
     bit=st.integers(0, 31),
 )
@@ -49,7 +49,7 @@ def test_two_values_that_swap_places_give_another_hash_unless_they_are_neighbour
     tensor = torch.arange(size, dtype=torch.float32)
     swapped = tensor.clone()
     swapped[[first, second]] = tensor[[second, first]]
-    width = max(1, size // 1024)
+    width = max(1, size // 256)
     neighbours = first // width == second // width
     assert (hash_of(swapped) == hash_of(tensor)) == neighbours
 
