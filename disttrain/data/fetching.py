@@ -7,6 +7,8 @@ batch system sends to every process of a job, and ends within about a second of 
 while its batch is awaited as a `DataError`.
 """
 
+import functools
+import gc
 import multiprocessing
 import os
 import signal
@@ -52,7 +54,6 @@ class Fetching:
             self._options.update(
                 prefetch_factor=prefetch_factor,
                 multiprocessing_context=multiprocessing_context,
-                worker_init_fn=_guard_worker,
             )
         self._iterator: Any = None
         self._process = os.getpid()
@@ -70,12 +71,13 @@ class Fetching:
             batch_sampler=requests,
             collate_fn=_as_it_is,
             generator=torch.Generator(),
+            worker_init_fn=functools.partial(_guard_worker, collecting=gc.isenabled()),
             **self._options,
         )
         context = loader.multiprocessing_context
         if self._options["num_workers"] and (context or multiprocessing).get_start_method() != "fork":
             resource_tracker.ensure_running()  # else it starts below, which on some Pythons lets signals in again
-        with _signals_held_back():
+        with _signals_held_back(), _garbage_left_alone():
             self._iterator = iter(loader)
 
     def take(self, count: int) -> list[Any]:
@@ -137,12 +139,31 @@ def _signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _guard_worker(worker_id: int) -> None:
+@contextmanager
+def _garbage_left_alone() -> Iterator[None]:
+    """Collect no garbage until a process that is forked off here has put aside what it was born with.
+
+    Unreachable objects of the parent may be connections to other ranks or hold an accelerator's memory; to destroy
+    those in a fork, where their threads are missing, crashes or hangs it.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _guard_worker(worker_id: int, *, collecting: bool) -> None:
     """Tie a worker to the process that started it: it ends with that one, or when that one says so.
 
     A terminal or a batch system signals every process of a job. The parent decides what that means, and may need
     its workers for one more step.
     """
+    gc.freeze()
+    if collecting:
+        gc.enable()
     for signum in LEFT_TO_THE_PARENT:
         signal.signal(signum, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -55,6 +55,15 @@ class Passes:
         self._reader.begin(0, {})
         self.ahead, self._answer = None, None
 
+    def distrust_states(self) -> None:
+        """Go on from the pass's beginning: what the states of the streams bring back is not what came next."""
+        logger.warning(
+            "the state of the training data does not bring back the samples that came next: it lacks something, as "
+            "that of Hugging Face's shuffle buffers does. What lies before is read again"
+        )
+        self.stop()
+        self.states = None
+
     def settle(self) -> None:
         """Hear whether every rank has the step at hand; if not, the pass is over."""
         if self._answer is not None:
@@ -113,6 +122,9 @@ class Passes:
         if length == 0:
             raise DataError(self._reader.too_short(epoch, by_slot(self._ranks, left) or {}))
         if length <= self.must_pass and not self._accept_other_data:
+            if self.states is not None:
+                self.distrust_states()
+                return
             raise DataError(
                 f"the training data has changed since the run began: pass {epoch} ends after {length} steps, expected "
                 f"more than {self.must_pass}, which it had; restore it, start anew with --fresh, or go on all the "

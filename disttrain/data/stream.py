@@ -173,13 +173,7 @@ class StreamLoader:
             return
         others = self._others()
         if others and self._passes.states is not None:
-            logger.warning(
-                "the state of the training data did not bring back the samples that came next in slot %d: it lacks "
-                "something, as those of Hugging Face's shuffle buffers do. What lies before is read again",
-                others[0],
-            )
-            self._passes.stop()
-            self._passes.states = None
+            self._passes.distrust_states()
             self._drop(show)
             others = self._others()
         if others:

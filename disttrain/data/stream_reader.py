@@ -14,6 +14,7 @@ import copy
 import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -107,12 +108,16 @@ class StreamReader:
         if request is None:
             return None
         unit = self.units[request.unit]
-        stream = self._open.get(request.unit) or self._opened(request.unit)
+        stream = self._open.get(request.unit)
+        if stream is None:
+            with _worker_hidden():
+                stream = self._opened(request.unit)
         batches, num_samples = [], 0
         for slot in unit.slots:
             name = f"the microbatch of epoch={self._epoch}, step={request.step}, slot={slot}"
             seed_position(seed_for(self.seed, "batch", self._epoch, request.step, slot))
-            samples = stream.draw(self.microbatch_size, name)
+            with _worker_hidden():
+                samples = stream.draw(self.microbatch_size, name)
             num_samples += len(samples)
             if len(samples) < self.microbatch_size:
                 return Part(None, num_left=num_samples)
@@ -124,10 +129,6 @@ class StreamReader:
         """Open a unit's stream for this pass, under a seed of its own."""
         first = self.units[number].slots.start
         seed_position(seed_for(self.seed, "stream", self._epoch, first))
-        if worker._worker_info is not None:
-            # Each stream is read by one process alone. One that shards itself by get_worker_info(), as those of
-            # Hugging Face do, would take a part of its part, and another with another number of workers.
-            worker._worker_info = None
         call = f"train_data.shard({self.num_slots}, {first})" if self.sharded else "train_data"
         try:
             _set_epoch(self.dataset, self._epoch)
@@ -199,6 +200,20 @@ class _Open:
     def state(self) -> State | None:
         """Return a copy of the state behind what was drawn, which stays as it is while the stream is read on."""
         return {what: _plain(it.state_dict(), f"the {what}'s state") for what, it in self._stateful.items()} or None
+
+
+@contextmanager
+def _worker_hidden() -> Iterator[None]:
+    """Let torch's get_worker_info() say None.
+
+    Each stream is read by one process alone. One that shards itself by it, as those of Hugging Face do, would take a
+    part of its part, and another with another number of workers.
+    """
+    info, worker._worker_info = worker._worker_info, None
+    try:
+        yield
+    finally:
+        worker._worker_info = info
 
 
 def _is_stateful(stream: Any) -> bool:

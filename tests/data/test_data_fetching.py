@@ -1,5 +1,6 @@
 """Worker processes of the loaders: they end when they should, and a dead one is an error of one message."""
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -28,6 +29,41 @@ def test_a_worker_that_is_killed_is_an_error_of_one_message():
     loader = SlotLoader(Deadly(NUM_SAMPLES), sampler_of(), num_workers=1)
     with pytest.raises(DataError, match=r"^a data loading worker ended, .* use fewer workers or smaller batches$"):
         take(loader, 2 * NUM_STEPS)
+
+
+class Tied:
+    """Unreachable but by a collector, and deadly to a process that inherits it, as a connection to other ranks is."""
+
+    def __init__(self):
+        self.cycle = self
+        self.process = os.getpid()
+
+    def __del__(self):
+        if os.getpid() != self.process:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Collecting(Augmented):
+    """Collects garbage with each sample."""
+
+    def __getitem__(self, index):
+        gc.collect()
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_workers_leave_their_parents_garbage_alone(collecting):
+    gc.disable()
+    try:
+        Tied()
+        if collecting:
+            gc.enable()
+        loader = SlotLoader(Collecting(NUM_SAMPLES), sampler_of(), num_workers=2)
+        assert take(loader, 2) == take(loader_of(), 2)
+        assert gc.isenabled() is collecting
+        loader.close()
+    finally:
+        gc.enable()
 
 
 def test_an_evaluation_that_is_left_ends_its_workers():
