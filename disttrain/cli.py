@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from disttrain import launch, verify
+from disttrain import checkpoint_command, launch, verify
 from disttrain.errors import ConfigError
 from disttrain.observe import compare_runs
 from disttrain.run_directory import RunDirectory
@@ -28,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return launch.main(words[1:])
     if words[:1] == ["verify"]:
         return verify.main(words[1:])
+    if words[:1] == ["checkpoint"]:
+        return checkpoint_command.main(words[1:])
     parser = argparse.ArgumentParser(
         prog="disttrain", description="Distributed training that resumes to the same bits."
     )
@@ -35,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("launch", add_help=False, help="train a cfg.py, as python -m disttrain.launch does")
     commands.add_parser("verify", add_help=False, help="run a cfg.py killed and resized, and compare every bit")
+    commands.add_parser("checkpoint", add_help=False, help="list, show, verify or prune a run's checkpoints")
     compare = commands.add_parser("compare", help="find the first step at which two runs differ, and what differs")
     for name in ("RUN_A", "RUN_B"):
         compare.add_argument(name.lower(), metavar=name, type=Path, help="a run directory, such as runs/digits")

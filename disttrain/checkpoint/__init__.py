@@ -14,30 +14,38 @@ from disttrain.checkpoint.damage import DamagedError
 from disttrain.checkpoint.directory_saver import DirectorySaver
 from disttrain.checkpoint.disk_saver import DiskSaver, load_file
 from disttrain.checkpoint.fingerprint import params_sha256
-from disttrain.checkpoint.manifest import About, FileRecord, Manifest
+from disttrain.checkpoint.listing import Entry, inspect, plan_prune, survey, tensors_of
+from disttrain.checkpoint.manifest import MANIFEST, About, FileRecord, Manifest
 from disttrain.checkpoint.read import Loaded, load, load_newest, verify
 from disttrain.checkpoint.retention import rotate
-from disttrain.checkpoint.storage import checkpoint_name, clean, committed, step_of
+from disttrain.checkpoint.storage import checkpoint_name, clean, committed, discard, step_of
 from disttrain.checkpoint.write import save
 
 __all__ = [
+    "MANIFEST",
     "About",
     "DamagedError",
     "DirectorySaver",
     "DiskSaver",
+    "Entry",
     "FileRecord",
     "Loaded",
     "Manifest",
     "checkpoint_name",
     "clean",
     "committed",
+    "discard",
+    "inspect",
     "load",
     "load_file",
     "load_newest",
     "on_one_rank",
     "params_sha256",
+    "plan_prune",
     "rotate",
     "save",
     "step_of",
+    "survey",
+    "tensors_of",
     "verify",
 ]

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 _COMMITTED = re.compile(r"step-([0-9]{8,15})(\.replaced-[0-9a-f]{8})?")
 _LEFTOVER = re.compile(r"\.(?:tmp|del)-[0-9]{8,15}-[0-9a-f]{8}")
 _DAMAGED = re.compile(r"damaged-[0-9]{8,15}-[0-9a-f]{8}")
+_STEP = re.compile(r"-([0-9]{8,15})")
 
 
 def checkpoint_name(step: int) -> str:
@@ -77,6 +78,17 @@ def committed(root: Path) -> list[str]:
 def set_aside(root: Path) -> list[str]:
     """Return the names of the damaged checkpoints that were set aside."""
     return sorted(name for name in _folders(root) if _DAMAGED.fullmatch(name))
+
+
+def leftovers(root: Path) -> list[str]:
+    """Return the names of saves and removals that are under way or were cut off."""
+    return sorted(name for name in _folders(root) if _LEFTOVER.fullmatch(name))
+
+
+def step_in(name: str) -> int:
+    """Return the step in a name of any kind that the table above lists."""
+    found = _STEP.search(name)
+    return int(found[1]) if found else 0
 
 
 def fsync_directory(path: Path) -> None:

@@ -1,0 +1,108 @@
+"""What lies in a directory of checkpoints, each with its verdict, for a person to read.
+
+*Contract*: nothing is changed. Whatever a checkpoint says about itself was written by others: only a manifest that
+has the hash of its SHA256SUMS is believed, and `tensors_of` reads shapes from it, never the tensors.
+
+*Cost*: every byte of every checkpoint is read, unless `quick`, which looks at the manifests and the files' sizes.
+"""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from disttrain.checkpoint.damage import DamagedError
+from disttrain.checkpoint.manifest import MANIFEST, Manifest
+from disttrain.checkpoint.read import verify
+from disttrain.checkpoint.storage import committed, leftovers, set_aside, step_in, step_of
+from disttrain.checkpoint.tree import Json
+from disttrain.errors import CheckpointError
+
+State = Literal["good", "complete", "damaged", "tmp"]
+"""good: every byte is what was written; complete: all files are there, unread; tmp: under way, or cut off."""
+
+
+class Entry(NamedTuple):
+    """One checkpoint, or what is left of one."""
+
+    name: str
+    step: int
+    state: State
+    reason: str
+    """What is wrong with it; empty where nothing is."""
+    manifest: Manifest | None
+    size_bytes: int | None
+    written: datetime | None
+
+
+def survey(root: Path, *, quick: bool = False) -> list[Entry]:
+    """Return what is there: the committed newest first, then those set aside as damaged, then leftovers."""
+    found = [inspect(root, name, quick=quick) for name in committed(root)]
+    found += [
+        Entry(name, step_in(name), "damaged", "found damaged before and set aside", None, None, _written(root / name))
+        for name in set_aside(root)
+    ]
+    found += [Entry(name, step_in(name), "tmp", "", None, None, _written(root / name)) for name in leftovers(root)]
+    return found
+
+
+def inspect(root: Path, name: str, *, quick: bool = False) -> Entry:
+    """Return one committed checkpoint with its verdict; CheckpointError where none can be given."""
+    step, written = step_of(name) or 0, _written(root / name / MANIFEST)
+    try:
+        manifest = verify(root / name, hashes=not quick)
+    except DamagedError as error:
+        return Entry(name, step, "damaged", str(error), None, None, written)
+    size = sum(record.size_bytes for record in manifest.files.values())
+    return Entry(name, step, "complete" if quick else "good", "", manifest, size, written)
+
+
+def _written(path: Path) -> datetime | None:
+    try:
+        return datetime.fromtimestamp(path.lstat().st_mtime, UTC)
+    except OSError:
+        return None
+
+
+class TensorRow(NamedTuple):
+    """A tensor as the manifest describes it."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+
+
+def tensors_of(manifest: Manifest) -> list[TensorRow]:
+    """Return the tensors of a checkpoint in the order of its state, one held under two paths once."""
+    return list({row.name: row for row in _tensors(manifest.state)}.values())
+
+
+def _tensors(tree: Json) -> Iterator[TensorRow]:
+    stack = [tree]
+    while stack:
+        match stack.pop():
+            case {"$tensor": str(name), "dtype": str(dtype), "shape": list(shape)}:
+                yield TensorRow(name, dtype, shape)
+            case dict(inner):
+                stack.extend(reversed(inner.values()))
+            case list(items):
+                stack.extend(reversed(items))
+
+
+class Pruned(NamedTuple):
+    """What `plan_prune` would keep and remove."""
+
+    keep: list[Entry]
+    remove: list[Entry]
+
+
+def plan_prune(entries: list[Entry], keep: int, *, damaged: bool = False) -> Pruned:
+    """Return which go so that the `keep` newest good ones stay; CheckpointError where none is good.
+
+    What is damaged stays for a person to look at, unless `damaged`; leftovers are the next run's to remove.
+    """
+    good = [entry for entry in entries if entry.state == "good"]
+    if not good:
+        raise CheckpointError("none of the checkpoints is good, so none is removed; see disttrain checkpoint verify")
+    remove = good[max(1, keep) :] + [entry for entry in entries if damaged and entry.state == "damaged"]
+    return Pruned(good[: max(1, keep)], remove)

@@ -1,0 +1,202 @@
+"""`disttrain checkpoint ls | show | verify | prune RUN`: what is kept of a run, whether it is good, and what may go.
+
+*Contract*: RUN is a run directory, its folder of checkpoints, or one checkpoint in it. Only `prune --yes` changes
+anything. Exit code 0: done, and all that was looked at is good; 1: something is damaged; 2: it cannot be done so.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from disttrain.checkpoint import (
+    MANIFEST,
+    DamagedError,
+    Manifest,
+    discard,
+    inspect,
+    plan_prune,
+    step_of,
+    survey,
+    tensors_of,
+)
+from disttrain.errors import CheckpointError, ConfigError, DisttrainError
+
+GOOD, DAMAGED, USAGE = 0, 1, 2
+WIDTH_OF_A_FILE = 160
+"""Columns where there is no terminal, as in a pipe: nothing is folded there."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the command line says; return the exit code."""
+    options = parser().parse_args(arguments)
+    console = Console(
+        highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE
+    )
+    try:
+        root, name = find(options.run, getattr(options, "step", None))
+        code: int = options.command(root, name, options, console)
+        return code
+    except DisttrainError as error:
+        print(f"{type(error).__name__}: {plain(str(error))}", file=sys.stderr)
+        return DAMAGED if isinstance(error, DamagedError) else USAGE
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    made = argparse.ArgumentParser(
+        prog="disttrain checkpoint",
+        description="Look at a run's checkpoints, check them, remove old ones.",
+        epilog="exit codes: 0: all that was looked at is good; 1: something is damaged; 2: it cannot be done so",
+    )
+    words = made.add_subparsers(required=True, metavar="ls | show | verify | prune")
+    ls = words.add_parser("ls", help="list them with step, date, size and state")
+    ls.add_argument("--quick", action="store_true", help="do not read the tensors: their state is complete, not good")
+    show = words.add_parser("show", help="show what one says about itself, and its tensors")
+    verify = words.add_parser("verify", help="hash every file of all, or of one")
+    prune = words.add_parser("prune", help="remove all but the newest good ones")
+    prune.add_argument("--keep", metavar="N", type=int, default=2, help="how many good ones stay (2), at least 1")
+    prune.add_argument("--damaged", action="store_true", help="remove the damaged ones, too")
+    prune.add_argument("--yes", action="store_true", help="do it; without this it is only said what would be removed")
+    for word, command in ((ls, list_them), (show, show_one), (verify, verify_them), (prune, prune_them)):
+        word.add_argument("run", metavar="RUN", type=Path, help="a run directory, or a folder of checkpoints")
+        word.set_defaults(command=command)
+    for word in (show, verify):
+        word.add_argument("--step", metavar="N", type=int, help="the checkpoint of this step")
+    return made
+
+
+def find(run: Path, step: int | None) -> tuple[Path, str | None]:
+    """Return the folder of checkpoints that is meant and, where one of them is, its name."""
+    if not run.is_dir():
+        raise ConfigError(f"expected a run directory or a folder of checkpoints, found no directory {run}")
+    if (run / "checkpoints").is_dir():
+        run = run / "checkpoints"
+    name = None
+    if step_of(run.resolve().name) is not None:
+        run, name = run.resolve().parent, run.resolve().name
+    elif (run / MANIFEST).exists():
+        raise ConfigError(f"{run} is a checkpoint under another name than step-NNNNNNNN; rename it to be read here")
+    if step is not None:
+        name = f"step-{step:08d}"
+        if not (run / name).is_dir():
+            raise ConfigError(f"there is no checkpoint of step {step} in {run}; disttrain checkpoint ls shows all")
+    return run, name
+
+
+def list_them(root: Path, name: str | None, options: argparse.Namespace, console: Console) -> int:
+    """Print a table of all; 1 where one that a run would load is damaged."""
+    entries = survey(root, quick=options.quick)
+    if not entries:
+        console.print(f"no checkpoints in {root}", soft_wrap=True)
+        return GOOD
+    table = Table(box=None, pad_edge=False)
+    for heading in ("step", "date (UTC)", "size", "epoch", "ranks", "state"):
+        table.add_column(heading, justify="left" if heading in ("date (UTC)", "state") else "right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for entry in entries:
+        date = f"{entry.written:%Y-%m-%d %H:%M:%S}" if entry.written else "-"
+        size = "-" if entry.size_bytes is None else count_bytes(entry.size_bytes)
+        ranks = "-" if entry.manifest is None else str(entry.manifest.world_size)
+        odd = "" if entry.name == f"step-{entry.step:08d}" else f"{entry.name} "
+        table.add_row(
+            str(entry.step), date, size, epoch_of(entry.manifest), ranks, entry.state, plain(odd + entry.reason)
+        )
+    console.print(table)
+    return DAMAGED if any(entry.state == "damaged" and step_of(entry.name) is not None for entry in entries) else GOOD
+
+
+def show_one(root: Path, name: str | None, options: argparse.Namespace, console: Console) -> int:
+    """Print what one checkpoint, by default the newest, says about itself."""
+    name = name or next((entry.name for entry in survey(root, quick=True) if step_of(entry.name) is not None), None)
+    if name is None:
+        raise ConfigError(f"there are no checkpoints in {root}")
+    entry = inspect(root, name, quick=True)
+    if entry.manifest is None:
+        raise DamagedError(f"the checkpoint {root / name} is damaged: {entry.reason}")
+    manifest = entry.manifest
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row("checkpoint", plain(str(root / name)))
+    rows = {key: getattr(manifest, key) for key in ("format", "step", "world_size", "seed", "num_slots")}
+    for key, value in {**rows, "config_sha256": manifest.config_sha256, **manifest.versions}.items():
+        grid.add_row(plain(key), plain(str(value)))
+    for key, value in manifest.position.items():
+        grid.add_row(plain(f"position.{key}"), plain(str(value)))
+    for file, record in manifest.files.items():
+        grid.add_row("file", f"{file}, {count_bytes(record.size_bytes)}, sha256 {record.sha256}")
+    console.print(grid, soft_wrap=True)
+    tensors = tensors_of(manifest)
+    table = Table(title=f"\n{len(tensors)} tensors", title_justify="left", box=None, pad_edge=False)
+    for heading in ("name", "dtype", "shape"):
+        table.add_column(heading, overflow="fold")
+    for row in tensors:
+        table.add_row(plain(row.name), plain(row.dtype), plain(" x ".join(map(str, row.shape)) or "scalar"))
+    console.print(table)
+    return GOOD
+
+
+def verify_them(root: Path, name: str | None, options: argparse.Namespace, console: Console) -> int:
+    """Hash every file of one or all committed checkpoints, and say of each whether it is good."""
+    names = [name] if name else [entry.name for entry in survey(root, quick=True) if step_of(entry.name) is not None]
+    if not names:
+        raise ConfigError(f"there are no checkpoints in {root}")
+    code = GOOD
+    for each in names:
+        entry = inspect(root, each)
+        if entry.state == "good":
+            console.print(f"{each}: good, {count_bytes(entry.size_bytes or 0)}", soft_wrap=True)
+        else:
+            code = DAMAGED
+            console.print(f"{each}: DAMAGED: {plain(entry.reason)}", soft_wrap=True)
+    return code
+
+
+def prune_them(root: Path, name: str | None, options: argparse.Namespace, console: Console) -> int:
+    """Remove all but the newest good ones, or say what would be removed."""
+    if options.keep < 1:
+        raise ConfigError(f"--keep {options.keep}: expected at least 1, for the newest good one always stays")
+    if name is not None:
+        raise ConfigError(f"{root / name} is one checkpoint; name the folder that it lies in: {root}")
+    try:
+        keep, remove = plan_prune(survey(root), options.keep, damaged=options.damaged)
+    except CheckpointError as error:
+        raise CheckpointError(f"{root}: {error}") from error
+    for entry in keep:
+        console.print(f"keep    {entry.name}", soft_wrap=True)
+    for entry in remove:
+        console.print(f"{'removed' if options.yes else 'remove '} {entry.name}", soft_wrap=True)
+        if options.yes:
+            discard(root, entry.name, entry.step)
+    if remove and not options.yes:
+        console.print("nothing was removed; add --yes to do it")
+    return GOOD
+
+
+def epoch_of(manifest: Manifest | None) -> str:
+    """Return the epochs that were begun, as people count them, from 1."""
+    epoch = None if manifest is None else manifest.position.get("epoch")
+    if not isinstance(epoch, int) or manifest is None:
+        return "-"
+    return str(epoch + bool(manifest.position.get("step_in_epoch")))
+
+
+def count_bytes(number: int) -> str:
+    """Return such as "3.4 MB"."""
+    size = float(number)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:,.1f} TB"
+
+
+def plain(text: str) -> str:
+    """Return a text that a stranger may have written without what a terminal would act on."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

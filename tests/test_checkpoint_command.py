@@ -1,0 +1,191 @@
+"""`disttrain checkpoint`: what it prints, what it removes, and how it ends."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from torch import ones
+
+from disttrain.checkpoint import About, save
+from disttrain.checkpoint_command import count_bytes
+from disttrain.cli import main
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run directory with checkpoints of the steps 10, 20 and 30."""
+    run = tmp_path / "runs" / "digits"
+    for step in (10, 20, 30):
+        about = About(position={"epoch": step // 10 - 1, "step_in_epoch": 3}, seed=7, num_slots=8)
+        state = {"model": {"0.weight": ones(3, 4) * step, "0.bias": ones(4)}, "count": ones(())}
+        save(run / "checkpoints", step, state, about=about)
+    return run
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    try:
+        code = main(["checkpoint", *map(str, words)])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    return (code, *capsys.readouterr())
+
+
+def empty(run: Path, step: int, name: str = "tensors.safetensors") -> None:
+    os.truncate(run / "checkpoints" / f"step-{step:08d}" / name, 0)
+
+
+def names(run: Path) -> list[str]:
+    return sorted(os.listdir(run / "checkpoints"))
+
+
+def test_ls_lists_the_newest_first(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for place in (run, run / "checkpoints"):
+        code, out, _ = said(capsys, "ls", place)
+        rows = [line.split() for line in out.splitlines()]
+        assert code == 0
+        assert rows[0] == ["step", "date", "(UTC)", "size", "epoch", "ranks", "state"]
+        assert [(row[0], row[-3], row[-2], row[-1]) for row in rows[1:]] == [
+            ("30", "3", "1", "good"),
+            ("20", "2", "1", "good"),
+            ("10", "1", "1", "good"),
+        ]
+
+
+def test_ls_tells_good_damaged_and_unfinished_apart(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty(run, 30)
+    (run / "checkpoints" / ".tmp-00000040-0a1b2c3d").mkdir()
+    (run / "checkpoints" / "damaged-00000005-0a1b2c3d").mkdir()
+    (run / "checkpoints" / "notes").mkdir()
+    code, out, _ = said(capsys, "ls", run)
+    assert code == 1
+    rows = [line.split() for line in out.splitlines()[1:]]
+    assert [row[0] for row in rows] == ["30", "20", "10", "5", "40"]
+    states = [next(word for word in row if word in ("good", "damaged", "tmp")) for row in rows]
+    assert states == ["damaged", "good", "good", "damaged", "tmp"]
+    assert "tensors.safetensors has 0 bytes" in out
+    assert "notes" not in out
+
+
+def test_ls_quick_does_not_read_the_tensors(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run / "checkpoints" / "step-00000030" / "tensors.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    code, out, _ = said(capsys, "ls", run, "--quick")
+    assert (code, out.count("complete"), out.count("good")) == (0, 3, 0)
+    code, out, _ = said(capsys, "ls", run)
+    assert (code, out.count("good")) == (1, 2)
+
+
+def test_show_is_the_newest_or_the_one_that_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = said(capsys, "show", run)
+    assert code == 0
+    rows = dict(line.strip().split(maxsplit=1) for line in out.splitlines() if len(line.split()) > 1)
+    assert rows["step"] == "30"
+    assert rows["seed"] == "7"
+    assert rows["position.epoch"] == "2"
+    assert rows["model.0.weight"].split() == ["float32", "3", "x", "4"]
+    assert rows["count"].split() == ["float32", "scalar"]
+    assert "3 tensors" in out
+    assert "tensors.safetensors, " in out
+    for words in ([run, "--step", 20], [run / "checkpoints" / "step-00000020"]):
+        code, out, _ = said(capsys, "show", *words)
+        assert code == 0
+        assert "step-00000020" in out
+
+
+def test_show_of_a_damaged_one_says_what_is_wrong(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty(run, 30, "MANIFEST.json")
+    code, _, err = said(capsys, "show", run)
+    assert code == 1
+    assert err.startswith("DamagedError: the checkpoint ")
+    assert "MANIFEST.json" in err
+
+
+def test_what_a_stranger_wrote_cannot_act_on_the_terminal(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(run / "checkpoints", 40, {"\x1b[31mred": ones(1), "\x07bell": ones(1)}, about=About(position={"\x1b[2J": 1}))
+    code, out, _ = said(capsys, "show", run)
+    assert code == 0
+    assert not set(out) & {"\x1b", "\x07"}
+    assert "\\x1b[31mred" in out
+
+
+def test_verify_names_the_damaged_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = said(capsys, "verify", run)
+    assert code == 0
+    assert out.count(": good, ") == 3
+    path = run / "checkpoints" / "step-00000020" / "tensors.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    code, out, _ = said(capsys, "verify", run)
+    assert code == 1
+    assert "step-00000020: DAMAGED: tensors.safetensors does not have the sha256" in out
+    assert out.count(": good, ") == 2
+    assert said(capsys, "verify", run, "--step", 20)[0] == 1
+    assert said(capsys, "verify", run, "--step", 30)[0] == 0
+
+
+def test_prune_says_what_it_would_do_and_does_it_when_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = said(capsys, "prune", run, "--keep", 1)
+    assert code == 0
+    assert out.splitlines() == [
+        "keep    step-00000030",
+        "remove  step-00000020",
+        "remove  step-00000010",
+        "nothing was removed; add --yes to do it",
+    ]
+    assert len(names(run)) == 3
+    code, out, _ = said(capsys, "prune", run, "--keep", 1, "--yes")
+    assert (code, names(run)) == (0, ["step-00000030"])
+    assert "removed step-00000010" in out
+    assert said(capsys, "prune", run, "--keep", 1, "--yes")[1] == "keep    step-00000030\n"
+
+
+def test_prune_never_takes_the_newest_good_one_for_a_damaged_one(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty(run, 30)
+    assert said(capsys, "prune", run, "--keep", 1, "--yes")[0] == 0
+    assert names(run) == ["step-00000020", "step-00000030"]
+    assert said(capsys, "prune", run, "--keep", 1, "--yes", "--damaged")[0] == 0
+    assert names(run) == ["step-00000020"]
+    empty(run, 20)
+    code, _, err = said(capsys, "prune", run, "--damaged", "--yes")
+    assert code == 2
+    assert "none of the checkpoints is good, so none is removed" in err
+    assert names(run) == ["step-00000020"]
+
+
+def test_prune_leaves_what_may_be_under_way(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "checkpoints" / ".tmp-00000040-0a1b2c3d").mkdir()
+    assert said(capsys, "prune", run, "--keep", 1, "--yes", "--damaged")[0] == 0
+    assert names(run) == [".tmp-00000040-0a1b2c3d", "step-00000030"]
+
+
+def test_mistakes_are_told_and_end_with_2(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert said(capsys, "ls", tmp_path / "empty")[:2] == (0, f"no checkpoints in {tmp_path / 'empty'}\n")
+    for words, told in (
+        (["ls", tmp_path / "absent"], "found no directory"),
+        (["show", tmp_path / "empty"], "there are no checkpoints in"),
+        (["verify", tmp_path / "empty"], "there are no checkpoints in"),
+        (["show", run, "--step", 11], "there is no checkpoint of step 11 in"),
+        (["prune", run, "--keep", 0], "expected at least 1"),
+        (["prune", run / "checkpoints" / "step-00000010"], "name the folder that it lies in"),
+        (["frobnicate", run], "invalid choice"),
+    ):
+        code, _, err = said(capsys, *words)
+        assert code == 2, words
+        assert told in err
+    assert len(names(run)) == 3
+
+
+def test_a_checkpoint_under_a_name_of_ones_own(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best = (run / "checkpoints" / "step-00000010").rename(run / "best")
+    assert json.loads((best / "MANIFEST.json").read_text())["step"] == 10
+    code, _, err = said(capsys, "show", best)
+    assert code == 2
+    assert "rename it" in err
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2 * 10**9, "2.0 GB"), (3 * 10**12, "3.0 TB")]
+)
+def test_bytes_as_people_read_them(number: int, text: str) -> None:
+    assert count_bytes(number) == text
