@@ -105,6 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
     console = Console(highlight=False, markup=False, emoji=False)
     try:
+        if Path(options.config).is_dir():
+            raise ConfigError(f"{options.config}: expected a cfg.py, got a folder; a run directory is left alone")
         config = load_config(Path(options.config), options.overrides)
         if options.kills > options.steps:
             raise ConfigError(f"--kills {options.kills}: expected at most one a step, of {options.steps}")

@@ -90,6 +90,7 @@ MARKS = [m for m in test_what_is_wrong_on_purpose_is_found_and_named.pytestmark 
     ("words", "told"),
     [
         (["none.py"], "none.py: no such file"),
+        (["."], ".: expected a cfg.py, got a folder; a run directory is left alone"),
         (["cfg.py", "--worlds", "9"], "num_slots=4 is too few for 9 ranks"),
         (["cfg.py", "--kills", "7", "--steps", "3"], "--kills 7: expected at most one a step, of 3"),
         (["cfg.py", "optimiser.lr=1"], "did you mean optimizer.lr"),
