@@ -114,7 +114,7 @@ def dropping(console: Console, *, line_every_s: float) -> Iterator[Callable[[int
         if done == 0:
             console.print(
                 f"WARNING: {total} steps of the training data are read and dropped to come to where the run stands; "
-                "data with state_dict() and load_state_dict(state) goes on at once (docs/streams.md)",
+                "data goes on at once with a state_dict() that holds all, and load_state_dict(state) (docs/streams.md)",
                 style="bold yellow",
                 soft_wrap=True,
             )

@@ -14,6 +14,7 @@ from disttrain.data import (
     SeededDataset,
     SlotBatchSampler,
     check_dataset,
+    check_stream,
     fingerprint,
     is_iterable_style,
 )
@@ -210,3 +211,38 @@ def test_a_fingerprint_neither_loads_a_sample_nor_draws():
     check_dataset(Broken(10, 0, AssertionError("loaded")))
     fingerprint(tensors(0))
     assert random_state() == before
+
+
+def test_a_streams_length_and_fingerprint():
+    class Sized(Numbers):
+        def __len__(self):
+            return 3
+
+    assert check_stream(Numbers())["dataset_length"] is None
+    assert check_stream(Sized())["dataset_length"] == 3
+    assert check_stream(Numbers())["dataset_fingerprint"] == check_stream(Numbers())["dataset_fingerprint"]
+    assert check_stream(Numbers())["dataset_fingerprint"] != check_stream(Sized())["dataset_fingerprint"]
+
+
+def generated():
+    yield 1
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            generated(),
+            "train_data: expected an object whose iter.. begins anew each time, got a generator, which can be",
+        ),
+        (iter([1]), "got a list_iterator, which can be read only once; return an IterableDataset"),
+        (
+            DataLoader(Numbers()),
+            "train_data: expected a dataset, which gives samples, got a DataLoader, which gives bat",
+        ),
+        (set(), "train_data: expected at least one sample, got an empty set"),
+    ],
+)
+def test_what_is_no_stream(data, message):
+    with pytest.raises(DataError, match=message):
+        check_stream(data, "train_data")

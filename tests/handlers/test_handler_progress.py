@@ -8,7 +8,7 @@ from rich.console import Console
 
 from disttrain.engine import Engine, Events
 from disttrain.handlers.losses import Pace
-from disttrain.handlers.progress import ProgressDisplay
+from disttrain.handlers.progress import ProgressDisplay, dropping
 
 PACE = Pace(step=3, epoch=1, loss=0.123456, learning_rate=0.1, samples_per_second=12345.6)
 
@@ -83,3 +83,28 @@ def test_a_resumed_run_counts_the_whole_run() -> None:
     shown(Console(file=screen), resume_at=5)
     steps = re.findall(r"step (\d+)/10", screen.getvalue())
     assert steps == ["6", "7", "8", "9", "10"]
+
+
+def drop(console: Console, line_every_s: float) -> None:
+    with dropping(console, line_every_s=line_every_s) as show:
+        for done in range(4):
+            show(done, 3)
+
+
+def test_what_is_read_and_dropped_is_told_and_shown_by_a_bar() -> None:
+    console, screen = terminal()
+    drop(console, 0.0)
+    text = plain(screen)
+    assert text.count("WARNING: 3 steps of the training data are read and dropped") == 1
+    assert "dropping" in text
+    assert "3/3" in text
+
+
+def test_what_is_read_and_dropped_is_told_in_lines_elsewhere() -> None:
+    for line_every_s, count in ((0.0, 4), (60.0, 0)):
+        screen = StringIO()
+        drop(Console(file=screen, width=200), line_every_s)
+        assert screen.getvalue().count("WARNING: 3 steps") == 1
+        assert screen.getvalue().count("\nread and dropped ") == count
+    with dropping(Console(file=StringIO()), line_every_s=0.0):
+        pass  # nothing to drop, nothing to say

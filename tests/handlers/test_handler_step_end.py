@@ -1,5 +1,6 @@
 """The end of a step: what is due, in which order, and what the last step leaves to do."""
 
+import itertools
 import signal
 from typing import Any
 
@@ -25,6 +26,7 @@ def train(
     resume_at: int = 0,
     loss: float = 1.0,
     sigterm_at: int | None = None,
+    passes_end_at: tuple[int, ...] = (),
 ) -> tuple[list[str], StepEnd]:
     """Train epochs of four steps; return what was done, such as "save 4", and the handler."""
     done: list[str] = []
@@ -55,6 +57,7 @@ def train(
             log_every_steps=log,
             save_every_steps=save,
             validate_every_steps=validate,
+            pass_ends=(lambda: trainer.state.iteration in passes_end_at) if passes_end_at else None,
         )
         trainer = Engine(step)
         losses.attach(trainer)
@@ -63,7 +66,10 @@ def train(
             trainer.load_state_dict({"iteration": resume_at, "max_iters": max_steps, "epoch_length": EPOCH})
             end.resumed_at(resume_at)
         if resume_at < max_steps:
-            trainer.run(range(EPOCH), max_iters=max_steps, epoch_length=EPOCH)
+            if passes_end_at:
+                trainer.run(itertools.count(), max_iters=max_steps)
+            else:
+                trainer.run(range(EPOCH), max_iters=max_steps, epoch_length=EPOCH)
         if not end.interrupted:
             end.finish(trainer)
     return done, end
@@ -74,6 +80,23 @@ def test_by_default_all_happens_at_each_epochs_end_and_in_order() -> None:
     assert done == ["fetch 1-4", "validate 4", "save 4", "fetch 5-8", "validate 8", "save 8"]
     assert end.metrics == {"loss": 8.0}
     assert not end.interrupted
+
+
+def test_passes_whose_length_shows_at_their_end() -> None:
+    done, end = train(passes_end_at=(3, 4))
+    expected = ["fetch 1-3", "validate 3", "save 3", "fetch 4-4", "validate 4", "save 4"]
+    assert done == [*expected, "fetch 5-8", "validate 8", "save 8"]
+    assert train(passes_end_at=(3, 8), log=2, save=4)[0] == [
+        *["fetch 1-2", "fetch 3-3", "validate 3", "fetch 4-4", "save 4"],
+        *["fetch 5-6", "fetch 7-8", "validate 8", "save 8"],
+    ]
+    assert not end.interrupted
+
+
+def test_a_stop_at_a_passes_end() -> None:
+    done, end = train(passes_end_at=(3,), sigterm_at=2, max_steps=5)
+    assert end.interrupted
+    assert done == ["fetch 1-3", "validate 3", "save 3"]
 
 
 def test_every_so_many_steps() -> None:
