@@ -98,7 +98,9 @@ def hold_loader(pipe, context):
 @pytest.mark.parametrize(("context", "end"), [("fork", "exit"), ("fork", "kill"), ("forkserver", "kill")])
 def test_workers_leave_signals_to_the_parent_and_end_with_it(context, end):
     pipe, other = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=hold_loader, args=(other, context))
+    # Forked off a process that has a fork server, it would take that for its own, which multiprocessing does not bear.
+    start = "fork" if context == "fork" else "spawn"
+    process = multiprocessing.get_context(start).Process(target=hold_loader, args=(other, context))
     process.start()
     try:
         other.close()

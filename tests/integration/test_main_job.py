@@ -116,7 +116,7 @@ fields["handlers"] = [dies]
 
 
 @pytest.mark.parametrize(
-    ("ranks", "workers"), [pytest.param(0, 0, marks=slow), (0, 2), (2, 0), pytest.param(2, 2, marks=slow)]
+    ("ranks", "workers"), [pytest.param(0, 0, marks=slow), (0, 2), *(pytest.param(2, w, marks=slow) for w in (0, 2))]
 )
 def test_killed_at_a_random_step_and_started_again(whole: Path, tmp_path: Path, ranks: int, workers: int) -> None:
     step = random.SystemRandom().randint(1, STEPS)
@@ -144,6 +144,7 @@ def test_killed_from_outside_at_a_random_moment(whole: Path, tmp_path: Path) -> 
     same_as(whole, tmp_path)
 
 
+@slow
 def test_resumed_on_another_number_of_ranks_and_workers(whole: Path, tmp_path: Path) -> None:
     write_cfg(tmp_path, DIES.format(step=8, rank=0, event="ITERATION_STARTED"))
     assert launch("cfg.py", "num_workers=1", ranks=3, cwd=tmp_path).code != 0
@@ -272,6 +273,7 @@ def test_a_run_directory_is_resumed_by_its_name(whole: Path, tmp_path: Path) -> 
     same_as(whole, tmp_path)
 
 
+@slow
 def test_overrides_of_the_issue_run_on_the_example(tmp_path: Path) -> None:
     words = (DIGITS, "max_epochs=2", "optimizer.lr=3e-3", "global_batch_size=96")
     one = launch(*words, cwd=tmp_path)

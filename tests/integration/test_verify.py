@@ -29,6 +29,7 @@ def disttrain(*words: object, cwd: Path) -> Done:
     return Done(done.returncode, done.stdout, done.stderr)
 
 
+@pytest.mark.slow  # the README's test runs the same over another config
 def test_a_sound_config_gives_the_same_bits_in_all_runs(tmp_path: Path) -> None:
     done = disttrain("verify", WRONG / "sound.py", "--worlds", "1,3", "--kills", 1, "--steps", 9, cwd=tmp_path)
     assert done.code == 0, done.text
@@ -39,9 +40,6 @@ def test_a_sound_config_gives_the_same_bits_in_all_runs(tmp_path: Path) -> None:
     assert len({row[-2] for row in rows}) == 1
     assert done.err == ""
     assert list(tmp_path.iterdir()) == []
-
-
-SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
