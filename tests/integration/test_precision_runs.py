@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from commands import checkpoints, launch, lines, result, write_cfg
-from ranks import Err, Ok, Ranks
+from ranks import Ranks
 
 from disttrain.backend import Backend
 from disttrain.checkpoint import load
-from disttrain.config import load_config
-from disttrain.launch import COMPLETED, parser, start
+from disttrain.launch import COMPLETED, FAILED, main
 from disttrain.precision import table
 
 DOUBLE = Path(__file__).parents[1] / "precision" / "doubles" / "apex_with_amp"
@@ -78,13 +77,13 @@ def run(folder: Path, *words: str, ranks: int = 0, change: str = "", dies: bool 
     return folder / "runs" / "small"
 
 
-def start_here(backend: Backend, folder: str, words: list[str]) -> None:
-    """Do what the command does once it is connected, on a rank of the pool; leave no apex behind."""
+def command(backend: Backend, folder: str, words: list[str]) -> int:
+    """Do what the command does, on a rank of the pool; leave no apex behind."""
+    backend.close()
     works = dict(table.WORKS)
     os.chdir(folder)
     try:
-        started = start(load_config(Path("cfg.py"), words), parser().parse_args(["cfg.py"]), backend)
-        assert started == COMPLETED
+        return main(["cfg.py", *words])
     finally:
         table.WORKS.clear()
         table.WORKS.update(works)
@@ -109,8 +108,7 @@ def run_in(
         (folder / "cfg.py").write_text(code)
     if dies:
         (folder / "die").write_text("raise")
-    outcomes = ranks.outcomes(world_size, start_here, str(folder), list(words))
-    assert all(isinstance(outcome, Err if dies else Ok) for outcome in outcomes), outcomes
+    assert ranks(world_size, command, str(folder), list(words)) == [FAILED if dies else COMPLETED] * world_size
     return folder / "runs" / "small"
 
 
