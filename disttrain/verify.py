@@ -103,7 +103,7 @@ def quoted(logs: Sequence[Path]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line says; return the exit code."""
     options = parser().parse_intermixed_args(arguments)
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 120)
     try:
         if Path(options.config).is_dir():
             raise ConfigError(f"{options.config}: expected a cfg.py, got a folder; a run directory is left alone")
