@@ -129,8 +129,8 @@ class Config(Declaration):
     model: Annotated[ModelFactory, About(takes="() -> Module")]
     """Builds the model, on every rank from the same seed."""
     train_data: Annotated[DataFactory, About(takes="() -> Dataset or iterable")]
-    """Builds the training data; its items are (x, y) unless `forward` says otherwise."""
-    valid_data: Annotated[DataFactory | None, About(takes="() -> Dataset or iterable")] = None
+    """Builds the training data; its items are (x, y) unless `forward` says otherwise. An iterable: docs/streams.md."""
+    valid_data: Annotated[DataFactory | None, About(takes="() -> Dataset")] = None
     """Builds the validation data; None: no validation."""
     loss: Annotated[Loss | None, About(takes="(y_pred, y) -> scalar Tensor")] = None
     """The mean loss of a microbatch; None where there is `forward`."""
