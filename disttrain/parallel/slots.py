@@ -79,16 +79,17 @@ def tiles(lo: int, hi: int, num_slots: int) -> list[Node]:
 
 def fold(parts: Mapping[Node, T], num_slots: int, add: Callable[[T, T], T]) -> T:
     """Return the root's value from nodes that tile it; `add(left, right)` is called in the tree's grouping."""
+    return _folded((0, num_slots), parts, add)
 
-    def value(node: Node) -> T:
-        if node in parts:
-            return parts[node]
-        if node[1] - node[0] < 2:
-            raise ValueError(f"slot {node[0]} is in none of the nodes {sorted(parts)}")
-        left, right = halves(node)
-        return add(value(left), value(right))
 
-    return value((0, num_slots))
+def _folded(node: Node, parts: Mapping[Node, T], add: Callable[[T, T], T]) -> T:
+    # Not a function inside `fold`: one that calls itself is a cycle and keeps the parts until they are collected.
+    if node in parts:
+        return parts[node]
+    if node[1] - node[0] < 2:
+        raise ValueError(f"slot {node[0]} is in none of the nodes {sorted(parts)}")
+    left, right = halves(node)
+    return add(_folded(left, parts, add), _folded(right, parts, add))
 
 
 def mean_over_slots(losses: Sequence[float]) -> float:

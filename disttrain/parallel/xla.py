@@ -106,6 +106,7 @@ class XlaSlotGradients:
             gradients.put((slot, slot + 1), gradient)
         self._xla.sync()
         self._meet(gradients.parts)
+        self._xla.sync()
         self._buffers.step_ends()
         self._xla.sync()
         self._warn_of_unused(iteration)
@@ -131,6 +132,7 @@ class XlaSlotGradients:
                 index = [i for i, tensor in enumerate(next(iter(parts.values()))) if tensor.dtype == dtype]
                 flat = {node: torch.cat([part[i].reshape(-1) for i in index]) for node, part in sorted(parts.items())}
                 met = self._over_replicas(list(flat.values()))
+                self._xla.sync()  # one collective a program: devices may take independent ones in any order
                 shapes = [self._parameters[i].shape for i in index]
                 for i, piece in zip(index, torch.split(met, [shape.numel() for shape in shapes]), strict=True):
                     total[i] = piece.reshape(self._parameters[i].shape)
@@ -213,10 +215,13 @@ class XlaSlotBuffers(SlotBuffers):
 
     def _of_first_replica(self, buffers: list[Tensor]) -> list[Tensor]:
         """Return rank 0's values, those of one dtype in one message."""
+        import torch_xla
+
         found: dict[int, Tensor] = {}
         for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
             index = [i for i, buffer in enumerate(buffers) if buffer.dtype == dtype]
             row = self._gather(torch.cat([buffers[i].reshape(-1) for i in index]))[0]
+            torch_xla.sync()
             for i, piece in zip(index, torch.split(row, [buffers[i].numel() for i in index]), strict=True):
                 found[i] = piece.reshape(buffers[i].shape)
         return [found[i] for i in range(len(buffers))]

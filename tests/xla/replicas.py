@@ -32,7 +32,7 @@ from typing import Any
 import ranks  # tests/ranks.py: the pool of gloo ranks, whose way of handing over functions is this one's too
 
 LIMIT_S = 60.0
-SYNC_LIMIT_S = 20.0
+SYNC_LIMIT_S = 15.0
 
 
 class Replicas:
