@@ -1,6 +1,7 @@
-"""IN WHAT numbers a step computes: four small objects with the same three methods, and the table of devices.
+"""IN WHAT numbers a step computes: four small objects with the same few methods, and the table of devices.
 
-A fifth precision is one class that obeys `Precision` and one row in `table.py`.
+A fifth precision is one class that obeys `Precision`, given to a Config as it is (docs/precision.md); with a name of
+its own it is also a row in `table.py`.
 """
 
 from disttrain.precision.amp import AMP

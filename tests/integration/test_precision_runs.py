@@ -20,6 +20,7 @@ from disttrain.precision import table
 
 DOUBLE = Path(__file__).parents[1] / "precision" / "doubles" / "apex_with_amp"
 EXAMPLES = Path(__file__).parents[2] / "examples"
+ON_CPUS = "backend=gloo"  # a machine with a GPU has one for one rank, and other bits on it
 OVERFLOW_AT, DIES_AT = 7, 9  # 5 steps an epoch, 15 in all
 
 # The gradients of one step overflow on the way back, on every slot; the loss stays what it was. BatchNorm-like
@@ -72,7 +73,7 @@ def run(folder: Path, *words: str, ranks: int = 0, change: str = "", dies: bool 
     write_cfg(folder, change)
     if dies:
         (folder / "die").touch()
-    done = launch("cfg.py", *words, ranks=ranks, cwd=folder)
+    done = launch("cfg.py", ON_CPUS, *words, ranks=ranks, cwd=folder)
     assert (done.code != 0) == dies, done.text
     return folder / "runs" / "small"
 
@@ -83,7 +84,7 @@ def command(backend: Backend, folder: str, words: list[str]) -> int:
     works = dict(table.WORKS)
     os.chdir(folder)
     try:
-        return main(["cfg.py", *words])
+        return main(["cfg.py", ON_CPUS, *words])
     finally:
         table.WORKS.clear()
         table.WORKS.update(works)
@@ -251,7 +252,7 @@ def refused(tmp_path: Path, change: str, *words: str, ranks: int = 0) -> str:
     """Return what is printed where the model must not be built, nor a run directory made."""
     built = "fields['model'] = fields['train_data'] = lambda: print('BUILT')\n"
     write_cfg(tmp_path, built + change)
-    done = launch("cfg.py", *words, ranks=ranks, cwd=tmp_path)
+    done = launch("cfg.py", ON_CPUS, *words, ranks=ranks, cwd=tmp_path)
     assert done.code == (2 if ranks == 0 else 1), done.text
     assert "BUILT" not in done.text
     assert "Traceback" not in done.ranks_say()
