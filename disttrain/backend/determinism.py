@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.utils.deterministic
 
-from disttrain.backend.environment import set_default
+from disttrain.backend.environment import pjrt_device, set_default
 from disttrain.errors import ConfigError
 
 CUBLAS_WORKSPACES = (":4096:8", ":16:8")
@@ -70,6 +70,8 @@ def kernels_of(device: torch.device) -> str:
     """
     if device.type == "cpu":
         kind = torch.backends.cpu.get_cpu_capability()
+    elif device.type == "xla":  # torch has no module for it
+        kind = pjrt_device() or "of its own choice"
     else:
         kind = getattr(torch.get_device_module(device), "get_device_name", str)(device)
     return f"torch {torch.__version__} on {device.type} {kind}"
