@@ -16,13 +16,18 @@ from disttrain.checkpoint import (
     MANIFEST,
     DamagedError,
     Manifest,
-    discard,
+    Place,
+    folder_under,
     inspect,
+    is_url,
+    place_of,
     plan_prune,
+    step_in,
     step_of,
     survey,
     tensors_of,
 )
+from disttrain.config import from_json
 from disttrain.errors import CheckpointError, ConfigError, DisttrainError
 
 GOOD, DAMAGED, USAGE = 0, 1, 2
@@ -37,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE
     )
     try:
-        root, name = find(options.run, getattr(options, "step", None))
-        code: int = options.command(root, name, options, console)
+        place, name = find(options.run, getattr(options, "step", None))
+        code: int = options.command(place, name, options, console)
         return code
     except DisttrainError as error:
         print(f"{type(error).__name__}: {plain(str(error))}", file=sys.stderr)
@@ -62,32 +67,52 @@ def parser() -> argparse.ArgumentParser:
     prune.add_argument("--damaged", action="store_true", help="remove the damaged ones, too")
     prune.add_argument("--yes", action="store_true", help="do it; without this it is only said what would be removed")
     for word, command in ((ls, list_them), (show, show_one), (verify, verify_them), (prune, prune_them)):
-        word.add_argument("run", metavar="RUN", type=Path, help="a run directory, or a folder of checkpoints")
+        word.add_argument("run", metavar="RUN", help="a run directory, a folder of checkpoints, or its URL")
         word.set_defaults(command=command)
     for word in (show, verify):
         word.add_argument("--step", metavar="N", type=int, help="the checkpoint of this step")
     return made
 
 
-def find(run: Path, step: int | None) -> tuple[Path, str | None]:
-    """Return the folder of checkpoints that is meant and, where one of them is, its name."""
-    if not run.is_dir():
-        raise ConfigError(f"expected a run directory or a folder of checkpoints, found no directory {run}")
-    if (run / "checkpoints").is_dir():
-        run = run / "checkpoints"
-    name = None
-    if step_of(run.resolve().name) is not None:
-        run, name = run.resolve().parent, run.resolve().name
-    elif (run / MANIFEST).exists():
-        raise ConfigError(f"{run} is a checkpoint under another name than step-NNNNNNNN; rename it to be read here")
+def find(run: str, step: int | None) -> tuple[Place, str | None]:
+    """Return the place of checkpoints that is meant and, where one of them is, its name."""
+    target = None if is_url(run) else target_of(Path(run))
+    if target is not None:
+        run = target
+    if is_url(run):
+        url, _, name = run.rstrip("/").rpartition("/")
+        place, name = (place_of(url), name) if step_of(name.partition(".")[0]) is not None else (place_of(run), "")
+    else:
+        path = Path(run)
+        if not path.is_dir():
+            raise ConfigError(f"expected a run directory or a folder of checkpoints, found no directory {run}")
+        name = path.resolve().name
+        if (path / "checkpoints").is_dir():
+            place, name = place_of(path / "checkpoints"), ""
+        elif step_of(name) is not None:
+            place = place_of(path.resolve().parent)
+        elif (path / MANIFEST).exists():
+            raise ConfigError(f"{run} is a checkpoint under another name than step-NNNNNNNN; rename it to be read here")
+        else:
+            place, name = place_of(path), ""
     if step is not None:
-        name = f"step-{step:08d}"
-        if not (run / name).is_dir():
-            raise ConfigError(f"there is no checkpoint of step {step} in {run}; disttrain checkpoint ls shows all")
-    return run, name
+        name = next((each for each in place.committed() if step_in(each) == step), "")
+        if not name:
+            raise ConfigError(f"there is no checkpoint of step {step} in {place}; disttrain checkpoint ls shows all")
+    return place, name or None
 
 
-def list_them(root: Path, name: str | None, options: argparse.Namespace, console: Console) -> int:
+def target_of(run: Path) -> str | None:
+    """Return where a run keeps its checkpoints, if that is not its directory."""
+    config_json = run / "config.json"
+    if not config_json.is_file():
+        return None
+    fields = from_json(config_json.read_text(encoding="utf-8"), str(config_json)).fields
+    target, name = fields.get("checkpoint.target"), fields.get("name")
+    return folder_under(target, str(name)) if isinstance(target, str) else None
+
+
+def list_them(root: Place, name: str | None, options: argparse.Namespace, console: Console) -> int:
     """Print a table of all; 1 where one that a run would load is damaged."""
     entries = survey(root, quick=options.quick)
     if not entries:
@@ -109,17 +134,17 @@ def list_them(root: Path, name: str | None, options: argparse.Namespace, console
     return DAMAGED if any(entry.state == "damaged" and step_of(entry.name) is not None for entry in entries) else GOOD
 
 
-def show_one(root: Path, name: str | None, options: argparse.Namespace, console: Console) -> int:
+def show_one(root: Place, name: str | None, options: argparse.Namespace, console: Console) -> int:
     """Print what one checkpoint, by default the newest, says about itself."""
     name = name or next((entry.name for entry in survey(root, quick=True) if step_of(entry.name) is not None), None)
     if name is None:
         raise ConfigError(f"there are no checkpoints in {root}")
     entry = inspect(root, name, quick=True)
     if entry.manifest is None:
-        raise DamagedError(f"the checkpoint {root / name} is damaged: {entry.reason}")
+        raise DamagedError(f"the checkpoint {root.path(name)} is damaged: {entry.reason}")
     manifest = entry.manifest
     grid = Table.grid(padding=(0, 2))
-    grid.add_row("checkpoint", plain(str(root / name)))
+    grid.add_row("checkpoint", plain(str(root.path(name))))
     rows = {key: getattr(manifest, key) for key in ("format", "step", "world_size", "seed", "num_slots")}
     for key, value in {**rows, "config_sha256": manifest.config_sha256, **manifest.versions}.items():
         grid.add_row(plain(key), plain(str(value)))
@@ -138,7 +163,7 @@ def show_one(root: Path, name: str | None, options: argparse.Namespace, console:
     return GOOD
 
 
-def verify_them(root: Path, name: str | None, options: argparse.Namespace, console: Console) -> int:
+def verify_them(root: Place, name: str | None, options: argparse.Namespace, console: Console) -> int:
     """Hash every file of one or all committed checkpoints, and say of each whether it is good."""
     names = [name] if name else [entry.name for entry in survey(root, quick=True) if step_of(entry.name) is not None]
     if not names:
@@ -154,12 +179,12 @@ def verify_them(root: Path, name: str | None, options: argparse.Namespace, conso
     return code
 
 
-def prune_them(root: Path, name: str | None, options: argparse.Namespace, console: Console) -> int:
+def prune_them(root: Place, name: str | None, options: argparse.Namespace, console: Console) -> int:
     """Remove all but the newest good ones, or say what would be removed."""
     if options.keep < 1:
         raise ConfigError(f"--keep {options.keep}: expected at least 1, for the newest good one always stays")
     if name is not None:
-        raise ConfigError(f"{root / name} is one checkpoint; name the folder that it lies in: {root}")
+        raise ConfigError(f"{root.path(name)} is one checkpoint; name the folder that it lies in: {root}")
     try:
         keep, remove = plan_prune(survey(root), options.keep, damaged=options.damaged)
     except CheckpointError as error:
@@ -169,7 +194,7 @@ def prune_them(root: Path, name: str | None, options: argparse.Namespace, consol
     for entry in remove:
         console.print(f"{'removed' if options.yes else 'remove '} {entry.name}", soft_wrap=True)
         if options.yes:
-            discard(root, entry.name, entry.step)
+            root.discard(entry.name)
     if remove and not options.yes:
         console.print("nothing was removed; add --yes to do it")
     return GOOD

@@ -16,7 +16,7 @@ FLOORS = [
     ["backend", "data", "precision", "parallel"],
     ["engine", "checkpoint"],
     ["handlers", "observe"],
-    ["assemble", "recipe", "launch", "scenarios", "verify", "checkpoint_command", "cli"],
+    ["assemble", "kept", "recipe", "summary", "launch", "scenarios", "verify", "checkpoint_command", "cli"],
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 ROWS = {0, 4}  # floors on which a room may use the ones named before it

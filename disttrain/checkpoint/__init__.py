@@ -5,25 +5,31 @@ SHA256SUMS, no pickle. `save` commits it by one rename after everything is flush
 newest one whose every byte is what was written. `DirectorySaver` and `DiskSaver` are save handlers for
 `disttrain.handlers.Checkpoint`.
 
-The parts: `tree` (nested state to JSON and back), `tensors` (safetensors files), `manifest`, `storage` (names and
-durable operations), `write`, `read`, `retention`, `agree` (one outcome on every rank), `fingerprint`.
+The parts: `tree` (nested state to JSON and back), `tensors` (safetensors files), `manifest`, `check` (is it what was
+written), `storage` (names and durable operations), `place` (`local` or `remote`), `write`, `read`, `retention`,
+`listing`, `background` (writing while the training goes on), `agree` (one outcome on every rank), `fingerprint`.
 """
 
 from disttrain.checkpoint.agree import on_one_rank
+from disttrain.checkpoint.background import AsynchronousSaver
+from disttrain.checkpoint.check import verify
 from disttrain.checkpoint.damage import DamagedError
 from disttrain.checkpoint.directory_saver import DirectorySaver
 from disttrain.checkpoint.disk_saver import DiskSaver, load_file
 from disttrain.checkpoint.fingerprint import params_sha256
 from disttrain.checkpoint.listing import Entry, inspect, plan_prune, survey, tensors_of
 from disttrain.checkpoint.manifest import MANIFEST, About, FileRecord, Manifest
-from disttrain.checkpoint.read import Loaded, load, load_newest, verify
+from disttrain.checkpoint.place import Place, folder_under, place_of
+from disttrain.checkpoint.read import Loaded, load, load_newest
+from disttrain.checkpoint.remote import is_url
 from disttrain.checkpoint.retention import rotate
-from disttrain.checkpoint.storage import checkpoint_name, clean, committed, discard, step_of
+from disttrain.checkpoint.storage import checkpoint_name, clean, committed, step_in, step_of
 from disttrain.checkpoint.write import save
 
 __all__ = [
     "MANIFEST",
     "About",
+    "AsynchronousSaver",
     "DamagedError",
     "DirectorySaver",
     "DiskSaver",
@@ -31,19 +37,23 @@ __all__ = [
     "FileRecord",
     "Loaded",
     "Manifest",
+    "Place",
     "checkpoint_name",
     "clean",
     "committed",
-    "discard",
+    "folder_under",
     "inspect",
+    "is_url",
     "load",
     "load_file",
     "load_newest",
     "on_one_rank",
     "params_sha256",
+    "place_of",
     "plan_prune",
     "rotate",
     "save",
+    "step_in",
     "step_of",
     "survey",
     "tensors_of",

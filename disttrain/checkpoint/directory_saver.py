@@ -2,7 +2,7 @@
 
 *Contract*: `Checkpoint(to_save, DirectorySaver(root))` keeps `step-00000040/` and so on, of which `load_newest(root)`
 finds the newest good one. Given a `backend` it is called on every rank, and a failure is the same CheckpointError on
-each. The directory is the truth about what is there: also what an earlier process saved is rotated out.
+each. The place is the truth about what is there: also what an earlier process saved is rotated out.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,13 +11,18 @@ from typing import Any
 
 from disttrain.checkpoint.agree import Ranks, on_one_rank
 from disttrain.checkpoint.manifest import About
+from disttrain.checkpoint.place import place_of
 from disttrain.checkpoint.retention import AT_LEAST
-from disttrain.checkpoint.storage import checkpoint_name, clean, committed, discard, step_of
-from disttrain.checkpoint.write import save
+from disttrain.checkpoint.storage import checkpoint_name, step_in, step_of
+from disttrain.checkpoint.tree import Flat
+from disttrain.checkpoint.write import take_apart
 
 
 class DirectorySaver:
-    """Saves into `dirname`, a directory of its own; `describe()` says what the manifest holds about the run."""
+    """Saves into `dirname`, a directory of its own or a URL; `describe()` says what the manifest holds about the run.
+
+    When a call has returned, the checkpoint is there.
+    """
 
     filename_pattern = "step-{global_step:08d}"
     at_least = AT_LEAST
@@ -29,7 +34,8 @@ class DirectorySaver:
         describe: Callable[[], About] = About,
         backend: Ranks | None = None,
     ) -> None:
-        self.dirname = Path(dirname)
+        self.place = place_of(dirname)
+        self.dirname = dirname if isinstance(dirname, str) and "://" in dirname else Path(dirname)
         self._describe = describe
         self._backend = backend
         self._cleaned = False
@@ -41,23 +47,45 @@ class DirectorySaver:
 
     def __call__(self, checkpoint: Any, filename: str, metadata: Mapping[str, Any]) -> None:
         """Save `checkpoint` under a name such as "step-00000040"; nothing older is removed."""
+        step = self._step(filename)
+        about = self._describe()
+
+        def write() -> None:
+            self._write(step, take_apart(step, checkpoint), about)
+
+        on_one_rank(self._backend, write)
+
+    def _step(self, filename: str) -> int:
         step = step_of(filename)
         if step is None or filename != checkpoint_name(step):
             raise ValueError(
                 f"expected a name such as {checkpoint_name(40)!r}, got {filename!r}: leave out the pattern"
             )
+        return step
+
+    def _write(self, step: int, flat: Flat, about: About) -> None:
+        """Write what was taken apart; called where the writing is done, on one rank."""
         if not self._cleaned:
-            on_one_rank(self._backend, lambda: clean(self.dirname))
+            self.place.clean()
             self._cleaned = True
-        save(self.dirname, step, checkpoint, about=self._describe(), keep=None, backend=self._backend)
+        self.place.write(step, flat, about, 1 if self._backend is None else self._backend.world_size)
+
+    @property
+    def _writes(self) -> bool:
+        return self._backend is None or self._backend.rank == 0
 
     def remove(self, filename: str) -> None:
         """Remove one checkpoint; a failure is logged."""
-        step = step_of(filename)
-        if step is not None and (self._backend is None or self._backend.rank == 0):
-            discard(self.dirname, filename, step)
+        if step_of(filename.partition(".")[0]) is not None and self._writes:
+            self.place.discard(filename)
 
     def saved(self) -> list[tuple[int, str]]:
         """Return (step, name) of what is there, oldest first."""
-        names = on_one_rank(self._backend, lambda: committed(self.dirname))
-        return [(step_of(name) or 0, name) for name in reversed(names)]
+        names = on_one_rank(self._backend, self.place.committed)
+        return [(step_in(name), name) for name in reversed(names)]
+
+    def poll(self) -> None:
+        """Raise, on every rank, what has gone wrong since the last call: nothing, for each call has told it."""
+
+    def settle(self) -> None:
+        """Return when nothing is under way: at once."""

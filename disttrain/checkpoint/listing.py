@@ -1,4 +1,4 @@
-"""What lies in a directory of checkpoints, each with its verdict, for a person to read.
+"""What lies in a place of checkpoints, each with its verdict, for a person to read.
 
 *Contract*: nothing is changed. Whatever a checkpoint says about itself was written by others: only a manifest that
 has the hash of its SHA256SUMS is believed, and `tensors_of` reads shapes from it, never the tensors.
@@ -7,14 +7,15 @@ has the hash of its SHA256SUMS is believed, and `tensors_of` reads shapes from i
 """
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from disttrain.checkpoint.check import verify
 from disttrain.checkpoint.damage import DamagedError
-from disttrain.checkpoint.manifest import MANIFEST, Manifest
-from disttrain.checkpoint.read import verify
-from disttrain.checkpoint.storage import committed, leftovers, set_aside, step_in, step_of
+from disttrain.checkpoint.manifest import Manifest
+from disttrain.checkpoint.place import Place, place_of
+from disttrain.checkpoint.storage import step_in
 from disttrain.checkpoint.tree import Json
 from disttrain.errors import CheckpointError
 
@@ -35,33 +36,32 @@ class Entry(NamedTuple):
     written: datetime | None
 
 
-def survey(root: Path, *, quick: bool = False) -> list[Entry]:
+def survey(root: str | Path | Place, *, quick: bool = False) -> list[Entry]:
     """Return what is there: the committed newest first, then those set aside as damaged, then leftovers."""
-    found = [inspect(root, name, quick=quick) for name in committed(root)]
-    found += [
-        Entry(name, step_in(name), "damaged", "found damaged before and set aside", None, None, _written(root / name))
-        for name in set_aside(root)
-    ]
-    found += [Entry(name, step_in(name), "tmp", "", None, None, _written(root / name)) for name in leftovers(root)]
+    place = place_of(root)
+    found = [inspect(place, name, quick=quick) for name in place.committed()]
+    for name in place.set_aside():
+        aside = "found damaged before and set aside"
+        found += [Entry(name, step_in(name), "damaged", aside, None, None, place.written(name))]
+    for name in place.leftovers():
+        found += [Entry(name, step_in(name), "tmp", "", None, None, place.written(name))]
     return found
 
 
-def inspect(root: Path, name: str, *, quick: bool = False) -> Entry:
+def inspect(root: str | Path | Place, name: str, *, quick: bool = False) -> Entry:
     """Return one committed checkpoint with its verdict; CheckpointError where none can be given."""
-    step, written = step_of(name) or 0, _written(root / name / MANIFEST)
+    place = place_of(root)
+    step, written = step_in(name), place.written(name)
     try:
-        manifest = verify(root / name, hashes=not quick)
+        if quick:
+            manifest = place.manifest(name)
+        else:
+            with place.opened(name) as directory:
+                manifest = verify(directory)
     except DamagedError as error:
         return Entry(name, step, "damaged", str(error), None, None, written)
     size = sum(record.size_bytes for record in manifest.files.values())
     return Entry(name, step, "complete" if quick else "good", "", manifest, size, written)
-
-
-def _written(path: Path) -> datetime | None:
-    try:
-        return datetime.fromtimestamp(path.lstat().st_mtime, UTC)
-    except OSError:
-        return None
 
 
 class TensorRow(NamedTuple):

@@ -9,13 +9,16 @@ SHA256SUMS` checks a checkpoint without this package.
 
 import hashlib
 import json
+import platform
 from typing import Annotated, Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError
 
 from disttrain.checkpoint.damage import DamagedError
 from disttrain.checkpoint.tree import Json
 from disttrain.errors import CheckpointError
+from disttrain.version import __version__
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
@@ -62,6 +65,15 @@ class Manifest(About):
     files: dict[FileName, FileRecord]
     state: Any = None
     """The tree of plain values, with references to the tensors (see `tree`)."""
+
+
+def describe(step: int, tree: Json, about: About, world_size: int, files: dict[str, FileRecord]) -> Manifest:
+    """Return the manifest of a state that was taken apart; CheckpointError where it cannot be described."""
+    versions = {"disttrain": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    try:
+        return Manifest(**dict(about), step=step, world_size=world_size, versions=versions, files=files, state=tree)
+    except ValidationError as error:
+        raise CheckpointError(f"a checkpoint cannot be described so: {explain(error)}") from error
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:

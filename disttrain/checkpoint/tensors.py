@@ -17,10 +17,11 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +33,10 @@ from disttrain.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
 """What readers of the format accept at the most."""
+
+PIECE_BYTES = 8 * 2**20
+WORTH_A_THREAD_BYTES = 2**20
+"""A piece of at least this size is hashed beside being written."""
 
 _CODES = {
     torch.float64: "F64",
@@ -58,6 +63,12 @@ _AS_BYTES = {
     for name in ("complex128", "complex32", "float8_e8m0fnu", "float4_e2m1fn_x2")
     if (dtype := getattr(torch, name, None)) is not None
 }
+
+
+class Sink(Protocol):
+    """What tensors are written into."""
+
+    def write(self, data: memoryview, /) -> object: ...
 
 
 def little_endian_bytes(tensor: Tensor, byteorder: str = sys.byteorder) -> memoryview:
@@ -97,18 +108,34 @@ def _header(tensors: Mapping[str, Tensor], order: list[str]) -> bytes:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
     """Write `tensors` to the new file `path`, flushed to the disk; return its size in bytes and its sha256."""
+    with path.open("xb") as file:
+        size, sha256 = send_tensors(file, tensors)
+        file.flush()
+        os.fsync(file.fileno())
+    return size, sha256
+
+
+def send_tensors(file: Sink, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+    """Write `tensors` into an open file of any kind; return the size in bytes and the sha256."""
     # Widest first keeps each tensor aligned to its own item size, as readers that map the file expect.
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     digest = hashlib.sha256()
     size = 0
-    with path.open("xb") as file:
+    with ThreadPoolExecutor(1) as beside:  # starts its thread at the first large piece
         header = memoryview(_header(tensors, order))
         for data in chain([header], (little_endian_bytes(tensors[name]) for name in order)):
-            digest.update(data)
-            file.write(data)
+            for start in range(0, len(data), PIECE_BYTES):
+                piece = data[start : start + PIECE_BYTES]
+                if len(piece) < WORTH_A_THREAD_BYTES:
+                    digest.update(piece)
+                    file.write(piece)
+                    continue
+                hashed = beside.submit(digest.update, piece)  # neither it nor the write holds the interpreter's lock
+                try:
+                    file.write(piece)
+                finally:
+                    hashed.result()
             size += len(data)
-        file.flush()
-        os.fsync(file.fileno())
     return size, digest.hexdigest()
 
 

@@ -190,6 +190,8 @@ def _restore_tagged(tree: dict[str, Json], fetch: Fetch, depth: int) -> Any:
             return tuple(restore(items, fetch, depth))
         case {"$size": list(items), **rest} if not rest:
             if all(type(size) is int and size >= 0 for size in items):
+                if any(size not in _PLAIN_INTS for size in items):
+                    raise DamagedError("the state holds a size beyond what a tensor can have")
                 return torch.Size(items)
         case {"$dict": list(pairs), **rest} if not rest:
             return {key: restore(item, fetch, depth) for key, item in _pairs(pairs)}

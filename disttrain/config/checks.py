@@ -30,8 +30,6 @@ class Wait:
 WAITING = {
     "strategy": Wait(lambda v: v == "fsdp", '"ddp"', "training with sharded parameters (FSDP2)"),
     "on_nan": Wait(lambda v: v == "rollback", '"stop" or "skip"', "going back to a verified checkpoint"),
-    "checkpoint.asynchronous": Wait(lambda v: v is True, "False", "asynchronous checkpoints"),
-    "checkpoint.target": Wait(lambda v: v is not None, "None (the run directory)", "checkpoints in other storage"),
 }
 """Every value that this release refuses although the field knows it."""
 
@@ -44,6 +42,8 @@ def value_of(config: "Config", name: str) -> Any:
 def problems(config: "Config") -> Iterator[str]:
     """Yield what keeps the config, whose fields have the right types, from being run."""
     yield from _name(config.name)
+    if config.checkpoint.target is not None and not config.checkpoint.target.strip():
+        yield "checkpoint.target: expected a folder or a URL such as 's3://bucket/runs', or None, got ''"
     yield from _one_of(
         "loss", "forward", config, "loss takes y_pred and y, forward replaces it for batches of another form"
     )

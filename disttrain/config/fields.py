@@ -71,9 +71,9 @@ class CheckpointConfig(Declaration):
     keep: Annotated[Positive, About("checkpoints", may_change=True)] = 3
     """How many of the newest are kept."""
     asynchronous: Annotated[Flag, About(may_change=True)] = False
-    """Write while the training goes on."""
+    """Write while the training goes on; rank 0 then holds a second copy of what is saved."""
     target: Annotated[str | None, About(may_change=True)] = None
-    """Where they are written; None: the run directory."""
+    """A folder or a URL for fsspec, in which they lie under NAME/; None: the run directory."""
 
 
 class LogConfig(Declaration):

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from checkpoint_children import fork, wait
 from checkpoint_states import mark_of, marked
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from checkpoint_strangers import rewrite, write_manifest
 
 from disttrain.checkpoint import DamagedError, clean, committed, load, load_newest, rotate, save, verify
 from disttrain.checkpoint.manifest import MANIFEST, SUMS, TENSORS
@@ -193,28 +192,6 @@ def test_a_directory_that_one_rank_does_not_see_is_not_taken_for_damage(root: Pa
     assert not isinstance(caught.value, DamagedError)
 
 
-def rewrite(directory: Path, files: dict[str, bytes] | None = None, **fields: Any) -> None:
-    """Change a checkpoint as a stranger would who keeps its hashes in order."""
-    for name, content in (files or {}).items():
-        (directory / name).write_bytes(content)
-    manifest = json.loads((directory / MANIFEST).read_text()) | fields
-    for name in files or {}:
-        content = (directory / name).read_bytes()
-        manifest["files"][name] = {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    write_manifest(directory, json.dumps(manifest).encode())
-
-
-def write_manifest(directory: Path, data: bytes) -> None:
-    (directory / MANIFEST).write_bytes(data)
-    try:
-        hashes = {name: record["sha256"] for name, record in json.loads(data)["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        hashes = {}
-    hashes[MANIFEST] = hashlib.sha256(data).hexdigest()
-    lines = [f"{value}  {name}\n" for name, value in sorted(hashes.items())]
-    (directory / SUMS).write_text("".join(lines), errors="replace")
-
-
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "sub/file", ".."])
 def test_a_manifest_cannot_name_a_file_outside(root: Path, name: str) -> None:
     secret = b"secret"
@@ -248,67 +225,6 @@ def test_loading_a_strangers_checkpoint_imports_and_runs_nothing(tmp_path: Path)
     rewrite(path, state=state)
     with pytest.raises(DamagedError, match="which no release writes so"):
         load(path)
-
-
-ANY = st.recursive(
-    st.one_of(
-        st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=5)
-    ),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3),
-        st.dictionaries(
-            st.sampled_from(["$tensor", "dtype", "shape", "$dict", "$tuple", "$size", "$ordered", "a"]),
-            inner,
-            max_size=3,
-        ),
-    ),
-    max_leaves=6,
-)
-
-
-def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Return the paths to all values of a JSON tree."""
-    inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    return [path, *(place for key, value in inner for place in places(value, (*path, key)))]
-
-
-def put(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
-    """Return `tree` with another value at `path`."""
-    if not path:
-        return value
-    copy = tree.copy()
-    copy[path[0]] = put(tree[path[0]], path[1:], value)
-    return copy
-
-
-@pytest.fixture(scope="module")
-def victim(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    path = save(tmp_path_factory.mktemp("victim"), 1, marked(1, size=4) | {"pair": (1, 2**80), "keys": {1: 2.5}})
-    return path, json.loads((path / MANIFEST).read_text())
-
-
-def load_or_refuse(directory: Path) -> None:
-    try:
-        loaded = load(directory)
-    except CheckpointError:
-        return
-    assert loaded.manifest.step >= 0
-
-
-@given(data=st.data())
-@settings(max_examples=150, deadline=None)
-def test_any_value_anywhere_in_a_manifest_is_loaded_or_refused(data: st.DataObject, victim: tuple[Path, Any]) -> None:
-    directory, manifest = victim
-    place = data.draw(st.sampled_from(places(manifest)))
-    write_manifest(directory, json.dumps(put(manifest, place, data.draw(ANY))).encode())
-    load_or_refuse(directory)
-
-
-@given(content=st.binary(max_size=300))
-@settings(max_examples=50, deadline=None)
-def test_any_bytes_in_place_of_a_manifest_are_refused(content: bytes, victim: tuple[Path, Any]) -> None:
-    write_manifest(victim[0], content)
-    load_or_refuse(victim[0])
 
 
 def test_rotation_leaves_what_is_not_a_checkpoint_alone(root: Path) -> None:

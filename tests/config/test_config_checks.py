@@ -60,8 +60,6 @@ def test_metric_names_can_be_part_of_a_dotted_key() -> None:
     [
         ({"strategy": "fsdp"}, "strategy", '"ddp"'),
         ({"on_nan": "rollback"}, "on_nan", '"stop" or "skip"'),
-        ({"checkpoint": {"asynchronous": True}}, "checkpoint.asynchronous", "False"),
-        ({"checkpoint": {"target": "s3://b"}}, "checkpoint.target", "the run directory"),
     ],
 )
 def test_what_waits_says_for_what_and_what_works(changes: dict[str, object], field: str, works: str) -> None:

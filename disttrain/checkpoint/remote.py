@@ -1,0 +1,258 @@
+"""Checkpoints in an object store or on a server, through fsspec: uploaded, committed by the manifest, verified.
+
+*Contract*: each upload has a prefix that no other ever has, so nothing is written over:
+
+| key                                    | what it is                                                              |
+|----------------------------------------|-------------------------------------------------------------------------|
+| `step-00000040.1f2e3d4c/…`             | an upload; without MANIFEST.json under way, or cut off: never read       |
+| `step-00000040.1f2e3d4c/MANIFEST.json` | written last, in one piece: it commits                                   |
+| `step-00000040.1f2e3d4c/DAMAGED`       | found damaged, and why: never read, never removed by a run               |
+
+Before the manifest is written the sizes of the other files are asked for. It goes first when an upload is removed.
+
+*Errors*: whatever a store raises is a CheckpointError that says where and why; a file that is not there, or has
+another size or hash than its manifest lists, is a DamagedError.
+
+*Cost*: an upload holds one block of fsspec's in memory; loading copies the files to a temporary directory of this
+machine, on every rank, and needs the room there.
+"""
+
+import logging
+import re
+import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from disttrain.checkpoint.check import check_size, check_small, read_manifest
+from disttrain.checkpoint.damage import DamagedError
+from disttrain.checkpoint.manifest import (
+    MANIFEST,
+    SUMS,
+    TENSORS,
+    About,
+    FileRecord,
+    Manifest,
+    describe,
+    manifest_bytes,
+    sums_bytes,
+)
+from disttrain.checkpoint.storage import checkpoint_name, step_of
+from disttrain.checkpoint.tensors import send_tensors
+from disttrain.checkpoint.tree import Flat
+from disttrain.errors import CheckpointError, DisttrainError
+
+logger = logging.getLogger(__name__)
+
+DAMAGED = "DAMAGED"
+_UPLOAD = re.compile(r"(step-[0-9]{8,15})\.[0-9a-f]{8}")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::|://)")
+_TIMES = ("LastModified", "last_modified", "updated", "mtime", "created")
+
+Files = dict[str, dict[str, Any]]
+"""What a store says of an upload's files, by name."""
+
+
+def is_url(root: str) -> bool:
+    """Return whether a text is a URL, such as s3://bucket/runs, and no path."""
+    return _URL.match(root) is not None
+
+
+class RemotePlace:
+    """A prefix of an object store or a folder of a server; each rank reads a copy of its own."""
+
+    shared = False
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        with self._reached():
+            self._fs, self._root = _open(self.url)
+
+    def __str__(self) -> str:
+        return self.url
+
+    def path(self, name: str) -> str:
+        return f"{self.url}/{name}"
+
+    def committed(self) -> list[str]:
+        uploads = self._uploads()
+        good = [name for name, files in uploads.items() if MANIFEST in files and DAMAGED not in files]
+        return sorted(good, key=lambda name: (_step(name), name), reverse=True)
+
+    def set_aside(self) -> list[str]:
+        return sorted(name for name, files in self._uploads().items() if DAMAGED in files)
+
+    def leftovers(self) -> list[str]:
+        return sorted(name for name, files in self._uploads().items() if not {MANIFEST, DAMAGED} & set(files))
+
+    def clean(self) -> None:
+        for name in self.leftovers():
+            self.discard(name)
+
+    def discard(self, name: str) -> None:
+        """Remove one upload, or by a name such as "step-00000040" all of that step."""
+        try:
+            uploads = self._uploads()
+            for each in [name] if name in uploads else [each for each in uploads if each.startswith(f"{name}.")]:
+                self._remove(each, uploads[each])
+        except CheckpointError as error:
+            logger.warning("cannot remove the old checkpoint %s: %s; remove it by hand", self.path(name), error)
+
+    def _remove(self, name: str, files: Files) -> None:
+        with self._reached():
+            # Without its manifest it is no checkpoint any more, whatever becomes of the rest.
+            for file in sorted(files, key=lambda file: file != MANIFEST):
+                self._fs.rm_file(f"{self._root}/{name}/{file}")
+            self._fs.invalidate_cache()
+            if self._fs.isdir(f"{self._root}/{name}"):  # an object store has no directories
+                self._fs.rmdir(f"{self._root}/{name}")
+
+    def put_aside(self, name: str, reason: str) -> None:
+        try:
+            self._put(name, DAMAGED, reason.encode(errors="replace"))
+        except CheckpointError as error:
+            logger.warning("cannot mark %s as damaged: %s", self.path(name), error)
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="disttrain-checkpoint-") as folder:
+            directory = Path(folder) / _checkpoint(name)
+            files = self._files(name)
+            manifest = self._fetch_manifest(name, files, directory)
+            for file in manifest.files:
+                self._fetch(name, file, directory)
+            yield directory
+
+    def manifest(self, name: str) -> Manifest:
+        with tempfile.TemporaryDirectory(prefix="disttrain-checkpoint-") as folder:
+            return self._fetch_manifest(name, self._files(name), Path(folder) / _checkpoint(name))
+
+    def written(self, name: str) -> datetime | None:
+        files = self._files(name)
+        info = files.get(MANIFEST) or next(iter(files.values()), {})
+        return _time(next((info[key] for key in _TIMES if key in info), None))
+
+    def write(self, step: int, flat: Flat, about: About, world_size: int) -> str:
+        name = f"{checkpoint_name(step)}.{secrets.token_hex(4)}"
+        try:
+            with self._reached():
+                self._fs.makedirs(f"{self._root}/{name}", exist_ok=True)
+                with self._fs.open(f"{self._root}/{name}/{TENSORS}", "wb") as file:
+                    size_bytes, sha256 = send_tensors(file, flat.tensors)
+            files = {TENSORS: FileRecord(size_bytes=size_bytes, sha256=sha256)}
+            data = manifest_bytes(describe(step, flat.tree, about, world_size, files))
+            sums = sums_bytes(files, data)
+            self._put(name, SUMS, sums)
+            there = self._files(name)
+            for file, size in ((TENSORS, size_bytes), (SUMS, len(sums))):
+                if file not in there or int(there[file]["size"]) != size:
+                    raise CheckpointError(f"{self.path(name)}/{file} did not arrive: expected {size} bytes")
+            self._put(name, MANIFEST, data)
+        except BaseException:
+            self.discard(name)
+            raise
+        for other in self.committed():
+            if _step(other) == step and other != name:
+                self.discard(other)
+        return name
+
+    def _put(self, name: str, file: str, data: bytes) -> None:
+        with self._reached():
+            self._fs.pipe_file(f"{self._root}/{name}/{file}", data)
+
+    def _fetch_manifest(self, name: str, files: Files, directory: Path) -> Manifest:
+        """Copy manifest and sums into `directory`, and see that the other files have the sizes that they list."""
+        directory.mkdir()
+        for file in (MANIFEST, SUMS):
+            if file in files:
+                check_small(file, int(files[file]["size"]))
+                self._fetch(name, file, directory)
+        manifest = read_manifest(directory)
+        for file, record in manifest.files.items():
+            if file not in files:
+                raise DamagedError(f"{file} is missing")
+            check_size(file, int(files[file]["size"]), record.size_bytes)
+        return manifest
+
+    def _fetch(self, name: str, file: str, directory: Path) -> None:
+        try:
+            with self._reached():
+                self._fs.get_file(f"{self._root}/{name}/{file}", str(directory / file))
+        except CheckpointError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise DamagedError(f"{file} is missing") from error
+            raise
+
+    def _files(self, name: str) -> Files:
+        return self._uploads(f"{self._root}/{name}").get(name, {})
+
+    def _uploads(self, below: str | None = None) -> dict[str, Files]:
+        """Return the files of each upload, as the store lists them now."""
+        found: dict[str, Files] = {}
+        with self._reached():
+            self._fs.invalidate_cache()
+            try:
+                listing = self._fs.find(below or self._root, detail=True)
+            except FileNotFoundError:
+                listing = {}
+        for path, info in listing.items():
+            *_, name, file = ["", "", *str(path).split("/")]
+            plain = f"{self._root}/{name}/{file}".lstrip("/") == str(path).lstrip("/")
+            if plain and _UPLOAD.fullmatch(name) and _step(name) is not None:
+                found.setdefault(name, {})[file] = info
+        return found
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        """Turn what a store raises into a CheckpointError that says where."""
+        try:
+            yield
+        except DisttrainError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise CheckpointError(
+                f"cannot reach the checkpoints in {self.url}: {reason} ({type(error).__name__}); "
+                "see the address, the permissions and the network"
+            ) from error
+
+
+def _open(url: str) -> tuple[Any, str]:
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError as error:
+        raise CheckpointError(
+            f"checkpoints in {url} need the package fsspec, which is not installed: pip install 'disttrain[remote]'"
+        ) from error
+    try:
+        fs, root = url_to_fs(url)
+    except ImportError as error:
+        # fsspec says which package it is: "Install s3fs to access S3".
+        raise CheckpointError(f"checkpoints in {url} need a package that is not installed: {error}") from error
+    return fs, str(root).rstrip("/")
+
+
+def _checkpoint(name: str) -> str:
+    """Return "step-00000040" for an upload's name."""
+    return name.partition(".")[0]
+
+
+def _step(name: str) -> int | None:
+    return step_of(_checkpoint(name))
+
+
+def _time(value: Any) -> datetime | None:
+    """Return a store's time, which it may give as a number, a text or a datetime."""
+    try:
+        if isinstance(value, str):
+            value = datetime.fromisoformat(value)
+        if isinstance(value, int | float):
+            value = datetime.fromtimestamp(value, UTC)
+    except (ValueError, OverflowError, OSError):
+        return None
+    if not isinstance(value, datetime):
+        return None
+    return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)

@@ -1,0 +1,92 @@
+"""Where a run's checkpoints are kept, and how they get there: `checkpoint.target` and `checkpoint.asynchronous`.
+
+*Contract*: without a target they lie in the run directory, with one in TARGET/NAME; `checkpoints/elsewhere.txt` in the
+run directory then says where. A run goes on from the newest of all these places, so a target may be set, changed
+or taken away between two launches. Only rank 0 decides; all ranks hear the same.
+"""
+
+from pathlib import Path
+
+from disttrain.assemble import Run
+from disttrain.backend import Backend
+from disttrain.checkpoint import (
+    AsynchronousSaver,
+    DirectorySaver,
+    Loaded,
+    Place,
+    folder_under,
+    is_url,
+    on_one_rank,
+    place_of,
+    step_in,
+)
+from disttrain.config import Config
+from disttrain.errors import ConfigError
+from disttrain.run_directory import RunDirectory, write_text
+
+ELSEWHERE = "elsewhere.txt"
+
+
+def folder(config: Config, directory: RunDirectory) -> str | Path:
+    """Return the path or URL that checkpoints are written to."""
+    target = config.checkpoint.target
+    if target is None:
+        return directory.checkpoints
+    place = folder_under(target, str(config.name))
+    return place if is_url(place) else Path(place).absolute()
+
+
+def refuse_fresh(config: Config, directory: RunDirectory, backend: Backend) -> None:
+    """ConfigError where a run that is to begin anew would go on from what its target holds."""
+    if config.checkpoint.target is None:
+        return
+    target = folder(config, directory)
+    with backend.agree("looking at checkpoint.target"):
+        if backend.rank == 0 and (place_of(target).committed() or place_of(target).set_aside()):
+            raise ConfigError(
+                f"--fresh: {target} holds the checkpoints of a run, which only a run directory's would make room; "
+                "remove them, or choose another checkpoint.target or name=NAME"
+            )
+
+
+def place_to_load(made: Run) -> Place:
+    """Return the place whose newest checkpoint is the newest of all places that the run may have written to."""
+    folders = list(dict.fromkeys([folder(made.config, made.directory), made.directory.checkpoints]))
+    marker = made.directory.checkpoints / ELSEWHERE
+
+    def choose() -> str | Path:
+        if marker.is_file() and (before := marker.read_text(encoding="utf-8").strip()) not in map(str, folders):
+            folders.append(before)
+        newest = {place: max(map(step_in, place_of(place).committed()), default=-1) for place in folders}
+        return max(newest, key=lambda place: newest[place])
+
+    chosen = on_one_rank(made.backend, choose)
+    with made.backend.agree("opening the checkpoints"):
+        return place_of(chosen)
+
+
+def check_run(made: Run, found: Loaded) -> None:
+    """ConfigError where a checkpoint is another run's, which a place that is shared may hold."""
+    expected = {"seed": made.config.seed, "num_slots": made.slots.num_slots}
+    got = {"seed": found.manifest.seed, "num_slots": found.manifest.num_slots}
+    if differing := [name for name, value in got.items() if value not in (None, expected[name])]:
+        said = ", ".join(f"{name}={got[name]} in the checkpoint, {expected[name]} here" for name in differing)
+        raise ConfigError(
+            f"the checkpoint {found.name} is of a run with other settings: {said}; "
+            "set them alike, give this run another name=NAME, or start anew with --fresh"
+        )
+
+
+def saver_of(made: Run) -> DirectorySaver:
+    """Return the save handler that the config asks for."""
+    saver = AsynchronousSaver if made.config.checkpoint.asynchronous else DirectorySaver
+    with made.backend.agree("opening checkpoint.target"):
+        return saver(folder(made.config, made.directory), describe=made.about, backend=made.backend)
+
+
+def note_target(made: Run) -> None:
+    """Leave word in the run directory of where the checkpoints are, before the first goes there; on rank 0."""
+    marker, text = made.directory.checkpoints / ELSEWHERE, f"{folder(made.config, made.directory)}\n"
+    before = marker.read_text(encoding="utf-8") if marker.exists() else None
+    if before != text and (before is not None or made.config.checkpoint.target is not None):
+        write_text(marker, text)

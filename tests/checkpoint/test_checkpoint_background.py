@@ -1,0 +1,214 @@
+"""Saving while the training goes on: the same bytes, one at a time, and a failure that every rank hears of."""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_states import DTYPES, files, mark_of, marked, tensor_of, training_state
+from ranks import Ranks
+
+from disttrain.backend import Backend
+from disttrain.checkpoint import AsynchronousSaver, DirectorySaver, committed, load, load_newest
+from disttrain.errors import CheckpointError
+
+
+class Gate:
+    """Lets fsync wait until it is opened, so that a save is under way for as long as a test wants."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.entered, self._open = threading.Event(), threading.Event()
+        fsync = os.fsync
+
+        def waiting(descriptor: int) -> None:
+            self.entered.set()
+            assert self._open.wait(30)
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", waiting)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    return Gate(monkeypatch)
+
+
+def name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        training_state(),
+        {str(dtype): tensor_of(dtype, [3, 2]) for dtype in DTYPES},
+        {"t": torch.arange(6.0).reshape(2, 3).T, "e": torch.ones(1).expand(4), "c": torch.ones(2) * 1j, "n": []},
+    ],
+    ids=["training", "dtypes", "views"],
+)
+def test_it_writes_the_same_bytes(tmp_path: Path, state: Any) -> None:
+    with AsynchronousSaver(tmp_path / "a") as saver:
+        for step in (1, 2):  # the second into the memory of the first
+            saver(state, name(step), {})
+        saver.settle()
+    DirectorySaver(tmp_path / "s")(state, name(2), {})
+    assert files(tmp_path / "a" / name(2)) == files(tmp_path / "s" / name(2))
+
+
+def test_what_is_saved_is_the_state_of_the_call(tmp_path: Path, gate: Gate) -> None:
+    state = marked(3)
+    with AsynchronousSaver(tmp_path) as saver:
+        saver(state, name(3), {})
+        for tensor in (*state["model"].values(), state["count"]):
+            tensor.fill_(7)
+        state["history"].append(7)
+        assert gate.entered.wait(10)
+        assert committed(tmp_path) == []
+        saver.poll()
+        gate.open()
+        saver.settle()
+        assert mark_of(load(tmp_path / name(3)).state) == 3
+
+
+def test_the_next_save_waits_for_the_one_under_way(tmp_path: Path, gate: Gate) -> None:
+    with AsynchronousSaver(tmp_path) as saver:
+        saver(marked(1), name(1), {})
+        assert gate.entered.wait(10)
+        threading.Timer(0.2, gate.open).start()
+        saver(marked(2), name(2), {})
+        assert name(1) in committed(tmp_path)
+        saver.settle()
+        assert committed(tmp_path) == [name(2), name(1)]
+
+
+def test_the_old_goes_only_after_the_new_is_committed(tmp_path: Path, gate: Gate) -> None:
+    with AsynchronousSaver(tmp_path) as saver:
+        gate.open()
+        saver(marked(1), name(1), {})
+        saver.settle()
+    slow = Gate(pytest.MonkeyPatch())
+    try:
+        with AsynchronousSaver(tmp_path) as saver:
+            saver(marked(2), name(2), {})
+            saver.remove(name(1))
+            assert slow.entered.wait(10)
+            assert committed(tmp_path) == [name(1)]
+            slow.open()
+            saver.settle()
+        assert committed(tmp_path) == [name(2)]
+    finally:
+        slow.open()
+
+
+def fails(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("ask", [AsynchronousSaver.settle, AsynchronousSaver.poll])
+def test_a_failed_save_is_told_and_takes_nothing_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Callable[[AsynchronousSaver], None]
+) -> None:
+    with AsynchronousSaver(tmp_path) as saver:
+        saver(marked(1), name(1), {})
+        saver.settle()
+        monkeypatch.setattr(os, "fsync", fails)
+        saver(marked(2), name(2), {})
+        saver.remove(name(1))
+        assert saver._job is not None
+        assert saver._job.ended(10)
+        with pytest.raises(CheckpointError, match=r"step-00000002: No space left on device; it needs \d+ bytes"):
+            ask(saver)
+        monkeypatch.undo()
+        assert os.listdir(tmp_path) == [name(1)]
+        saver.settle()
+        saver(marked(3), name(3), {})
+        saver.settle()
+    assert committed(tmp_path) == [name(3), name(1)]
+
+
+def test_what_cannot_be_held_is_refused_at_once(tmp_path: Path) -> None:
+    with AsynchronousSaver(tmp_path) as saver, pytest.raises(CheckpointError, match=r"state\['a'\] is a set"):
+        saver({"a": {1}}, name(1), {})
+    assert not any(tmp_path.iterdir())
+
+
+def test_leaving_waits_and_tells_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ValueError, match="mine"), AsynchronousSaver(tmp_path) as saver:
+        saver(marked(1), name(1), {})
+        raise ValueError("mine")
+    assert committed(tmp_path) == [name(1)]
+    monkeypatch.setattr(os, "fsync", fails)
+    with AsynchronousSaver(tmp_path) as saver:
+        saver(marked(2), name(2), {})
+    assert "the last checkpoint was not saved: cannot write the checkpoint" in caplog.text
+
+
+def test_stopping_at_once_does_not_wait(tmp_path: Path, gate: Gate) -> None:
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), AsynchronousSaver(tmp_path) as saver:
+        saver(marked(1), name(1), {})
+        assert gate.entered.wait(10)
+        raise KeyboardInterrupt
+    assert committed(tmp_path) == []
+    assert time.monotonic() - began < 10
+    gate.open()
+    assert saver._job is not None
+    saver._job.ended(None)
+
+
+def save_on_ranks(backend: Backend, root: Path) -> list[int]:
+    """Save at every second of nine steps; return the steps at which the ranks were asked."""
+    asked = []
+    with AsynchronousSaver(root, backend=backend) as saver:
+        for step in range(1, 10):
+            if step % 2 == 0:
+                saver(marked(step) if backend.rank == 0 else {"a": {1}}, name(step), {})
+                saver.remove(name(step - 4))
+            saver.poll()
+            if saver._asked is not None:
+                asked.append(step)
+        saver.settle()
+    loaded = load_newest(root, backend)
+    assert loaded is not None
+    assert mark_of(loaded.state) == 8
+    return asked
+
+
+def test_the_ranks_ask_each_other_only_while_a_save_is_under_way(ranks: Ranks, tmp_path: Path) -> None:
+    first, second = ranks(2, save_on_ranks, tmp_path)
+    assert first == second
+    assert set(first) <= {2, 3, 4, 5, 6, 7, 8, 9}
+    assert committed(tmp_path) == [name(8), name(6)]
+
+
+def fail_on_ranks(backend: Backend, root: Path) -> tuple[int, str]:
+    """Return the step at whose end this rank heard of a save that failed on rank 0, and what it heard."""
+    with AsynchronousSaver(root, backend=backend) as saver:
+        if backend.rank == 0:
+            os.fsync = fails  # type: ignore[assignment]
+        saver(marked(1), name(1), {})
+        if saver._job is not None:
+            assert saver._job.ended(10)
+        for step in range(1, 10):
+            try:
+                saver.poll()
+            except CheckpointError as error:
+                return step, str(error)
+    return 0, ""
+
+
+def test_every_rank_hears_of_a_failed_save_at_the_same_step(ranks: Ranks, tmp_path: Path) -> None:
+    heard = ranks(2, fail_on_ranks, tmp_path, fresh=True)
+    assert heard[0] == heard[1]
+    assert heard[0][0] > 0
+    assert "No space left on device" in heard[0][1]
+    assert committed(tmp_path) == []
