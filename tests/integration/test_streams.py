@@ -204,7 +204,7 @@ def test_other_data_is_refused_unless_it_is_accepted(whole: dict[str, Path], tmp
     assert run(tmp_path, "max_steps=6").code == 0
     # Other samples, which neither length nor type shows.
     cfg(
-        tmp_path, "Shards", "\nStream.numbers = lambda self: [i for i in range(200)[self.part] if (i + self.epoch) % 4]"
+        tmp_path, "Shards", "\nStream.numbers = lambda self: [i for i in range(200)[self.part] if (i + self.epoch) % 7]"
     )
     refused = run(tmp_path)
     assert refused.code == 1
