@@ -64,6 +64,8 @@ class Run:
     """2-norm of the newest step's gradient before clipping, 0-dimensional, on the device; None before it is known."""
     skipped_steps: int = 0
     """Steps over the whole run whose update was left out, by on_nan=skip or because scaled gradients overflowed."""
+    evaluation_due: bool = False
+    """A signal cut the evaluation at this step short: whoever goes on from here does it first."""
 
     @property
     def total_steps(self) -> int:
@@ -85,6 +87,11 @@ class Run:
             return {"max_epochs": self.config.max_epochs}
         return {"max_iters": self.total_steps}
 
+    @property
+    def epochs_begun(self) -> int:
+        """Epochs of which at least one step is done."""
+        return self.loader.epoch + (self.loader.step > 0)
+
     def take_grad_norm(self) -> Tensor | None:
         """Return the norm of the newest step's gradient once: a step that computes none then has none."""
         norm, self.grad_norm = self.grad_norm, None
@@ -99,6 +106,7 @@ class Run:
             "skipped_steps": self.skipped_steps,
             "global_batch_size": self.config.global_batch_size,
             "kernels": kernels_of(self.backend.device),
+            **({"evaluation_due": True} if self.evaluation_due else {}),
             **self.data,
         }
         return About(

@@ -29,16 +29,29 @@ class NonFiniteError(DisttrainError, RuntimeError):
     """A loss or a gradient became NaN or infinite; the message says at which step."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the run where there was nothing to save: before the first step, or asked for twice.
+
+    Like a KeyboardInterrupt, which it is, it is no `Exception`, so that `except Exception` lets it pass.
+    """
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
 class RemoteError(DisttrainError, RuntimeError):
     """Another rank failed; this rank stops with that rank's message.
 
-    `rank` is the rank that failed first, `message` what it said.
+    `rank` is the rank that failed first, `message` what it said; `interrupted`: it was a signal that ended it.
     """
 
     def __init__(self, rank: int, message: str) -> None:
         super().__init__(f"rank {rank} failed: {message}")
         self.rank = rank
         self.message = message
+
+    @property
+    def interrupted(self) -> bool:
+        return self.message.startswith(f"{Interrupted.__name__}: ")
 
     def __reduce__(self) -> tuple[type["RemoteError"], tuple[int, str]]:
         return type(self), (self.rank, self.message)

@@ -7,7 +7,6 @@ exit code that `EXIT_CODES` lists. An existing run is untouched until all that c
 import argparse
 import json
 import logging
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -36,17 +35,18 @@ from disttrain.config import (
     replace,
     with_num_slots,
 )
-from disttrain.errors import ConfigError, DisttrainError, RemoteError
-from disttrain.handlers.progress import number
+from disttrain.errors import ConfigError, DisttrainError, Interrupted, RemoteError
+from disttrain.handlers.preemption import Preemption
 from disttrain.run_directory import RunDirectory
+from disttrain.summary import greet, summarise
 from disttrain.version import __version__
 
-COMPLETED, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 75
+COMPLETED, FAILED, USAGE, INTERRUPTED = 0, 1, 2, Interrupted.exit_code
 EXIT_CODES = {
     COMPLETED: "completed, now or before",
     FAILED: "failed while running; the last checkpoint is kept",
     USAGE: "the command, the config or the data cannot be run",
-    INTERRUPTED: "interrupted by a signal, after a checkpoint; the same command goes on",
+    INTERRUPTED: "interrupted by a signal, after a checkpoint if a step was done; the same command goes on",
 }
 
 
@@ -54,6 +54,15 @@ def main(arguments: Sequence[str] | None = None, *, handlers: Sequence[Callable[
     """Run what the command line says; return the exit code. `handlers` come after the config's own."""
     options = parser().parse_intermixed_args(arguments)
     logging.getLogger("disttrain").addHandler(logging.NullHandler())  # what is logged goes to the ranks' files alone
+    try:
+        with Preemption(starting=True) as preemption:
+            return train(options, handlers, preemption)
+    except Interrupted as error:  # before the ranks were connected
+        return tell(error, options)
+
+
+def train(options: argparse.Namespace, handlers: Sequence[Callable[[Any, Any], object]], preemption: Preemption) -> int:
+    """Load the config, connect the ranks and do what the options ask for."""
     config, mistake = None, None
     try:
         config = load_config(Path(options.config), options.overrides)
@@ -73,12 +82,13 @@ def main(arguments: Sequence[str] | None = None, *, handlers: Sequence[Callable[
     except DisttrainError as error:
         return tell(mistake or error, options)
     with backend:
+        preemption.backend = backend
         try:
             with backend.agree("loading the config"):
                 if mistake is not None:
                     raise mistake
             assert config is not None
-            return start(config, options, backend)
+            return start(config, options, backend, preemption)
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last place that can tell a person
             return report(error, backend, options)
 
@@ -127,7 +137,7 @@ def check(config: Config) -> int:
     return COMPLETED
 
 
-def start(config: Config, options: argparse.Namespace, backend: Backend) -> int:
+def start(config: Config, options: argparse.Namespace, backend: Backend, preemption: Preemption) -> int:
     """Hold the config against the other ranks and the run that may be there, then run it."""
     console = Console(quiet=backend.rank != 0, highlight=False, markup=False, emoji=False)
     path = Path(options.config)
@@ -146,7 +156,12 @@ def start(config: Config, options: argparse.Namespace, backend: Backend) -> int:
         summarise(ended, directory, console)
         return COMPLETED
     greet(config, directory, backend, console)
-    result = recipe.run(config, backend, directory, console, fresh=fresh)
+    try:
+        result = recipe.run(config, backend, directory, console, preemption, fresh=fresh)
+    except BaseException as error:
+        if backend.rank == 0 and preemption.starting and interrupted(error, backend):
+            directory.interrupt(fresh=fresh)
+        raise
     summarise(result, directory, console)
     return COMPLETED if result["status"] == "completed" else INTERRUPTED
 
@@ -195,45 +210,10 @@ def finished(result: dict[str, Any], config: Config) -> bool:
     return int(result["epoch"]) >= (config.max_epochs or 0)
 
 
-def greet(config: Config, directory: RunDirectory, backend: Backend, console: Console) -> None:
-    """Say what is about to run, where, and how many cores stay idle."""
-    ranks = f"{backend.world_size} rank" + "s" * (backend.world_size > 1)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    busy = backend.local_world_size * (config.cpu_threads + config.num_workers)
-    idle = f", {cores - busy} of {cores} cores idle" if busy < cores else ""
-    threads = f"{config.cpu_threads} thread{'s' * (config.cpu_threads > 1)} a rank{idle}"
-    precision = getattr(config.precision, "__name__", config.precision)
-    console.print(
-        f"disttrain {__version__}: {config.name} on {ranks} ({backend.name}, {backend.device}), "
-        f"{config.num_slots} slots, {precision}, {threads}; in {directory.path}",
-        soft_wrap=True,
-    )
-
-
-def summarise(result: dict[str, Any], directory: RunDirectory, console: Console) -> None:
-    """Print the end of a run as a person wants to read it."""
-    rows = {
-        "steps": f"{result['step']:,} ({result['epoch']} epochs), {result['status']}"
-        + (f"; the updates of {result['skipped_steps']:,} were left out" if result["skipped_steps"] else ""),
-        **{f"validation {name}": number(value) for name, value in result["metrics"].items()},
-        "pace": f"{result['samples_per_second']:,.0f} samples/s, {result['wall_s']:.1f} s",
-        "checkpoint": directory.checkpoints / result["checkpoint"],
-        "metrics": directory.metrics,
-        "logs": directory.logs,
-        "weights": f"sha256 {result['params_sha256']}",
-    }
-    if "xla_compilations" in result:
-        steady = result["xla_compilations_after_step_2"]
-        rows["compiled"] = f"{result['xla_compilations']} programs, {steady} of them after step 2"
-    width = max(map(len, rows)) + 2
-    for name, value in rows.items():
-        console.print(f"{name:<{width}}{value}", soft_wrap=True)
-
-
 def report(error: BaseException, backend: Backend, options: argparse.Namespace) -> int:
     """Tell a person what went wrong, on the rank where it did; return this rank's exit code."""
     if isinstance(error, RemoteError):
-        return FAILED
+        return INTERRUPTED if error.interrupted else FAILED
     if isinstance(error, RuntimeError) and not isinstance(error, DisttrainError):
         # A collective that broke is not the cause but the news of it: who failed has said why.
         heard = backend.first_failure(wait_s=2.0)
@@ -243,14 +223,20 @@ def report(error: BaseException, backend: Backend, options: argparse.Namespace) 
         backend.fail(error)
         heard = backend.first_failure(wait_s=0.0)
     if heard is not None and heard.rank != backend.rank:
-        return FAILED
+        return INTERRUPTED if heard.interrupted else FAILED
     return tell(error, options)
+
+
+def interrupted(error: BaseException, backend: Backend) -> bool:
+    """Return whether it was a signal, to this rank or another, that ended the run."""
+    heard = error if isinstance(error, RemoteError) else backend.first_failure(wait_s=0.0)
+    return isinstance(error, Interrupted) or (heard is not None and heard.interrupted)
 
 
 def tell(error: BaseException, options: argparse.Namespace) -> int:
     """Print a person's mistake as one message, anything else with its traceback; return the exit code."""
     if isinstance(error, KeyboardInterrupt):
-        print("stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"Interrupted: {error or 'the same command goes on from the last checkpoint'}", file=sys.stderr)
         return INTERRUPTED
     if options.traceback or not isinstance(error, (DisttrainError, OSError)):
         traceback.print_exception(error)

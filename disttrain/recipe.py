@@ -36,11 +36,18 @@ from disttrain.version import __version__
 
 
 def run(
-    config: Config, backend: Backend, directory: RunDirectory, console: Console, *, fresh: bool = False
+    config: Config,
+    backend: Backend,
+    directory: RunDirectory,
+    console: Console,
+    preemption: Preemption,
+    *,
+    fresh: bool = False,
 ) -> dict[str, Any]:
     """Train `config` in `directory` from its newest checkpoint to its end; return what result.json holds.
 
     `config.num_slots` is a number. With `fresh` a run that is there makes room once everything is built.
+    *Errors*: Interrupted where `preemption` hears a signal before the first step.
     """
     with backend.agree("choosing deterministic kernels"):
         make_deterministic(config.cpu_threads, strict=config.deterministic)
@@ -48,7 +55,6 @@ def run(
     if not config.deterministic:
         console.print("WARNING: deterministic=false: the same bits are not promised", style="bold yellow")
     with refused_operations_named(), ExitStack() as stack:
-        preemption = stack.enter_context(Preemption(backend, save_every_s=config.checkpoint.every_s))
         made = assemble(config, backend, directory)
         stack.callback(made.loader.close)
         take(directory, backend, console, fresh=fresh, stack=stack)
@@ -59,7 +65,10 @@ def run(
         end = observe(made, preemption, console, step, stack, compilations)
         compilations.attach(made.trainer)
         began = time.perf_counter()
-        if step < made.total_steps:
+        preemption.begin(backend, save_every_s=config.checkpoint.every_s)
+        if made.evaluation_due:
+            end.catch_up(made.trainer)
+        if step < made.total_steps and not end.interrupted:
             made.trainer.run(made.loader, **made.maximum, epoch_length=made.epoch_length)
         if not end.interrupted:
             end.finish(made.trainer)
@@ -119,6 +128,7 @@ def restore(made: Run, console: Console) -> int:
             Checkpoint.load_objects(parts, {**found.state, "trainer": lengthened(made, found.state["trainer"])})
         skipped = position.get("skipped_steps", 0)
         made.skipped_steps = skipped if isinstance(skipped, int) else 0
+        made.evaluation_due = position.get("evaluation_due") is True
         place(made, step, console)
         console.print(f"resuming from step {step} (epoch {made.loader.epoch + 1})")
     with made.backend.agree("describing the run"):
@@ -176,13 +186,14 @@ def observe(
             curves.trained(lines, pace)
             display.pace(pace)
 
-    def validate(engine: Engine) -> dict[str, Any]:
+    def validate(engine: Engine) -> dict[str, Any] | None:
         assert made.evaluation is not None
         with compilations.apart():
-            values = made.evaluation.run()
-        if curves is not None:
-            curves.validated(engine.state.iteration, engine.state.epoch, values)
-            display.validated(engine.state.iteration, engine.state.epoch, values)
+            values = made.evaluation.run(preemption.asked)
+        made.evaluation_due = values is None
+        if values is not None and curves is not None:
+            curves.validated(engine.state.iteration, made.epochs_begun, values)
+            display.validated(engine.state.iteration, made.epochs_begun, values)
         return values
 
     losses = LossLog(
@@ -251,7 +262,7 @@ def outcome(made: Run, end: StepEnd, resumed_at: int, wall_s: float) -> dict[str
     return {
         "status": "interrupted" if end.interrupted else "completed",
         "step": step,
-        "epoch": made.loader.epoch + (made.loader.step > 0),
+        "epoch": made.epochs_begun,
         "metrics": end.metrics,
         "params_sha256": digests[0],
         "world_size": backend.world_size,

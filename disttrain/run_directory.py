@@ -17,6 +17,7 @@ the process, however it dies.
 
 import fcntl
 import json
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from disttrain.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -183,6 +186,22 @@ class RunDirectory:
     def finish(self, result: dict[str, Any]) -> None:
         """Keep how the run ended."""
         write_text(self.result_json, json_text(result, indent=2) + "\n")
+
+    def interrupt(self, *, fresh: bool = False) -> None:
+        """Note that a signal ended the run before its first step; an old run that was to make room is left as it is.
+
+        Where nothing can be written that is no further error: the exit code says it too.
+        """
+        if fresh and self.has_begun():
+            return
+        try:
+            self._acquire()
+            ended = self.result() or {"step": 0, "epoch": 0, "metrics": {}}
+            self.finish({**ended, "status": "interrupted"})
+        except (ConfigError, OSError) as error:
+            logger.warning("the interruption could not be noted in %s: %s", self.path, error)
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Give the lock back; any number of times."""

@@ -3,9 +3,12 @@
 *Contract*: batches are the same whatever the world size and each rank takes whole ones, so every sample is
 seen once on exactly one rank and a metric is that of the data set. Batch losses are folded in batch order in
 float64; metric states are merged in rank order. The training generators are left as they were found.
+
+*Cost* of being able to stop: the ranks wait for each other about twice a second, and once more at the end.
 """
 
 import functools
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -74,22 +77,38 @@ class Evaluation:
                 part.distributed_available_fn = lambda: self.backend.world_size > 1
 
     @keep_random_state
-    def run(self) -> dict[str, Any]:
-        """Return the validation loss and the metrics, the same on every rank."""
+    def run(self, stop: Callable[[], bool] | None = None) -> dict[str, Any] | None:
+        """Return the validation loss and the metrics, the same on every rank.
+
+        None, on every rank, where `stop()` said before a batch of some rank that it is to end at once.
+        """
         # One by one: a part of the model may be held in evaluation mode, as a frozen batch norm is.
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         for metric in self.metrics.values():
             metric.reset()
-        losses = {}
         try:
             with torch.no_grad():
-                for number, batch in self.batches():
-                    losses[number] = self._evaluate(batch)
+                losses = self._losses(None if stop is None else Together(self.backend, stop))
         finally:
             for module in training:
                 module.training = True
+        if losses is None:
+            return None
         return {"loss": self._mean(losses), **{name: self._value(metric) for name, metric in self.metrics.items()}}
+
+    def _losses(self, together: "Together | None") -> dict[int, tuple[float, int]] | None:
+        """Return the losses of this rank's batches by number, None where the ranks stop before their end."""
+        losses, batches, done = {}, iter(self.batches()), False
+        while not done:
+            if together is not None and together.stop():
+                return None  # the iterator ends with this frame, and its workers with it
+            numbered = next(batches, None)
+            if numbered is None:
+                done = True
+            else:
+                losses[numbered[0]] = self._evaluate(numbered[1])
+        return None if together is not None and together.stop_before_all_are_done() else losses
 
     def _evaluate(self, batch: Any) -> tuple[float, int]:
         with self.precision.forward():
@@ -126,6 +145,46 @@ class Evaluation:
         # A rank without a batch would add its defaults: to a mean, or as floats to a list of integers.
         told = [part for updated, part in parts if updated] or [part for _, part in parts]
         return [part.to(state.device) for part in told]
+
+
+class Together:
+    """Lets ranks, each at batches of its own, find out every half second or so whether one of them is to stop.
+
+    Each time they all say at once how long it took since the last, and take as many batches to the next time as would
+    have taken half a second on the slowest, at most twice as many as before.
+    """
+
+    def __init__(self, backend: Backend, wish: Callable[[], bool], every_s: float = 0.5) -> None:
+        self._backend = backend
+        self._wish = wish
+        self._every_s = every_s
+        self._every, self._left = 1, 0
+        self._met: float | None = None
+
+    def stop(self) -> bool:
+        """Return, before a batch of this rank, whether all are to stop."""
+        if self._left and not self._wish():
+            self._left -= 1
+            return False
+        asked, _ = self._meet(done=False)
+        self._left = self._every - 1
+        return asked
+
+    def stop_before_all_are_done(self) -> bool:
+        """Wait, after this rank's last batch, for the others; return whether all are to stop before they are done."""
+        done = asked = False
+        while not (asked or done):
+            asked, done = self._meet(done=True)
+        return asked and not done
+
+    def _meet(self, *, done: bool) -> tuple[bool, bool]:
+        """Return whether any rank is to stop, and whether all are done."""
+        elapsed = self._every_s if self._met is None else time.perf_counter() - self._met
+        said = self._backend.all_gather((self._wish(), done, elapsed))
+        self._met = time.perf_counter()
+        slowest = max(elapsed for _, _, elapsed in said)
+        self._every = max(1, min(2 * self._every, int(self._every * self._every_s / max(slowest, 1e-9))))
+        return any(asked for asked, _, _ in said), all(over for _, over, _ in said)
 
 
 def plain(value: Any) -> Any:

@@ -3,6 +3,9 @@
 *Contract*: a checkpoint comes after everything else of its step, so a run that is killed right after it has
 nothing to do again; at an epoch's end it comes after EPOCH_COMPLETED's other handlers. Each act falls due by
 the step's number alone (or by all ranks' agreement), so all ranks act alike.
+
+A signal ends an evaluation before its end. The step is saved all the same, as one that is to be evaluated still:
+whoever goes on from it calls `catch_up` first, and the curves are those of a run that nobody stopped.
 """
 
 from collections.abc import Callable
@@ -19,7 +22,8 @@ def due(every_steps: int, step: int, epoch_ends: bool) -> bool:
 
 
 class StepEnd:
-    """Attached last of all. `validate` returns the results of the validation data, `save` makes a checkpoint.
+    """Attached last of all. `validate` returns the results of the validation data, None where a signal cut it short;
+    `save` makes a checkpoint.
 
     Where an epoch's length is not known beforehand, `pass_ends()` says after each step whether that was its last.
     """
@@ -30,7 +34,7 @@ class StepEnd:
         preemption: Preemption,
         *,
         save: Callable[[Engine], None],
-        validate: Callable[[Engine], dict[str, Any]] | None,
+        validate: Callable[[Engine], dict[str, Any] | None] | None,
         total_steps: int,
         log_every_steps: int,
         save_every_steps: int,
@@ -52,6 +56,7 @@ class StepEnd:
         self._validated_at = -1
 
     def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_STARTED, self.preemption.ask)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.inside_epoch)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_end)
 
@@ -72,30 +77,44 @@ class StepEnd:
         step = engine.state.iteration
         if epoch_ends or step % self.log_every_steps == 0:
             self.losses.fetch(engine)
-        if due(self.validate_every_steps, step, epoch_ends):
-            self.validate(engine)
-        wish = self.preemption.agreed()
+        evaluates = due(self.validate_every_steps, step, epoch_ends)
+        whole = not evaluates or self.validate(engine)
+        wish = self.preemption.agreed(anew=evaluates)
+        if not whole:
+            wish = STOP  # which the ranks have agreed on while they evaluated
         if wish != NOTHING or due(self.save_every_steps, step, epoch_ends):
             self.save(engine)
-        if wish == STOP and step < self.total_steps:
-            self.interrupted = True
-            engine.interrupt()
+            wish = max(wish, self.preemption.agreed(anew=True))  # not to save again a step later
+        if wish == STOP and (step < self.total_steps or not whole):
+            self.stop(engine)
+
+    def stop(self, engine: Engine) -> None:
+        self.interrupted = True
+        engine.interrupt()
+
+    def catch_up(self, engine: Engine) -> None:
+        """Evaluate at the step that the run goes on from, if it was saved before that was done."""
+        self.interrupted = not self.validate(engine)
 
     def finish(self, engine: Engine) -> None:
         """Do what the last step has left undone; called once, when all steps are over."""
-        self.preemption.settle()
         self.losses.fetch(engine)
-        self.validate(engine)
+        self.interrupted = not self.validate(engine)
         self.save(engine)
 
     def resumed_at(self, step: int) -> None:
         """Note that a checkpoint of `step` is there already."""
         self._saved_at = step
 
-    def validate(self, engine: Engine) -> None:
-        if self._validate is not None and self._validated_at != engine.state.iteration:
-            self._validated_at = engine.state.iteration
-            self.metrics = self._validate(engine)
+    def validate(self, engine: Engine) -> bool:
+        """Evaluate, unless that was done at this step; return whether it was done to its end."""
+        if self._validate is None or self._validated_at == engine.state.iteration:
+            return True
+        metrics = self._validate(engine)
+        if metrics is None:
+            return False
+        self._validated_at, self.metrics = engine.state.iteration, metrics
+        return True
 
     def save(self, engine: Engine) -> None:
         if self._saved_at != engine.state.iteration:

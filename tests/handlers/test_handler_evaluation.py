@@ -1,6 +1,7 @@
 """Evaluation: every sample once on any number of ranks, metrics of the data set, and nothing else changed."""
 
 import random
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -141,6 +142,40 @@ def test_metrics_are_those_of_the_data_set(ranks: Ranks, world_size: int, batch_
 
 def test_the_loss_is_the_same_bits_on_any_number_of_ranks(ranks: Ranks) -> None:
     assert len({ranks(world_size, evaluate, 8)[0]["loss"] for world_size in (1, 2, 3)}) == 1
+
+
+def cut_short(backend: Backend, asked: int, after: int) -> tuple[Any, list[int], Any]:
+    """Evaluate while the rank `asked` is to stop after so many of its batches; return the result, what was seen, and
+    what comes of a second evaluation that nobody stops."""
+    points, seen = Points(), []
+
+    def batches() -> Iterator[tuple[int, Any]]:
+        for number, batch in evaluation_loader(points, 8, rank=backend.rank, world_size=backend.world_size):
+            seen.append(number)
+            time.sleep(0.05)
+            yield number, batch
+
+    evaluation = Evaluation(model_of_three(), batches, compute, metrics(), precision=FP32(), backend=backend)
+    result = evaluation.run(lambda: backend.rank == asked and len(seen) >= after)
+    seen_until_then = list(seen)
+    return result, seen_until_then, evaluation.run(lambda: False)
+
+
+@pytest.mark.parametrize(("asked", "after"), [(0, 0), (1, 2), (2, 5)])
+def test_what_one_rank_is_asked_ends_the_evaluation_of_all(ranks: Ranks, asked: int, after: int) -> None:
+    # Three ranks of 4, 4 and 5 batches; the last of them is asked when the others are done already.
+    ended = ranks(3, cut_short, asked, after)
+    assert [result for result, _, _ in ended] == [None] * 3
+    assert len(ended[asked][1]) == after
+    if after == 0:
+        assert [seen for _, seen, _ in ended] == [[]] * 3
+    again = [second for _, _, second in ended]
+    assert again == ranks(3, evaluate, 8)
+
+
+def test_a_wish_that_comes_when_all_are_done_changes_nothing(ranks: Ranks) -> None:
+    ended = ranks(3, cut_short, 2, 6)
+    assert [result for result, _, _ in ended] == ranks(3, evaluate, 8)
 
 
 def evaluate_collection(backend: Backend) -> Any:

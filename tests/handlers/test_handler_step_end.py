@@ -1,7 +1,9 @@
 """The end of a step: what is due, in which order, and what the last step leaves to do."""
 
 import itertools
+import math
 import signal
+import time
 from typing import Any
 
 import pytest
@@ -27,20 +29,41 @@ def train(
     loss: float = 1.0,
     sigterm_at: int | None = None,
     passes_end_at: tuple[int, ...] = (),
+    sigterm_in: str = "",
+    unvalidated: bool = False,
+    slow_step_s: float = math.inf,
 ) -> tuple[list[str], StepEnd]:
-    """Train epochs of four steps; return what was done, such as "save 4", and the handler."""
+    """Train epochs of four steps; return what was done, such as "save 4", and the handler.
+
+    SIGTERM comes when step `sigterm_at` is computed, or in the midst of what `sigterm_in` names. `unvalidated`: the
+    run goes on from a step that was saved before it was evaluated.
+    """
     done: list[str] = []
+
+    def asked_to_stop() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        while not preemption.asked():
+            time.sleep(0.001)
 
     def step(engine: Engine, batch: Any) -> list[torch.Tensor]:
         if engine.state.iteration == sigterm_at:
-            signal.raise_signal(signal.SIGTERM)
+            asked_to_stop()
         return [torch.tensor(loss)]
 
-    def validating(engine: Engine) -> dict[str, Any]:
+    def validating(engine: Engine) -> dict[str, Any] | None:
         done.append(f"validate {engine.state.iteration}")
+        if done[-1] == sigterm_in:
+            asked_to_stop()
+            done[-1] += " in part"
+            return None
         return {"loss": float(engine.state.iteration)}
 
-    with connect("single") as backend, Preemption(backend) as preemption:
+    def saving(engine: Engine) -> None:
+        done.append(f"save {engine.state.iteration}")
+        if done[-1] == sigterm_in:
+            asked_to_stop()
+
+    with connect("single") as backend, Preemption(backend, slow_step_s=slow_step_s) as preemption:
         losses = LossLog(
             backend,
             torch.optim.SGD([torch.zeros(1)], lr=0.1),
@@ -51,7 +74,7 @@ def train(
         end = StepEnd(
             losses,
             preemption,
-            save=lambda engine: done.append(f"save {engine.state.iteration}"),
+            save=saving,
             validate=validating,
             total_steps=max_steps,
             log_every_steps=log,
@@ -65,7 +88,9 @@ def train(
         if resume_at:
             trainer.load_state_dict({"iteration": resume_at, "max_iters": max_steps, "epoch_length": EPOCH})
             end.resumed_at(resume_at)
-        if resume_at < max_steps:
+        if unvalidated:
+            end.catch_up(trainer)
+        if resume_at < max_steps and not end.interrupted:
             if passes_end_at:
                 trainer.run(itertools.count(), max_iters=max_steps)
             else:
@@ -121,6 +146,46 @@ def test_no_checkpoint_is_made_after_a_loss_that_is_not_finite() -> None:
 def test_asked_to_stop_it_saves_at_the_next_step_and_interrupts() -> None:
     done, end = train(sigterm_at=2)
     assert done == ["fetch 1-3", "save 3"]
+    assert end.interrupted
+
+
+def test_asked_to_stop_in_a_slow_step_it_saves_at_its_end() -> None:
+    done, end = train(sigterm_at=2, slow_step_s=0.0)
+    assert done == ["fetch 1-2", "save 2"]
+    assert end.interrupted
+
+
+def test_asked_to_stop_while_it_saves_it_saves_no_second_time() -> None:
+    done, end = train(sigterm_in="save 3", save=3)
+    assert done == ["fetch 1-3", "save 3"]
+    assert end.interrupted
+    done, end = train(sigterm_in="save 8", save=4)  # nothing is left to do
+    assert done[-3:] == ["fetch 5-8", "validate 8", "save 8"]
+    assert not end.interrupted
+
+
+def test_an_evaluation_that_is_cut_short_is_saved_as_not_done_and_done_first_by_who_goes_on() -> None:
+    done, end = train(sigterm_in="validate 4")
+    assert done == ["fetch 1-4", "validate 4 in part", "save 4"]
+    assert end.interrupted
+    done, end = train(resume_at=4, unvalidated=True)
+    assert done == ["validate 4", "fetch 5-8", "validate 8", "save 8"]
+    assert not end.interrupted
+
+
+@pytest.mark.parametrize("max_steps", [6, 8])
+def test_an_evaluation_that_is_cut_short_at_the_very_end_is_left_to_the_next_launch(max_steps: int) -> None:
+    done, end = train(sigterm_in=f"validate {max_steps}", max_steps=max_steps)
+    assert done[-2:] == [f"validate {max_steps} in part", f"save {max_steps}"]
+    assert end.interrupted
+    done, end = train(resume_at=max_steps, max_steps=max_steps, unvalidated=True)
+    assert done == [f"validate {max_steps}"]
+    assert not end.interrupted
+
+
+def test_cut_short_again_nothing_is_saved_anew() -> None:
+    done, end = train(resume_at=4, unvalidated=True, sigterm_in="validate 4")
+    assert done == ["validate 4 in part"]
     assert end.interrupted
 
 
