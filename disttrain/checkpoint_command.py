@@ -131,12 +131,13 @@ def list_them(root: Place, name: str | None, options: argparse.Namespace, consol
             str(entry.step), date, size, epoch_of(entry.manifest), ranks, entry.state, plain(odd + entry.reason)
         )
     console.print(table)
-    return DAMAGED if any(entry.state == "damaged" and step_of(entry.name) is not None for entry in entries) else GOOD
+    committed = set(root.committed())
+    return DAMAGED if any(entry.state == "damaged" and entry.name in committed for entry in entries) else GOOD
 
 
 def show_one(root: Place, name: str | None, options: argparse.Namespace, console: Console) -> int:
     """Print what one checkpoint, by default the newest, says about itself."""
-    name = name or next((entry.name for entry in survey(root, quick=True) if step_of(entry.name) is not None), None)
+    name = name or next(iter(root.committed()), None)
     if name is None:
         raise ConfigError(f"there are no checkpoints in {root}")
     entry = inspect(root, name, quick=True)
@@ -165,7 +166,7 @@ def show_one(root: Place, name: str | None, options: argparse.Namespace, console
 
 def verify_them(root: Place, name: str | None, options: argparse.Namespace, console: Console) -> int:
     """Hash every file of one or all committed checkpoints, and say of each whether it is good."""
-    names = [name] if name else [entry.name for entry in survey(root, quick=True) if step_of(entry.name) is not None]
+    names = [name] if name else root.committed()
     if not names:
         raise ConfigError(f"there are no checkpoints in {root}")
     code = GOOD

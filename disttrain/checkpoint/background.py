@@ -79,6 +79,13 @@ class Job:
         return not self._thread.is_alive()
 
 
+def _copy(into: Tensor, tensor: Tensor) -> None:
+    """Copy the values; from CUDA the stream has to be waited for."""
+    if tensor.is_contiguous() and tensor.numel() and tensor.ndim and not (tensor.is_conj() or tensor.is_neg()):
+        into, tensor = into.view(torch.uint8), tensor.view(torch.uint8)  # torch 2.9 cannot copy a float4
+    into.copy_(tensor, non_blocking=tensor.is_cuda)
+
+
 class AsynchronousSaver(DirectorySaver):
     """A `DirectorySaver` whose calls return when the state is copied; a context."""
 
@@ -152,7 +159,7 @@ class AsynchronousSaver(DirectorySaver):
             copy = self._copies.get(name)
             if copy is None or (copy.dtype, copy.shape) != (tensor.dtype, tensor.shape):
                 copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            copy.copy_(tensor, non_blocking=tensor.is_cuda)
+            _copy(copy, tensor)
             copies[name] = copy
             if tensor.is_cuda:
                 devices.add(tensor.device)

@@ -178,7 +178,7 @@ class Campaign:
             victim.kill()
 
     def _check_log(self, log: Path, newest: int) -> None:
-        said = log.read_text()
+        said = log.read_text() if log.exists() else ""  # it was killed before it could say anything
         resumed = re.search(r"resuming from step (\d+)", said)
         self.report.damaged += said.count("is damaged")
         if resumed is not None:

@@ -1,0 +1,155 @@
+"""Whole runs that save asynchronously or elsewhere, and runs that are killed while they save constantly."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from disttrain import launch
+from disttrain.assemble import Run
+from disttrain.backend.local import LocalRanks
+from disttrain.checkpoint import place_of, survey
+from disttrain.cli import main
+from disttrain.engine import Engine, Events
+from disttrain.verify import PRELOAD
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "soak"))
+
+from kills import CFG, Campaign
+
+
+@dataclass(frozen=True)
+class At:
+    """A handler by which every rank does something in a step."""
+
+    step: int
+    what: str
+
+    def __call__(self, trainer: Engine, run: Run) -> None:
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=self.step), getattr(self, self.what))
+
+    def sigterm(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    def full_disk(self) -> None:
+        def fails(descriptor: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        os.fsync = fails
+
+
+def rank_main(words: Sequence[str], handlers: Sequence[At]) -> int:
+    return launch.main(words, handlers=handlers)
+
+
+@dataclass
+class Ended:
+    """How a run's ranks ended, and what rank 0 said."""
+
+    codes: list[int]
+    said: str
+
+
+def train(folder: Path, *words: str, steps: int = 6, ranks: int = 1, at: At | None = None) -> Ended:
+    """Run the soak's config in folder/runs/soak."""
+    cfg = folder / "soak.py"
+    cfg.write_text(CFG.format(width=64, num_steps=steps, asynchronous=False))
+    logs = folder / f"logs-{len(list(folder.glob('logs-*')))}"
+    logs.mkdir()
+    command = [str(cfg), "--runs", str(folder / "runs"), *words]
+    with LocalRanks(ranks, rank_main, (command, [] if at is None else [at]), logs, PRELOAD) as started:
+        codes = started.wait()
+    return Ended(codes, "".join(log.read_text() for log in started.logs))
+
+
+def result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "runs" / "soak" / "result.json").read_text())
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(entry.step for entry in survey(folder / "runs" / "soak" / "checkpoints") if entry.state == "good")
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_killed_at_random_moments_while_it_saves_constantly(tmp_path: Path, asynchronous: bool) -> None:
+    report = Campaign(tmp_path, ranks=2, asynchronous=asynchronous, num_steps=40, width=500).run(3)
+    assert report.good, report
+    assert (report.kills, report.runs) == (3, 1)
+
+
+def test_an_asynchronous_run_is_the_synchronous_one(tmp_path: Path) -> None:
+    hashes = []
+    for kind in ("false", "true"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        assert train(folder, f"checkpoint.asynchronous={kind}", ranks=2).codes == [0, 0]
+        assert steps(folder) == [5, 6]
+        tensors = (folder / "runs" / "soak" / "checkpoints" / "step-00000006" / "tensors.safetensors").read_bytes()
+        hashes.append((result(folder)["params_sha256"], tensors))
+    assert hashes[0] == hashes[1]
+
+
+def test_sigterm_waits_for_the_save(tmp_path: Path) -> None:
+    ended = train(tmp_path, "checkpoint.asynchronous=true", "checkpoint.every_steps=50", at=At(3, "sigterm"))
+    assert ended.codes == [launch.INTERRUPTED], ended.said
+    stopped = result(tmp_path)["step"]
+    assert result(tmp_path)["status"] == "interrupted"
+    assert steps(tmp_path) == [stopped]
+
+
+def test_a_save_that_fails_stops_every_rank_and_the_older_one_is_used(tmp_path: Path) -> None:
+    ended = train(tmp_path, "checkpoint.asynchronous=true", "checkpoint.every_steps=2", ranks=2, at=At(4, "full_disk"))
+    assert ended.codes == [launch.FAILED, launch.FAILED]
+    assert "No space left on device" in ended.said
+    assert steps(tmp_path) == [2]
+    again = train(tmp_path, "checkpoint.asynchronous=true", ranks=2)
+    assert again.codes == [0, 0]
+    assert "resuming from step 2" in again.said
+
+
+@pytest.mark.parametrize("kind", ["path", "url"])
+def test_a_run_goes_on_from_its_target_without_its_directory(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = str(tmp_path / "kept") if kind == "path" else f"local://{tmp_path}/kept"
+    target = f"checkpoint.target={place}"
+    (tmp_path / "whole").mkdir()
+    train(tmp_path / "whole")
+    assert train(tmp_path, target, "max_steps=3").codes == [0]
+    assert os.listdir(tmp_path / "runs" / "soak" / "checkpoints") == ["elsewhere.txt"]
+    assert [entry.step for entry in survey(place_of(f"{place}/soak"))] == [3, 2]
+    capsys.readouterr()
+    assert main(["checkpoint", "ls", str(tmp_path / "runs" / "soak")]) == 0
+    assert capsys.readouterr().out.count("good") == 2
+
+    refused = train(tmp_path, target, "--fresh")
+    assert refused.codes == [launch.USAGE]
+    assert "holds the checkpoints of a run" in refused.said
+    shutil.rmtree(tmp_path / "runs")
+    refused = train(tmp_path, target, "num_slots=2")
+    assert refused.codes == [launch.USAGE]
+    assert "num_slots=4 in the checkpoint, 2 here" in refused.said
+    shutil.rmtree(tmp_path / "runs")
+    ended = train(tmp_path, target, "checkpoint.asynchronous=true")
+    assert ended.codes == [0], ended.said
+    assert "resuming from step 3" in ended.said
+    assert result(tmp_path)["params_sha256"] == result(tmp_path / "whole")["params_sha256"]
+
+
+def test_a_target_may_be_set_and_taken_away_between_launches(tmp_path: Path) -> None:
+    target = f"checkpoint.target={tmp_path / 'kept'}"
+    assert train(tmp_path, steps=2).codes == [0]
+    ended = train(tmp_path, target, steps=4)
+    assert "resuming from step 2" in ended.said
+    assert [entry.step for entry in survey(tmp_path / "kept" / "soak")] == [4, 3]
+    ended = train(tmp_path, steps=6)
+    assert "resuming from step 4" in ended.said
+    assert steps(tmp_path) == [5, 6]
+    assert "completed" in train(tmp_path, target, steps=6).said
