@@ -38,6 +38,10 @@ class Interrupted(KeyboardInterrupt):
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
+class HangError(DisttrainError, RuntimeError):
+    """A rank made no progress for `timeout_s`; the message says which, doing what, and where."""
+
+
 class RemoteError(DisttrainError, RuntimeError):
     """Another rank failed; this rank stops with that rank's message.
 

@@ -191,7 +191,7 @@ class Config(Declaration):
     on_nan: Annotated[Literal["stop", "skip", "rollback"], About(may_change=True)] = "stop"
     """What a step does whose loss or gradient is not finite."""
     timeout_s: Annotated[PositiveFloat, About("s", may_change=True)] = 300.0
-    """Longest silence of a rank in a collective before the run stops."""
+    """Longest time without progress of a rank (a batch, a step, a batch of an evaluation) before the run stops."""
     accept_other_data: Annotated[Flag, About(may_change=True)] = False
     """Resume although the dataset's length or fingerprint has changed."""
 

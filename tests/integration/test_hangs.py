@@ -1,0 +1,72 @@
+"""A rank that hangs ends the run within its `timeout_s`, with one message that says who, where and who waits."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from commands import launch, start, write_cfg
+
+# Rank 1 stands still while it loads a sample of the second epoch, for longer than anybody would wait.
+HANGS = """
+import time
+class Hangs(Noisy):
+    loaded = 0
+    def __getitem__(self, i):
+        import torch.distributed as dist
+        Hangs.loaded += 1
+        if Hangs.loaded == 110 and dist.get_rank() == 1:
+            time.sleep(600)
+        return super().__getitem__(i)
+fields["train_data"] = Hangs
+fields["timeout_s"] = 4
+"""
+
+
+def test_a_rank_that_hangs_while_loading_is_named(tmp_path: Path) -> None:
+    write_cfg(tmp_path, HANGS)
+    began = time.monotonic()
+    done = launch("cfg.py", ranks=2, cwd=tmp_path)
+    assert done.code == 1
+    assert time.monotonic() - began < 90  # and not 600
+    said = done.ranks_say()
+    assert said.count("HangError: no progress for ") == 1, said
+    assert "is loading the batch of step 6, at " in said
+    assert "cfg.py:" in said
+    assert "in __getitem__; rank 0 waits for it." in said
+    assert "Traceback" not in said
+    assert "frame #" not in said
+    assert "time.sleep" in (tmp_path / "cfg.py").read_text()
+    assert "in __getitem__" in (tmp_path / "runs/small/logs/rank-1.stacks.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_is_named(tmp_path: Path) -> None:
+    change = """
+    import os, pathlib
+    from disttrain.engine import Events
+    def tells(trainer, run):
+        mark = pathlib.Path(f"pid-{run.backend.rank}")
+        trainer.add_event_handler(Events.STARTED, lambda: mark.write_text(str(os.getpid())))
+    fields["handlers"] = [tells]
+    fields["timeout_s"] = 5
+    fields["max_epochs"] = 100000
+    """
+    write_cfg(tmp_path, change)
+    process = start("cfg.py", ranks=2, cwd=tmp_path)
+    try:
+        until = time.monotonic() + 90
+        while not (tmp_path / "runs/small/checkpoints/step-00000005").exists() and time.monotonic() < until:
+            time.sleep(0.1)
+        stopped = int((tmp_path / "pid-1").read_text())
+        os.kill(stopped, signal.SIGSTOP)
+        out, _ = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 1
+    assert out.count("HangError: no progress for ") == 1, out
+    assert "rank 1 did not answer: stopped, cut off, or busy in a library; rank 0 waits for it" in out
+    assert json.loads((tmp_path / "runs/small/logs/rank-0.hang.json").read_text())["waits"]
