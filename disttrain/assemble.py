@@ -8,16 +8,14 @@ import logging
 import math
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from disttrain.backend import Backend, kernels_of
-from disttrain.checkpoint import About
-from disttrain.config import Config, config_hash
+from disttrain.backend import Backend
+from disttrain.config import Config
 from disttrain.data import (
     SlotBatchSampler,
     SlotLoader,
@@ -29,92 +27,19 @@ from disttrain.data import (
     is_iterable_style,
 )
 from disttrain.data.ahead import STREAMS
-from disttrain.engine import Engine, create_supervised_trainer
+from disttrain.engine import create_supervised_trainer
 from disttrain.engine.parts import to_device
 from disttrain.errors import ConfigError, DisttrainError
 from disttrain.handlers.evaluation import Evaluation
 from disttrain.observe import batch_hash
 from disttrain.parallel import Slots, slot_gradients
 from disttrain.parallel.ddp import check_model
-from disttrain.precision import Precision, choose
+from disttrain.precision import choose
+from disttrain.run import Run
 from disttrain.run_directory import RunDirectory
 from disttrain.seeding import manual_seed, seed_for
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Run:
-    """An assembled run: what a config's `handlers` are given beside the trainer."""
-
-    config: Config
-    backend: Backend
-    directory: RunDirectory
-    slots: Slots
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    schedule: Any
-    precision: Precision
-    loader: SlotLoader | StreamLoader
-    trainer: Engine
-    evaluation: Evaluation | None
-    data: dict[str, Any]
-    """Length and fingerprint of the training data: a run goes on with the data it began with."""
-    grad_norm: Tensor | None = None
-    """2-norm of the newest step's gradient before clipping, 0-dimensional, on the device; None before it is known."""
-    skipped_steps: int = 0
-    """Steps over the whole run whose update was left out, by on_nan=skip or because scaled gradients overflowed."""
-    evaluation_due: bool = False
-    """A signal cut the evaluation at this step short: whoever goes on from here does it first."""
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of the whole run."""
-        if self.config.max_steps is not None:
-            return self.config.max_steps
-        num_samples: int = self.data["dataset_length"]
-        return (self.config.max_epochs or 0) * (num_samples // self.config.global_batch_size)
-
-    @property
-    def epoch_length(self) -> int | None:
-        """Steps of an epoch; None where the training data is a stream, whose passes end when they end."""
-        return len(self.loader) if isinstance(self.loader, SlotLoader) else None
-
-    @property
-    def maximum(self) -> dict[str, int]:
-        """Where the run ends, as `Engine.run` takes it."""
-        if self.config.max_epochs is not None and self.epoch_length is not None:
-            return {"max_epochs": self.config.max_epochs}
-        return {"max_iters": self.total_steps}
-
-    @property
-    def epochs_begun(self) -> int:
-        """Epochs of which at least one step is done."""
-        return self.loader.epoch + (self.loader.step > 0)
-
-    def take_grad_norm(self) -> Tensor | None:
-        """Return the norm of the newest step's gradient once: a step that computes none then has none."""
-        norm, self.grad_norm = self.grad_norm, None
-        return norm
-
-    def about(self) -> About:
-        """Return what a checkpoint says of where the run stands, and in what."""
-        position = {
-            "epoch": self.loader.epoch,
-            "step_in_epoch": self.loader.step,
-            "samples_seen": self.trainer.state.iteration * self.config.global_batch_size,
-            "skipped_steps": self.skipped_steps,
-            "global_batch_size": self.config.global_batch_size,
-            "kernels": kernels_of(self.backend.device),
-            **({"evaluation_due": True} if self.evaluation_due else {}),
-            **self.data,
-        }
-        return About(
-            position=position,
-            seed=self.config.seed,
-            num_slots=self.slots.num_slots,
-            config_sha256=config_hash(self.config),
-        )
 
 
 def build(what: str, factory: Callable[..., Any], *args: Any) -> Any:

@@ -7,7 +7,6 @@ or taken away between two launches. Only rank 0 decides; all ranks hear the same
 
 from pathlib import Path
 
-from disttrain.assemble import Run
 from disttrain.backend import Backend
 from disttrain.checkpoint import (
     AsynchronousSaver,
@@ -22,6 +21,7 @@ from disttrain.checkpoint import (
 )
 from disttrain.config import Config
 from disttrain.errors import ConfigError
+from disttrain.run import Run
 from disttrain.run_directory import RunDirectory, write_text
 
 ELSEWHERE = "elsewhere.txt"

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from disttrain.assemble import Run, assemble
+from disttrain import kept
+from disttrain.assemble import assemble
 from disttrain.backend import Backend, kernels_of, make_deterministic, refused_operations_named, set_tf32
-from disttrain.checkpoint import DirectorySaver, checkpoint_name, load_newest, params_sha256
+from disttrain.checkpoint import AsynchronousSaver, DirectorySaver, checkpoint_name, load_newest, params_sha256
 from disttrain.config import Config, to_json
 from disttrain.data import SlotLoader, StreamLoader
-from disttrain.engine import Engine
+from disttrain.engine import Engine, Events
 from disttrain.errors import ConfigError, DataError, DisttrainError
 from disttrain.handlers.checkpoint import Checkpoint
 from disttrain.handlers.compilations import Compilations
@@ -30,7 +31,8 @@ from disttrain.handlers.preemption import Preemption
 from disttrain.handlers.progress import ProgressDisplay, dropping
 from disttrain.handlers.rank_log import RankLog
 from disttrain.handlers.step_end import StepEnd
-from disttrain.observe import Ledger, state_tensors
+from disttrain.observe import Ledger, Watchdog, state_tensors
+from disttrain.run import Run
 from disttrain.run_directory import RunDirectory
 from disttrain.version import __version__
 
@@ -57,12 +59,15 @@ def run(
     with refused_operations_named(), ExitStack() as stack:
         made = assemble(config, backend, directory)
         stack.callback(made.loader.close)
+        if fresh:
+            kept.refuse_fresh(config, directory, backend)
         take(directory, backend, console, fresh=fresh, stack=stack)
+        watch(made, stack)
         for note in made.loader.notes:
             console.print(note, soft_wrap=True)
         step = restore(made, console)
         compilations = Compilations(backend)
-        end = observe(made, preemption, console, step, stack, compilations)
+        end, saver = observe(made, preemption, console, step, stack, compilations)
         compilations.attach(made.trainer)
         began = time.perf_counter()
         preemption.begin(backend, save_every_s=config.checkpoint.every_s)
@@ -72,11 +77,21 @@ def run(
             made.trainer.run(made.loader, **made.maximum, epoch_length=made.epoch_length)
         if not end.interrupted:
             end.finish(made.trainer)
+        saver.settle()  # the last checkpoint is there before anything says so
         result = outcome(made, end, step, time.perf_counter() - began) | compilations.report()
         with backend.agree("writing the result"):
             if backend.rank == 0:
                 directory.finish(result)
         return result
+
+
+def watch(made: Run, stack: ExitStack) -> None:
+    """From here on stop a rank that makes no progress, in a step, in loading or in an evaluation."""
+    watchdog = stack.enter_context(Watchdog(made.backend, made.config.timeout_s, made.directory.logs))
+    watchdog.attach(made.trainer)
+    if (evaluation := made.evaluation) is not None:
+        batches = evaluation.batches
+        evaluation.batches = lambda: watchdog.watched(batches(), "evaluating")
 
 
 def to_save(made: Run) -> dict[str, Any]:
@@ -103,13 +118,14 @@ def take(directory: RunDirectory, backend: Backend, console: Console, *, fresh: 
 
 def restore(made: Run, console: Console) -> int:
     """Take the newest good checkpoint, if there is one; return its step, 0 without. Loud where one is damaged."""
-    found = load_newest(made.directory.checkpoints, made.backend)
+    found = load_newest(kept.place_to_load(made), made.backend)
     warn_of_kernels(made.backend, {} if found is None else found.manifest.position, console)
     step = 0
     if found is not None:
         step, position = found.manifest.step, found.manifest.position
         for name, reason in found.skipped:
             console.print(f"WARNING: checkpoint {name} is damaged: {reason}", style="bold yellow", soft_wrap=True)
+        kept.check_run(made, found)
         there = {name: position.get(name) for name in made.data}
         if there != made.data and not made.config.accept_other_data:
             raise DataError(
@@ -164,8 +180,8 @@ def place(made: Run, step: int, console: Console) -> None:
 
 def observe(
     made: Run, preemption: Preemption, console: Console, step: int, stack: ExitStack, compilations: Compilations
-) -> StepEnd:
-    """Attach what logs, shows, validates, saves and stops."""
+) -> tuple[StepEnd, DirectorySaver]:
+    """Attach what logs, shows, validates, saves and stops; return what is still asked to do something at the end."""
     config, backend, trainer = made.config, made.backend, made.trainer
     display = ProgressDisplay(
         console, total_steps=made.total_steps, max_epochs=config.max_epochs, line_every_s=config.log.every_s
@@ -203,12 +219,11 @@ def observe(
         stop_on_nan=config.on_nan == "stop",
         fetched=fetched,
     )
-    checkpoint = Checkpoint(
-        to_save(made),
-        DirectorySaver(made.directory.checkpoints, describe=made.about, backend=backend),
-        n_saved=config.checkpoint.keep,
-        backend=backend,
-    )
+    saver = kept.saver_of(made)
+    if isinstance(saver, AsynchronousSaver):
+        stack.enter_context(saver)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, saver.poll)
+    checkpoint = Checkpoint(to_save(made), saver, n_saved=config.checkpoint.keep, backend=backend)
 
     def save(engine: Engine) -> None:
         # First what the steps before wrote down: a run that goes on from the checkpoint does not write it again.
@@ -216,6 +231,8 @@ def observe(
             ledger.sync()
             if curves is not None:
                 curves.sync()
+            if backend.rank == 0:
+                kept.note_target(made)
         checkpoint(engine)
 
     end = StepEnd(
@@ -233,7 +250,7 @@ def observe(
     losses.attach(trainer)
     ledger.attach(trainer)
     end.attach(trainer)
-    return end
+    return end, saver
 
 
 def ledger_of(made: Run, step: int) -> Ledger:

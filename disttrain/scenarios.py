@@ -9,8 +9,8 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from disttrain.assemble import Run
 from disttrain.engine import Engine, Events
+from disttrain.run import Run
 from disttrain.seeding import seed_for
 
 

@@ -16,7 +16,19 @@ FLOORS = [
     ["backend", "data", "precision", "parallel"],
     ["engine", "checkpoint"],
     ["handlers", "observe"],
-    ["assemble", "kept", "recipe", "summary", "launch", "scenarios", "verify", "checkpoint_command", "cli"],
+    [
+        "run",
+        "assemble",
+        "kept",
+        "recipe",
+        "summary",
+        "ranks",
+        "launch",
+        "scenarios",
+        "verify",
+        "checkpoint_command",
+        "cli",
+    ],
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 ROWS = {0, 4}  # floors on which a room may use the ones named before it
@@ -28,6 +40,7 @@ ALLOWED = {
         "handlers/preemption.py",
         "data/fetching.py",
         "backend/parent.py",
+        "backend/torchrun.py",
         "scenarios.py",
         "verify.py",
     },  # the others install no handler in a rank

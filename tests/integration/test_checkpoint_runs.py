@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from disttrain import launch
-from disttrain.assemble import Run
 from disttrain.backend.local import LocalRanks
 from disttrain.checkpoint import place_of, survey
 from disttrain.cli import main
 from disttrain.engine import Engine, Events
+from disttrain.run import Run
 from disttrain.verify import PRELOAD
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "soak"))

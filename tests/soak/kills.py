@@ -21,10 +21,10 @@ from multiprocessing import active_children
 from pathlib import Path
 
 from disttrain import launch
-from disttrain.assemble import Run
 from disttrain.backend.local import LocalRanks
 from disttrain.checkpoint import survey
 from disttrain.engine import Engine, Events
+from disttrain.run import Run
 from disttrain.verify import PRELOAD
 
 CFG = """
