@@ -22,6 +22,15 @@ fields.update(
     model=net, max_epochs=None, max_steps=20, grad_clip_norm=1.0,
     schedule=lambda optimizer, total_steps: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, 20),
 )
+
+import os, signal
+from pathlib import Path
+from disttrain.engine import Events
+def leave_early(trainer, run):
+    # Stop in the middle, as by a signal, where a file asks for it.
+    if Path("leave").exists() and run.backend.rank == 0:
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=9), lambda: os.kill(os.getpid(), signal.SIGTERM))
+fields.update(handlers=[leave_early])
 """
 
 
@@ -83,9 +92,14 @@ def test_a_steady_run_compiles_nothing_and_says_so(plain: Path) -> None:
 def test_a_checkpoint_of_one_backend_goes_on_on_another(plain: Path, first: str, then: str) -> None:
     cfg, name = plain / "cfg.py", f"{first}-{then}"
     ranks = {"xla": 0, "gloo": 2}
-    launch(plain, cfg, f"backend={first}", f"name={name}", "max_steps=10", ranks=ranks[first])
-    done = launch(plain, cfg, f"backend={then}", f"name={name}", "max_steps=20", ranks=ranks[then])
-    assert "resuming from step 10" in done.out
+    leave = plain / "leave"
+    leave.touch()
+    done = commands.launch(cfg, f"backend={first}", f"name={name}", ranks=ranks[first], cwd=plain)
+    leave.unlink()
+    step = max(checkpoints(plain / "runs" / name))
+    assert 9 <= step < 20, done.text
+    done = launch(plain, cfg, f"backend={then}", f"name={name}", ranks=ranks[then])
+    assert f"resuming from step {step}" in done.out
     told = result(plain / "runs" / name)
     assert (told["status"], told["step"]) == ("completed", 20)
     torch.testing.assert_close(losses(plain / "runs" / name), losses(plain / "runs" / "gloo"), rtol=0, atol=1e-5)
