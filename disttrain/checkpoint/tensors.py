@@ -174,8 +174,9 @@ class TensorReader:
             stored: Tensor = self._file.get_tensor(name)
         except SafetensorError as error:
             raise DamagedError(f"{self._path.name} holds no tensor {name!r}: {error}") from error
-        # A copy: what is mapped would be lost with the file, and rotation removes files.
-        stored = stored.clone()
+        # A copy: what is mapped would be lost with the file, and rotation removes files. As bytes, for torch 2.9 cannot
+        # copy a float4.
+        stored = stored.reshape(-1).view(torch.uint8).clone().view(stored.dtype).reshape(stored.shape)
         if (special := _AS_BYTES.get(dtype)) is None or stored.dtype != torch.uint8:
             return stored
         if stored.ndim != 1 or stored.numel() != math.prod(shape) * special.itemsize:
