@@ -19,8 +19,9 @@ from rich.table import Table
 from disttrain import recipe
 from disttrain.backend import Backend, connect
 from disttrain.backend.determinism import CUBLAS_WORKSPACES
-from disttrain.backend.environment import set_default
+from disttrain.backend.environment import launch_marks, set_default
 from disttrain.backend.parent import end_with_launcher
+from disttrain.backend.torchrun import leave
 from disttrain.config import (
     Config,
     Description,
@@ -37,6 +38,7 @@ from disttrain.config import (
 )
 from disttrain.errors import ConfigError, DisttrainError, Interrupted, RemoteError
 from disttrain.handlers.preemption import Preemption
+from disttrain.ranks import add_options, on_ranks
 from disttrain.run_directory import RunDirectory
 from disttrain.summary import greet, summarise
 from disttrain.version import __version__
@@ -55,10 +57,12 @@ def main(arguments: Sequence[str] | None = None, *, handlers: Sequence[Callable[
     options = parser().parse_intermixed_args(arguments)
     logging.getLogger("disttrain").addHandler(logging.NullHandler())  # what is logged goes to the ranks' files alone
     try:
+        if options.ranks is not None and not (options.check or options.print_config):
+            return on_ranks(options)
         with Preemption(starting=True) as preemption:
-            return train(options, handlers, preemption)
-    except Interrupted as error:  # before the ranks were connected
-        return tell(error, options)
+            return leave(train(options, handlers, preemption))
+    except (ConfigError, KeyboardInterrupt) as error:  # before the ranks were there, or connected
+        return leave(tell(error, options))
 
 
 def train(options: argparse.Namespace, handlers: Sequence[Callable[[Any, Any], object]], preemption: Preemption) -> int:
@@ -109,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     made.add_argument("--check", action="store_true", help="check the config without starting ranks, and stop")
     made.add_argument("--traceback", action="store_true", help="print where in the code a mistake was found")
+    add_options(made)
     made.add_argument("--version", action="version", version=f"disttrain {__version__}")
     made.add_argument("-h", "--help", action=_Help, nargs=0, help="show this, with every field of a Config, and stop")
     return made
@@ -142,7 +147,7 @@ def start(config: Config, options: argparse.Namespace, backend: Backend, preempt
     console = Console(quiet=backend.rank != 0, highlight=False, markup=False, emoji=False)
     path = Path(options.config)
     directory = RunDirectory(path if path.is_dir() else options.runs / str(config.name))
-    fresh = options.fresh and backend.restarts == 0  # a restarted rank goes on with what this launch began
+    fresh = options.fresh and not began_it(directory, backend)
     with backend.agree("reading the run directory"):
         if options.fresh and path.is_dir():
             raise ConfigError(f"--fresh wants a cfg.py, got the run directory {path}; use {path / 'cfg.py'}")
@@ -164,6 +169,14 @@ def start(config: Config, options: argparse.Namespace, backend: Backend, preempt
         raise
     summarise(result, directory, console)
     return COMPLETED if result["status"] == "completed" else INTERRUPTED
+
+
+def began_it(directory: RunDirectory, backend: Backend) -> bool:
+    """Return whether this launch, in an earlier life of its ranks, began the run that is there; note who it is."""
+    marks = {mark: shows for by_rank in backend.all_gather(launch_marks()) for mark, shows in by_rank.items()}
+    directory.launch_marks = sorted(marks)
+    bears = backend.rank == 0 and any(shows and directory.bears(mark) for mark, shows in marks.items())
+    return bool(backend.broadcast(bears))
 
 
 def begun(directory: RunDirectory) -> Description | None:
@@ -213,7 +226,7 @@ def finished(result: dict[str, Any], config: Config) -> bool:
 def report(error: BaseException, backend: Backend, options: argparse.Namespace) -> int:
     """Tell a person what went wrong, on the rank where it did; return this rank's exit code."""
     if isinstance(error, RemoteError):
-        return INTERRUPTED if error.interrupted else FAILED
+        return code_of(error)
     if isinstance(error, RuntimeError) and not isinstance(error, DisttrainError):
         # A collective that broke is not the cause but the news of it: who failed has said why.
         heard = backend.first_failure(wait_s=2.0)
@@ -223,8 +236,15 @@ def report(error: BaseException, backend: Backend, options: argparse.Namespace) 
         backend.fail(error)
         heard = backend.first_failure(wait_s=0.0)
     if heard is not None and heard.rank != backend.rank:
-        return INTERRUPTED if heard.interrupted else FAILED
+        return code_of(heard)
     return tell(error, options)
+
+
+def code_of(error: RemoteError) -> int:
+    """Return the exit code of the rank that failed, which is that of all."""
+    if error.interrupted:
+        return INTERRUPTED
+    return USAGE if error.message.startswith(f"{ConfigError.__name__}: ") else FAILED
 
 
 def interrupted(error: BaseException, backend: Backend) -> bool:

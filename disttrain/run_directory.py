@@ -8,6 +8,7 @@ the process, however it dies.
       config.json      what the run was started with, one dotted field a line
       cfg.py           the file it came from
       overrides.json   the key=value words of the command line
+      launch.json      what launched it last, if that outlives its ranks
       checkpoints/     step-00000140/, ... newest last
       ledger.jsonl     what each step computed, as evidence
       metrics/         train.jsonl, valid.jsonl, and tensorboard/ where it is installed
@@ -103,6 +104,9 @@ class RunDirectory:
         self.config_json = path / "config.json"
         self.cfg_py = path / "cfg.py"
         self.overrides_json = path / "overrides.json"
+        self.launch_json = path / "launch.json"
+        self.launch_marks: list[str] = []
+        """What launches the run now; `open` writes it down."""
         self.result_json = path / "result.json"
         self.checkpoints = path / "checkpoints"
         self.ledger_jsonl = path / "ledger.jsonl"
@@ -128,12 +132,20 @@ class RunDirectory:
                 self._acquire()
             for folder in (self.checkpoints, self.metrics, self.logs):
                 folder.mkdir(exist_ok=True)
+            write_text(self.launch_json, json.dumps(self.launch_marks) + "\n")
         except OSError as error:
             raise ConfigError(
                 f"the run directory {self.path} cannot be written: {error.strerror or error}; "
                 "make it writable, or choose another place with --runs DIR"
             ) from None
         return kept
+
+    def bears(self, mark: str) -> bool:
+        """Return whether the launch that `mark` stands for had this run open last."""
+        try:
+            return mark in json.loads(self.launch_json.read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError):
+            return False  # none, or a damaged one: a run of nobody's
 
     def _acquire(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,10 @@ batch script, or `srun --pty bash`, is one process.
 
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from disttrain.backend.base import Place
@@ -50,6 +52,28 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
 def pjrt_device(environ: Mapping[str, str] = os.environ) -> str | None:
     """Return the device that torch_xla was told to use, such as "TPU" or "CPU"; None where nothing was said."""
     return environ.get("PJRT_DEVICE") or None
+
+
+def launch_marks(environ: Mapping[str, str] = os.environ) -> dict[str, bool]:
+    """Return what tells the launch that this process belongs to from other ones; nothing where it was started by hand.
+
+    Each mark says whether a run that bears it was surely begun by this launch. torchrun's agent is one: it outlives its
+    ranks, also where `TORCHELASTIC_RESTART_COUNT` stays 0 because hosts came or went. A Slurm job is one once it was
+    requeued; before that, people may launch many things in one.
+    """
+    marks = {}
+    if "TORCHELASTIC_RUN_ID" in environ:
+        marks[f"torchrun {environ['TORCHELASTIC_RUN_ID']} on {socket.gethostname()}, {_parent()}"] = True
+    if "SLURM_JOB_ID" in environ:
+        marks[f"Slurm job {environ['SLURM_JOB_ID']}"] = _integer(environ, "SLURM_RESTART_COUNT", 0) > 0
+    return marks
+
+
+def _parent() -> str:
+    """Return the parent's process id and when it was started: ids are used again."""
+    stat = Path(f"/proc/{os.getppid()}/stat")
+    started = stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else "?"
+    return f"process {os.getppid()} of tick {started}"
 
 
 def set_default(name: str, value: str) -> str:

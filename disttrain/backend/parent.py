@@ -25,5 +25,6 @@ def end_with_launcher() -> None:
         return
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     # In a container torchrun may itself be process 1; a rank that was left to another process 1 has lost it.
-    if os.getppid() == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes():
+    above = Path("/proc/1/cmdline").read_bytes() if os.getppid() == 1 else b"torch"
+    if not any(launcher in above for launcher in (b"torch", b"disttrain")):
         raise BackendError("the launcher of this rank has died; start the run again")

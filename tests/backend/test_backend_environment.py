@@ -1,11 +1,13 @@
 """What launchers say: tables of variables, and laws over all places."""
 
+import os
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from disttrain.backend import Place
-from disttrain.backend.environment import Launch, first_host, read_launch, tasks_per_node
+from disttrain.backend.environment import Launch, first_host, launch_marks, read_launch, tasks_per_node
 from disttrain.errors import BackendError
 
 TORCHRUN = {
@@ -195,3 +197,14 @@ def test_every_place_that_a_launcher_can_give_is_read(tasks: list[int], data: st
             assert variables is slurm
         else:
             assert launch.place == place
+
+
+def test_a_launch_is_known_by_its_agent_and_a_requeued_job_by_its_number() -> None:
+    assert launch_marks({}) == {}
+    assert launch_marks({"RANK": "0", "WORLD_SIZE": "1"}) == {}  # ranks without an agent
+    elastic = {"TORCHELASTIC_RUN_ID": "digits", "TORCHELASTIC_RESTART_COUNT": "0"}
+    (mark,) = launch_marks(elastic)
+    assert launch_marks({**elastic, "TORCHELASTIC_RESTART_COUNT": "2"}) == {mark: True}
+    assert str(os.getppid()) in mark
+    assert launch_marks({"SLURM_JOB_ID": "12"}) == {"Slurm job 12": False}
+    assert launch_marks({"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "1"}) == {"Slurm job 12": True}

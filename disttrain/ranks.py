@@ -1,0 +1,40 @@
+"""`disttrain launch --ranks N cfg.py`: the ranks of a run for those who do not want to learn torchrun."""
+
+import argparse
+from pathlib import Path
+
+from disttrain.backend.torchrun import run_torchrun, torchrun_words
+from disttrain.config import load_config
+from disttrain.errors import ConfigError
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that start ranks."""
+    ranks = parser.add_argument_group("ranks", "start them from here, by torchrun, and end with the run's exit code")
+    ranks.add_argument("--ranks", metavar="N", type=int, help="processes on this host")
+    ranks.add_argument("--max-restarts", metavar="N", type=int, default=3, help="how often dead ranks start again (3)")
+    ranks.add_argument("--nodes", metavar="N", default="1", help="hosts, or MIN:MAX of them; type the same on each (1)")
+    ranks.add_argument("--rdzv", metavar="HOST:PORT", help="where several hosts meet: an address of one of them")
+
+
+def on_ranks(options: argparse.Namespace) -> int:
+    """Start the ranks that the options ask for, wait for their end, and return the run's exit code."""
+    if options.ranks < 1:
+        raise ConfigError(f"expected --ranks to be at least 1, got {options.ranks}")
+    if (options.nodes != "1") != (options.rdzv is not None):
+        raise ConfigError(
+            f"expected --nodes and --rdzv together, got --nodes {options.nodes} and --rdzv {options.rdzv}; "
+            "one host needs neither, several need both"
+        )
+    config = load_config(Path(options.config), options.overrides)  # a mistake is better said once than by every rank
+    words = torchrun_words(
+        options.ranks,
+        nodes=options.nodes,
+        endpoint=options.rdzv,
+        run_id=str(config.name),
+        max_restarts=options.max_restarts,
+    )
+    module = ["disttrain.launch", options.config, *options.overrides, "--runs", str(options.runs)]
+    module += ["--fresh"] * options.fresh + ["--traceback"] * options.traceback
+    variables = {"OMP_NUM_THREADS": str(config.cpu_threads), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return run_torchrun(words, module, variables)

@@ -1,0 +1,109 @@
+"""`disttrain launch --ranks N`: torchrun's ranks, the run's own exit code, and one message where something is wrong."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from commands import Done, checkpoints, environment, result, write_cfg
+
+MAIN = [sys.executable, "-m", "disttrain.cli", "launch"]
+
+
+def launch(*words: object, cwd: Path) -> Done:
+    done = subprocess.run(
+        [*MAIN, *map(str, words)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment(),
+        check=False,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+DIES = """
+import os, pathlib, signal
+from disttrain.engine import Events
+def dies(trainer, run):
+    def die():
+        if run.backend.rank == 1 and not pathlib.Path("died").exists():
+            pathlib.Path("died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=7), die)
+fields["handlers"] = [dies]
+"""
+
+
+def test_a_rank_that_is_killed_starts_again_and_the_command_is_printed(tmp_path: Path) -> None:
+    write_cfg(tmp_path, DIES)
+    done = launch("cfg.py", "--ranks", 2, "--fresh", "log.tensorboard=false", cwd=tmp_path)
+    assert done.code == 0, done.text
+    printed = done.out.splitlines()[0]
+    assert printed.startswith("OMP_NUM_THREADS=1 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone")
+    assert printed.endswith("-m disttrain.launch cfg.py log.tensorboard=false --runs runs --fresh")
+    assert "--nproc-per-node 2 --max-restarts 3" in printed
+    assert "was ended by SIGKILL" in done.err
+    assert "resuming from step 5" in done.out
+    assert result(tmp_path / "runs/small")["world_size"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "told"),
+    [
+        ("def net(): raise OSError('no such weights')\nfields['model'] = net", 2, "no such weights"),
+        ("fields['optimizer'] = 3", 2, "optimizer"),
+    ],
+)
+def test_a_mistake_is_told_once_and_nothing_starts_again(tmp_path: Path, change: str, code: int, told: str) -> None:
+    write_cfg(tmp_path, change)
+    done = launch("cfg.py", "--ranks", 2, cwd=tmp_path)
+    assert done.code == code, done.text
+    assert done.err.count("ConfigError: ") == 1
+    assert told in done.err
+    assert "Traceback" not in done.err
+    assert "ChildFailedError" not in done.text
+
+
+def test_an_error_of_the_users_code_is_told_once_and_the_code_is_1(tmp_path: Path) -> None:
+    write_cfg(tmp_path, "def loss(y_pred, y): return y_pred.nonsense\nfields['loss'] = loss")
+    done = launch("cfg.py", "--ranks", 2, "--max-restarts", 0, cwd=tmp_path)
+    assert done.code == 1, done.text
+    assert done.err.count("Traceback (most recent call last)") == 1
+    assert "ChildFailedError" not in done.text
+
+
+def test_a_signal_is_passed_on_and_the_code_is_75(tmp_path: Path) -> None:
+    write_cfg(
+        tmp_path,
+        """
+        import pathlib, time
+        from disttrain.engine import Events
+        def slow(trainer, run):
+            def wait():
+                pathlib.Path("begun").touch()
+                time.sleep(0.3)
+            trainer.add_event_handler(Events.ITERATION_STARTED, wait)
+        fields["handlers"] = [slow]
+        """,
+    )
+    process = subprocess.Popen([*MAIN, "--ranks", "2", "cfg.py", "max_epochs=100"], cwd=tmp_path, env=environment())
+    while not (tmp_path / "begun").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == 75
+    ended = result(tmp_path / "runs/small")
+    assert ended["status"] == "interrupted"
+    assert checkpoints(tmp_path / "runs/small")[-1] == ended["step"]
+
+
+def test_options_that_do_not_fit_together(tmp_path: Path) -> None:
+    write_cfg(tmp_path)
+    for words in (("--nodes", "2"), ("--rdzv", "localhost:29500")):
+        done = launch("cfg.py", "--ranks", 2, *words, cwd=tmp_path)
+        assert done.code == 2
+        assert "expected --nodes and --rdzv together" in done.err
+    assert "at least 1, got 0" in launch("cfg.py", "--ranks", 0, cwd=tmp_path).err
