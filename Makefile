@@ -9,7 +9,7 @@ XLA_VENV ?= .venv-xla
 XLA_STAMP := $(XLA_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-xla slow lint types check format clean
+.PHONY: help setup demo test test-xla slow soak lint types check format clean
 
 help:  ## list what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,12 @@ test: setup  ## run the test suite (about 5 minutes on 2 cores)
 
 slow: setup  ## run the long tests, which test leaves out
 	$(BIN)/python -m pytest -m slow --timeout 900 -n 2 --dist loadfile
+
+soak: setup  ## kill runs 400 times, cut the power 80 times (root), fuzz checkpoints for a minute; prints tables (20 minutes)
+	$(BIN)/python tests/soak/fuzz.py --seconds 60
+	$(BIN)/python tests/soak/power.py --losses 40
+	$(BIN)/python tests/soak/kills.py --kills 200
+	$(BIN)/python tests/soak/kills.py --kills 200 --asynchronous
 
 test-xla: $(XLA_STAMP)  ## run the XLA backend and the suite's core on torch 2.9, in .venv-xla (6 GB, made in 3 minutes)
 	$(XLA_VENV)/bin/python -m pytest tests/xla

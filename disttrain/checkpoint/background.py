@@ -15,6 +15,7 @@ asks the ranks once, without waiting.
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -30,6 +31,7 @@ from disttrain.checkpoint.write import take_apart
 
 logger = logging.getLogger(__name__)
 
+COPYING_THREADS = 4
 TOLD_EVERY_S = 5.0
 """How often the ranks that wait for a save hear that it is still under way, so that none takes it for a hang."""
 
@@ -154,17 +156,20 @@ class AsynchronousSaver(DirectorySaver):
     def _copied(self, flat: Flat) -> Flat:
         """Copy the tensors to the CPU, into the memory of the last copies where it fits."""
         copies: dict[str, Tensor] = {}
-        devices = set()
         for name, tensor in flat.tensors.items():
             copy = self._copies.get(name)
             if copy is None or (copy.dtype, copy.shape) != (tensor.dtype, tensor.shape):
                 copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            _copy(copy, tensor)
             copies[name] = copy
-            if tensor.is_cuda:
-                devices.add(tensor.device)
-        for device in devices:
-            torch.cuda.current_stream(device).synchronize()
+        pairs = [(copies[name], tensor) for name, tensor in flat.tensors.items()]
+        with ThreadPoolExecutor(COPYING_THREADS) as pool:  # a run's ranks compute with one thread each, by default
+            done = pool.map(lambda pair: _copy(*pair), [pair for pair in pairs if pair[1].device.type == "cpu"])
+            for copy, tensor in pairs:
+                if tensor.device.type != "cpu":
+                    _copy(copy, tensor)  # behind what this thread's stream has still to compute
+            list(done)
+        for device in {tensor.device for tensor in flat.tensors.values() if tensor.is_cuda}:
+            torch.cuda.synchronize(device)
         self._copies = copies
         return Flat(flat.tree, copies)
 

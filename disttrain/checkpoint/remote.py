@@ -139,7 +139,7 @@ class RemotePlace:
         name = f"{checkpoint_name(step)}.{secrets.token_hex(4)}"
         try:
             with self._reached():
-                self._fs.makedirs(f"{self._root}/{name}", exist_ok=True)
+                self._make_folders(f"{self._root}/{name}")
                 with self._fs.open(f"{self._root}/{name}/{TENSORS}", "wb") as file:
                     size_bytes, sha256 = send_tensors(file, flat.tensors)
             files = {TENSORS: FileRecord(size_bytes=size_bytes, sha256=sha256)}
@@ -158,6 +158,15 @@ class RemotePlace:
             if _step(other) == step and other != name:
                 self.discard(other)
         return name
+
+    def _make_folders(self, path: str) -> None:
+        """Make what is missing of a path, but never its first part: a bucket is not made by a slip of the pen."""
+        parts = path.split("/")
+        start = 3 if path.startswith("/") else 2
+        for end in range(start, len(parts) + 1):
+            folder = "/".join(parts[:end])
+            if not self._fs.isdir(folder):
+                self._fs.mkdir(folder, create_parents=False)
 
     def _put(self, name: str, file: str, data: bytes) -> None:
         with self._reached():

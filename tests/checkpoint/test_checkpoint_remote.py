@@ -245,3 +245,21 @@ def test_a_store_whose_package_is_missing_says_which() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "CheckpointError" in done.stdout, done.stderr
     assert "pip install 'disttrain[remote]'" in done.stdout
+
+
+def test_folders_are_made_but_never_the_first(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    class Store:
+        def isdir(self, path: str) -> bool:
+            return path in ("bucket", "/srv") or path in made
+
+        def mkdir(self, path: str, create_parents: bool) -> None:
+            assert not create_parents
+            made.append(path)
+
+    place = RemotePlace(f"local://{tmp_path}")
+    place._fs = Store()
+    place._make_folders("bucket/runs/digits")
+    place._make_folders("/srv/runs")
+    assert made == ["bucket/runs", "bucket/runs/digits", "/srv/runs"]

@@ -1,0 +1,144 @@
+"""How long does a save hold the training up, synchronously and asynchronously, and how fast does it write?
+
+Rank 0 of `--ranks` saves a state of `--mb` through the save handlers that a run uses, in turns. Held up: the time of
+the call, on the slowest rank, of which an asynchronous one copies. Written: bytes over the time until the
+checkpoint is committed, beside `dd conv=fsync` of as many bytes in the same turns. The training goes on meanwhile as a
+loop of matrix products on every rank, unless --idle: one save at a time is waited for before the next.
+
+    python benchmarks/checkpoint.py [--mb 1000] [--ranks 2] [--rounds 5] [--dir /tmp] [--json FILE]
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from disttrain.backend import Backend, connect
+from disttrain.backend.local import LocalRanks
+from disttrain.checkpoint import AsynchronousSaver, DirectorySaver
+
+MB = 10**6
+NUM_TENSORS = 50
+
+
+def state_of(num_bytes: int) -> dict[str, torch.Tensor]:
+    """Return a state of about so many bytes, in tensors as a model and an optimizer have them."""
+    size = num_bytes // NUM_TENSORS // 4
+    return {f"layer.{i}": torch.rand(size) for i in range(NUM_TENSORS)}
+
+
+def timed_call(saver: DirectorySaver, state: Any, step: int, backend: Backend) -> float:
+    backend.barrier()
+    began = time.perf_counter()
+    saver(state, f"step-{step:08d}", {})
+    return max(backend.all_gather(time.perf_counter() - began))
+
+
+def train_until_written(saver: DirectorySaver, weights: torch.Tensor | None) -> int:
+    """Compute, or wait, until the save under way is committed; return the products computed."""
+    count = 0
+    job = getattr(saver, "_job", None)
+    while job is not None and not job.ended(0.0 if weights is not None else None):
+        if weights is not None:
+            torch.mm(weights, weights)
+            count += 1
+    saver.settle()
+    return count
+
+
+def dd(path: Path, num_bytes: int) -> float:
+    """Return the seconds that `dd conv=fsync` takes for as many bytes."""
+    began = time.perf_counter()
+    block = ["dd", "if=/dev/zero", f"of={path}", "bs=8M", f"count={num_bytes // (8 << 20)}", "conv=fsync"]
+    subprocess.run(block, check=True, capture_output=True)
+    seconds = time.perf_counter() - began
+    path.unlink()
+    return seconds
+
+
+def measure(backend: Backend, folder: Path, num_bytes: int, rounds: int, idle: bool) -> list[dict[str, float]]:
+    """Return what each turn took."""
+    state = state_of(num_bytes) if backend.rank == 0 else {}
+    weights = None if idle else torch.rand(256, 256)
+    found = []
+    savers = {
+        "synchronous": DirectorySaver(folder / "sync", backend=backend),
+        "asynchronous": AsynchronousSaver(folder / "async", backend=backend),
+    }
+    for number in range(rounds + 1):  # the first is for warming up
+        turn: dict[str, float] = {}
+        for name, saver in savers.items():
+            began = time.perf_counter()
+            turn[f"{name} held up, s"] = timed_call(saver, state, number, backend)
+            train_until_written(saver, weights)
+            turn[f"{name} written, s"] = max(backend.all_gather(time.perf_counter() - began))
+            saver.remove(f"step-{number - 1:08d}")
+            backend.barrier()
+        if backend.rank == 0:
+            turn["dd conv=fsync, s"] = dd(folder / "dd", num_bytes)
+        backend.barrier()
+        if number:
+            found.append(turn)
+    return found
+
+
+def rank_main(words: Sequence[Any]) -> int:
+    folder, num_bytes, rounds, idle = words
+    torch.set_num_threads(1)
+    with connect("auto", timeout_s=300) as backend:
+        found = measure(backend, Path(folder), num_bytes, rounds, idle)
+        if backend.rank == 0:
+            (Path(folder) / "found.json").write_text(json.dumps(found))
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mb", type=int, default=1000)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--idle", action="store_true", help="compute nothing while a save is under way")
+    parser.add_argument("--dir", type=Path, help="where to write; the disk that is measured")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="disttrain-benchmark-", dir=options.dir))
+    try:
+        words = (str(folder), options.mb * MB, options.rounds, options.idle)
+        with LocalRanks(options.ranks, rank_main, (words,), folder, ["disttrain.checkpoint"]) as ranks:
+            if any(ranks.wait()):
+                print(ranks.logs[0].read_text(), file=sys.stderr)
+                return 1
+        turns = json.loads((folder / "found.json").read_text())
+    finally:
+        shutil.rmtree(folder)
+    middle = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
+    shares = [turn["asynchronous held up, s"] / turn["synchronous held up, s"] for turn in turns]
+    rates = {
+        name: statistics.median(turn["dd conv=fsync, s"] / turn[f"{name} written, s"] for turn in turns)
+        for name in ("synchronous", "asynchronous")
+    }
+    what = "idle meanwhile" if options.idle else "computing meanwhile"
+    print(f"{options.mb} MB, {options.ranks} ranks, {what}, {os.cpu_count()} cores; median (least, most)")
+    for name in middle:
+        values = [turn[name] for turn in turns]
+        print(f"  {name:28} {middle[name]:7.3f} ({min(values):.3f}, {max(values):.3f})")
+    print(f"  asynchronous holds up        {statistics.median(shares):7.1%} of a synchronous save (goal: under 5%)")
+    for name, rate in rates.items():
+        print(f"  {name + ' writes at':28} {rate:7.2f} of dd's rate (goal: 0.8)")
+    if options.json:
+        options.json.write_text(json.dumps({"options": vars(options) | {"json": None, "dir": None}, "turns": turns}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
