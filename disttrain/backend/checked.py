@@ -53,8 +53,11 @@ class CheckedBackend(Backend):
 
     def _reduce(self, text: str, tensor: Tensor, op: str) -> Tensor:
         pieces = torch.split(tensor.reshape(-1), max(1, PIECE_BYTES // (tensor.itemsize * self.world_size)))
-        folded = [fold_tensors(self._gather_tensor(text, piece), op) for piece in pieces]
+        folded = [self._fold(self._gather_tensor(text, piece), op) for piece in pieces]
         return torch.cat(folded).reshape(tensor.shape)
+
+    def _fold(self, rows: Tensor, op: str) -> Tensor:
+        return fold_tensors(rows, op)
 
     def all_gather(self, value: Any) -> Any:
         if isinstance(value, Tensor):

@@ -168,6 +168,9 @@ class XlaBackend(CheckedBackend):
             return super()._reduce(text, tensor.cpu(), op).to(tensor.device)
         return super()._reduce(text, tensor, op)
 
+    def _fold(self, rows: Tensor, op: str) -> Tensor:
+        return super()._fold(rows.cpu(), op).to(rows.device)  # on the device every op, dtype and shape is a program
+
     def _gather_tensor(self, text: str, tensor: Tensor) -> Tensor:
         if tensor.device.type == "cpu" or not tensor.numel():
             return super()._gather_tensor(text, tensor)
