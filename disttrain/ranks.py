@@ -15,6 +15,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     ranks.add_argument("--max-restarts", metavar="N", type=int, default=3, help="how often dead ranks start again (3)")
     ranks.add_argument("--nodes", metavar="N", default="1", help="hosts, or MIN:MAX of them; type the same on each (1)")
     ranks.add_argument("--rdzv", metavar="HOST:PORT", help="where several hosts meet: an address of one of them")
+    ranks.add_argument("--no-rdzv-host", action="store_true", help="a store runs at HOST:PORT already: open none there")
 
 
 def on_ranks(options: argparse.Namespace) -> int:
@@ -31,6 +32,7 @@ def on_ranks(options: argparse.Namespace) -> int:
         options.ranks,
         nodes=options.nodes,
         endpoint=options.rdzv,
+        opens_store=not options.no_rdzv_host,
         run_id=str(config.name),
         max_restarts=options.max_restarts,
     )

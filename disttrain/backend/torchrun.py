@@ -32,13 +32,19 @@ RENDEZVOUS = "last_call_timeout=1,join_timeout=600,close_timeout=5,keep_alive_in
 """A lost host is noticed after 3 s and the others go on after 1 s more; torchrun's own settings take 40 s for that."""
 
 
-def torchrun_words(ranks: int, *, nodes: str, endpoint: str | None, run_id: str, max_restarts: int) -> list[str]:
-    """Return torchrun's options: for this host alone, or for `nodes` of them (N or MIN:MAX) that meet at `endpoint`."""
+def torchrun_words(
+    ranks: int, *, nodes: str, endpoint: str | None, run_id: str, max_restarts: int, opens_store: bool = True
+) -> list[str]:
+    """Return torchrun's options: for this host alone, or for `nodes` of them (N or MIN:MAX) that meet at `endpoint`.
+
+    There one of them opens a store, unless `opens_store` says that one runs there already.
+    """
     words = ["--nproc-per-node", str(ranks), "--max-restarts", str(max_restarts), "--monitor-interval", "0.2"]
     words += ["--signals-to-handle", SIGNALS]
     if endpoint is None:
         return ["--standalone", *words]
-    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", run_id, "--rdzv-conf", RENDEZVOUS]
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", run_id]
+    meeting += ["--rdzv-conf", RENDEZVOUS if opens_store else f"{RENDEZVOUS},is_host=false"]
     return ["--nnodes", nodes, *words, *meeting]
 
 

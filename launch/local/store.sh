@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Keeps the place where hosts meet in a process of its own, so that it outlives any of them: store.sh HOST:PORT
+#
+# It listens on that address, to anyone who reaches it: choose one of a network that you trust. Ctrl-C ends it.
+set -euo pipefail
+
+if (($# != 1)) || [[ $1 != *:* ]]; then
+  echo "usage: $0 HOST:PORT   such as: $0 node-0:29500" >&2
+  exit 2
+fi
+
+exec "${PYTHON:-python3}" - "${1%:*}" "${1##*:}" <<'PROGRAM'
+import signal
+import sys
+
+from torch.distributed import TCPStore
+
+store = TCPStore(sys.argv[1], int(sys.argv[2]), is_master=True, wait_for_workers=False)
+print(f"hosts meet at {store.host}:{store.port}", flush=True)
+signal.sigwait({signal.SIGINT, signal.SIGTERM})
+PROGRAM

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# A run as a Slurm job that is saved and queued again when its time is up: sbatch [OPTION...] job.sh CFG.PY [WORD...]
+#
+# WORDs are those of `disttrain launch`. RANKS is the number of ranks a node (its GPUs, or 1), PYTHON the interpreter
+# (python3), RDZV_HOST an address of the first node that all others reach (its name). The run directory must be on a
+# file system that all nodes see.
+#SBATCH --job-name=disttrain
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+
+if (($# < 1)) || [[ -z ${SLURM_JOB_ID:-} ]]; then
+  echo "usage: sbatch [OPTION...] $0 CFG.PY [WORD...]   such as: sbatch --nodes 2 --time 4:00:00 $0 examples/digits.py" >&2
+  exit 2
+fi
+
+words=(--ranks "${RANKS:-${SLURM_GPUS_ON_NODE:-1}}")
+if ((SLURM_NNODES > 1)); then
+  mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  words+=(--nodes "$SLURM_NNODES" --rdzv "${RDZV_HOST:-${hosts[0]}}:$((20000 + SLURM_JOB_ID % 10000))")
+fi
+
+srun --kill-on-bad-exit=0 "${PYTHON:-python3}" -m disttrain.cli launch "${words[@]}" "$@" &
+step=$!
+# A signal to this shell ends its `wait`; srun passes on what it is sent.
+trap 'kill -USR1 "$step"' USR1
+trap 'kill -TERM "$step"' TERM
+code=0
+wait "$step" || code=$?
+while kill -0 "$step" 2> /dev/null; do
+  code=0
+  wait "$step" || code=$?
+done
+
+# 75: saved because of a signal. Slurm would call the job failed, so it is queued again from here.
+if ((code == 75)) && scontrol requeue "$SLURM_JOB_ID"; then
+  sleep 60 # until Slurm ends this script
+fi
+exit "$code"
