@@ -37,7 +37,8 @@ LOOKS_PER_TIMEOUT = 20
 OTHERS_TELL_WITHIN_S = 2.0
 FAILED = 1
 WAITS_IN = ("torch/distributed/", "torch/autograd/", "disttrain/backend/", "disttrain/parallel/")
-"""Where a rank is that waits for others: a collective, or a backward whose gradients travel."""
+"""What a rank is in that waits for others, inside any code of the user's: a collective, or a backward whose gradients
+travel."""
 
 
 @dataclass(frozen=True)
@@ -134,10 +135,11 @@ class Watchdog:
 
     def _silence(self, silent_s: float) -> Silence:
         frames = list(_from_inside(sys._current_frames().get(self._watched)))
-        inside = frames[0].f_code.co_filename if frames else ""
-        outer = next((f for f in frames if not _is_library(f.f_code.co_filename)), frames[0] if frames else None)
+        theirs = next((i for i, f in enumerate(frames) if not _is_library(f.f_code.co_filename)), len(frames))
+        outer = frames[theirs] if theirs < len(frames) else frames[0] if frames else None
         place = "" if outer is None else f"{outer.f_code.co_filename}:{outer.f_lineno} in {outer.f_code.co_name}"
-        waits = any(part in inside.replace(os.sep, "/") for part in WAITS_IN)
+        inside = [f.f_code.co_filename.replace(os.sep, "/") for f in frames[:theirs]]
+        waits = any(part in name for name in inside for part in WAITS_IN)
         name = socket.gethostname()
         return Silence(self.backend.rank, name, os.getpid(), self._doing, round(silent_s, 1), place, waits)
 
