@@ -90,3 +90,11 @@ def note_target(made: Run) -> None:
     before = marker.read_text(encoding="utf-8") if marker.exists() else None
     if before != text and (before is not None or made.config.checkpoint.target is not None):
         write_text(marker, text)
+
+
+def where(directory: RunDirectory, name: str) -> str:
+    """Return where a checkpoint of the run lies, for a person to find it; an upload has a few letters more."""
+    marker = directory.checkpoints / ELSEWHERE
+    if not marker.is_file():
+        return str(directory.checkpoints / name)
+    return f"{marker.read_text(encoding='utf-8').strip()}/{name}"

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
+from disttrain import kept
 from disttrain.backend import Backend
 from disttrain.config import Config
 from disttrain.handlers.progress import number
@@ -34,7 +35,7 @@ def summarise(result: dict[str, Any], directory: RunDirectory, console: Console)
         + (f"; the updates of {result['skipped_steps']:,} were left out" if result["skipped_steps"] else ""),
         **{f"validation {name}": number(value) for name, value in result["metrics"].items()},
         "pace": f"{result['samples_per_second']:,.0f} samples/s, {result['wall_s']:.1f} s",
-        "checkpoint": directory.checkpoints / result["checkpoint"],
+        "checkpoint": kept.where(directory, result["checkpoint"]),
         "metrics": directory.metrics,
         "logs": directory.logs,
         "weights": f"sha256 {result['params_sha256']}",

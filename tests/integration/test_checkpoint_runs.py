@@ -122,7 +122,9 @@ def test_a_run_goes_on_from_its_target_without_its_directory(
     target = f"checkpoint.target={place}"
     (tmp_path / "whole").mkdir()
     train(tmp_path / "whole")
-    assert train(tmp_path, target, "max_steps=3").codes == [0]
+    first = train(tmp_path, target, "max_steps=3")
+    assert first.codes == [0], first.said
+    assert f"{place}/soak/step-00000003" in first.said
     assert os.listdir(tmp_path / "runs" / "soak" / "checkpoints") == ["elsewhere.txt"]
     assert [entry.step for entry in survey(place_of(f"{place}/soak"))] == [3, 2]
     capsys.readouterr()

@@ -1,0 +1,52 @@
+"""The commands and the code of docs/checkpoints.md do what the page says."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import torch
+from commands import ROOT, launch
+
+from disttrain.checkpoint import committed, load_newest
+from disttrain.cli import main
+
+PAGE = (ROOT / "docs" / "checkpoints.md").read_text()
+
+
+def test_its_commands_train_and_what_they_leave_is_where_it_says(tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    commands = re.findall(r"(?ms)^```bash run\n(.*?)^```$", PAGE)
+    assert len(commands) == 2
+    for number, command in enumerate(commands):
+        words = shlex.split(command)
+        assert words[:3] == ["python", "-m", "disttrain.launch"]
+        done = launch(*words[3:], "max_epochs=1", "--runs", f"runs-{number}", cwd=tmp_path)
+        assert done.code == 0, done.text
+    assert len(committed(tmp_path / "runs-0" / "digits" / "checkpoints")) == 1
+    assert len(committed(tmp_path / "kept" / "digits")) == 1
+    assert (tmp_path / "runs-1" / "digits" / "checkpoints" / "elsewhere.txt").read_text() == f"{tmp_path}/kept/digits\n"
+    for word in re.findall(r"`disttrain checkpoint (\w+) RUN", PAGE):
+        assert main(["checkpoint", word, str(tmp_path / "kept" / "digits")]) == 0
+
+
+def test_its_code_saves_and_loads(tmp_path: Path) -> None:
+    [code] = re.findall(r"(?ms)^```python\n(.*?)^```$", PAGE)
+    model = torch.nn.Linear(2, 3)
+    names = {"model": model, "step": 5, "backend": None}
+    (tmp_path / "page.py").write_text(code.replace('"checkpoints"', repr(str(tmp_path / "c"))))
+    runpy.run_path(str(tmp_path / "page.py"), names)
+    assert committed(tmp_path / "c") == ["step-00000010", "step-00000005"]
+    found = load_newest(tmp_path / "c")
+    assert found is not None
+    assert torch.equal(found.state["model"]["weight"], model.weight)
+
+
+def test_every_option_of_the_command_that_it_names_exists(capsys) -> None:
+    for word, options in re.findall(r"`disttrain checkpoint (\w+) RUN([^`]*)`", PAGE):
+        try:
+            main(["checkpoint", word, "--help"])
+        except SystemExit:
+            helped = capsys.readouterr().out
+        for option in re.findall(r"--\w+", options):
+            assert option in helped
