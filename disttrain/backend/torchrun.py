@@ -97,5 +97,5 @@ def _keep_off(record: logging.LogRecord) -> bool:
     code, local_rank = (*record.args, None, None)[:2] if isinstance(record.args, tuple) else (None, None)
     if str(record.msg).startswith("failed (exitcode") and isinstance(code, int) and code < 0:
         name = signal.Signals(-code).name
-        print(f"the rank with local rank {local_rank} was ended by {name}; torchrun starts all again", file=sys.stderr)
+        print(f"the rank with local rank {local_rank} was ended by {name}", file=sys.stderr)
     return False

@@ -13,9 +13,12 @@ exec "${PYTHON:-python3}" - "${1%:*}" "${1##*:}" <<'PROGRAM'
 import signal
 import sys
 
+ends = {signal.SIGINT, signal.SIGTERM}
+signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # first of all, so that the store's threads do not get them
+
 from torch.distributed import TCPStore
 
 store = TCPStore(sys.argv[1], int(sys.argv[2]), is_master=True, wait_for_workers=False)
 print(f"hosts meet at {store.host}:{store.port}", flush=True)
-signal.sigwait({signal.SIGINT, signal.SIGTERM})
+signal.sigwait(ends)
 PROGRAM
