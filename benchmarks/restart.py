@@ -1,0 +1,98 @@
+"""How long from a killed worker until a run trains again, beside a bare script that imports torch?
+
+A rank is ended by SIGKILL under `torchrun --max-restarts 1`, in turns: one that only imports torch and meets the others
+in a group, and one of disttrain's, which also loads its checkpoint and does a step. Measured is the time from the
+kill until rank 0 is through: the group's first collective, or the first step.
+
+    python benchmarks/restart.py [--ranks 2] [--rounds 3] [--json FILE]
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+BARE = """
+import os, pathlib, signal, time
+import torch
+import torch.distributed as dist
+first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+dist.init_process_group("gloo")
+dist.all_reduce(torch.ones(1))
+if first and dist.get_rank() == 1:
+    pathlib.Path("killed").write_text(str(time.time()))
+    os.kill(os.getpid(), signal.SIGKILL)
+if first:
+    time.sleep(60)
+if dist.get_rank() == 0:
+    pathlib.Path("again").write_text(str(time.time()))
+dist.destroy_process_group()
+"""
+
+OURS = """
+import os, pathlib, signal, time
+from functools import partial
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+from disttrain import Config
+from disttrain.engine import Events
+def data():
+    return TensorDataset(torch.randn(64, 32), torch.randn(64, 1))
+def watch(trainer, run):
+    def step():
+        if run.backend.restarts == 0 and run.backend.rank == 1 and trainer.state.iteration == 5:
+            pathlib.Path("killed").write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        if run.backend.restarts == 1 and run.backend.rank == 0 and not pathlib.Path("again").exists():
+            pathlib.Path("again").write_text(str(time.time()))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, step)
+config = Config(
+    name="restart", model=partial(nn.Linear, 32, 1), train_data=data, loss=nn.MSELoss(), handlers=[watch],
+    optimizer=partial(torch.optim.SGD, lr=0.1), global_batch_size=8, max_steps=6, checkpoint={"every_steps": 2},
+    log={"tensorboard": False},
+)
+"""
+
+
+def restart_s(words: Sequence[str], ranks: int, folder: Path) -> float:
+    """Return the seconds from the kill to training again."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    torchrun += ["--max-restarts", "1", "--monitor-interval", "0.1"]
+    # The agent's store outlives its ranks, which a bare script does not survive without this variable.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    subprocess.run([*torchrun, *words], cwd=folder, env=environment, check=True, capture_output=True, timeout=300)
+    return float((folder / "again").read_text()) - float((folder / "killed").read_text())
+
+
+def main() -> None:
+    """Measure in turns, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    times: dict[str, list[float]] = {"bare": [], "disttrain": []}
+    for _ in range(options.rounds):
+        for name, text, words in (
+            ("bare", BARE, ["script.py"]),
+            ("disttrain", OURS, ["-m", "disttrain.launch", "script.py"]),
+        ):
+            with tempfile.TemporaryDirectory() as folder:
+                Path(folder, "script.py").write_text(text)
+                times[name].append(restart_s(words, options.ranks, Path(folder)))
+    for name, seconds in times.items():
+        print(f"{name:<10} {statistics.median(seconds):5.2f} s   ({', '.join(f'{s:.2f}' for s in seconds)})")
+    more = statistics.median(times["disttrain"]) - statistics.median(times["bare"])
+    print(f"{'more':<10} {more:5.2f} s   of 1.00 s")
+    if options.json:
+        options.json.write_text(json.dumps({"ranks": options.ranks, "seconds": times, "more_s": more}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
