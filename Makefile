@@ -38,7 +38,7 @@ soak: setup  ## kill runs 400 times, cut the power 80 times (root), fuzz checkpo
 	$(BIN)/python tests/soak/kills.py --kills 200 --asynchronous
 
 test-xla: $(XLA_STAMP)  ## run the XLA backend and the suite's core on torch 2.9, in .venv-xla (6 GB, made in 3 minutes)
-	$(XLA_VENV)/bin/python -m pytest tests/xla
+	$(XLA_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/xla
 	$(XLA_VENV)/bin/python -m pytest -n 2 --dist loadfile $(shell cat tests/xla/core.txt)
 
 $(XLA_STAMP): pyproject.toml constraints-xla.txt

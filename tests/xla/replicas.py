@@ -31,6 +31,8 @@ from typing import Any
 
 import ranks  # tests/ranks.py: the pool of gloo ranks, whose way of handing over functions is this one's too
 
+START_LIMIT_S = 150.0
+"""For a process to import torch and torch_xla, which takes 3 s on a machine that has nothing else to do."""
 LIMIT_S = 60.0
 SYNC_LIMIT_S = 15.0
 
@@ -65,6 +67,7 @@ class _Process:
     """One process of replicas, and this end of its pipe."""
 
     def __init__(self, size: int) -> None:
+        self._is_ready = False
         self._pipe, child = Pipe()
         self._log = tempfile.NamedTemporaryFile(prefix="disttrain-xla-", suffix=".log")  # noqa: SIM115
         self._popen = subprocess.Popen(
@@ -76,27 +79,33 @@ class _Process:
             env={**os.environ, **environment(size), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         )
         child.close()
+        assert self._pipe.poll(START_LIMIT_S), f"the replicas did not start in {START_LIMIT_S:g} s:\n{self._tail()}"
 
     @property
     def alive(self) -> bool:
         return self._popen.poll() is None
 
     def run(self, task: ranks.Task, limit_s: float) -> list[Any]:
+        if not self._is_ready:
+            self._is_ready = bool(self._receive())
         self._pipe.send_bytes(ranks.pickle.dumps(tuple(task)))
         if not self._pipe.poll(limit_s):
             self._popen.send_signal(signal.SIGUSR1)
             time.sleep(0.5)
             self.kill()
             raise AssertionError(f"the replicas took longer than {limit_s:g} s:\n{self._tail()}")
-        try:
-            outcomes = ranks.pickle.loads(self._pipe.recv_bytes())
-        except (EOFError, OSError):
-            raise AssertionError(f"the replicas died with code {self._popen.wait(5)}:\n{self._tail()}") from None
+        outcomes = ranks.pickle.loads(self._receive())
         failed = [f"replica {rank}:\n{text}" for rank, (_, text) in enumerate(outcomes) if text]
         if failed:
             self.kill()  # whatever the others wait for
             raise AssertionError("\n".join(failed))
         return [ranks.pickle.loads(data) for data, _ in outcomes]
+
+    def _receive(self) -> bytes:
+        try:
+            return self._pipe.recv_bytes()
+        except (EOFError, OSError):
+            raise AssertionError(f"the replicas died with code {self._popen.wait(5)}:\n{self._tail()}") from None
 
     def _tail(self) -> str:
         return Path(self._log.name).read_text(errors="replace")[-20000:]
@@ -170,6 +179,7 @@ def serve(pipe: Connection, size: int) -> None:
 
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     let_replica_0_compile_first(size)
+    pipe.send_bytes(b"ready")
     while True:
         try:
             task = ranks.Task(*ranks.pickle.loads(pipe.recv_bytes()))
