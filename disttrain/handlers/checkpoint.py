@@ -223,7 +223,9 @@ class Checkpoint:
             return None
         filename = self._saved[-1].filename
         dirname = getattr(self.save_handler, "dirname", None)
-        return filename if dirname is None else Path(dirname) / filename
+        if dirname is None or "://" in str(dirname):
+            return filename if dirname is None else f"{dirname}/{filename}"
+        return Path(dirname) / filename
 
     def reset(self) -> None:
         """Forget what was saved, for another run with the same handler; nothing is removed."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import fsspec
 import pytest
+import torch
 from checkpoint_states import files, mark_of, marked, training_state
 from ranks import Ranks
 
@@ -27,7 +28,9 @@ from disttrain.checkpoint import (
 from disttrain.checkpoint.local import LocalPlace
 from disttrain.checkpoint.remote import RemotePlace
 from disttrain.cli import main
+from disttrain.engine import Engine, Events
 from disttrain.errors import CheckpointError
+from disttrain.handlers.checkpoint import Checkpoint
 
 FILES = ("MANIFEST.json", "SHA256SUMS", "tensors.safetensors")
 
@@ -194,6 +197,19 @@ def test_savers_and_retention(url: str) -> None:
         background.settle()
     assert len(rotate(url, 2)) == 1
     assert names(url) == ["step-00000004", "step-00000003"]
+
+
+def test_a_checkpoint_handler_saves_there(url: str) -> None:
+    model = torch.nn.Linear(2, 3)
+    handler = Checkpoint({"model": model}, DirectorySaver(url), n_saved=2)
+    trainer = Engine(lambda engine, batch: None)
+    handler.attach(trainer, Events.ITERATION_COMPLETED)
+    trainer.run(range(4))
+    assert names(url) == ["step-00000004", "step-00000003"]
+    assert handler.last_checkpoint == f"{url}/step-00000004"
+    loaded = load_newest(url)
+    assert loaded is not None
+    assert torch.equal(loaded.state["weight"], model.weight)
 
 
 def load_on_ranks(backend: Backend, url: str) -> int:

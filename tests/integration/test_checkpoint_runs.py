@@ -81,7 +81,8 @@ def steps(folder: Path) -> list[int]:
 def test_killed_at_random_moments_while_it_saves_constantly(tmp_path: Path, asynchronous: bool) -> None:
     report = Campaign(tmp_path, ranks=2, asynchronous=asynchronous, num_steps=40, width=500).run(3)
     assert report.good, report
-    assert (report.kills, report.runs) == (3, 1)
+    assert report.kills == 3
+    assert report.same_bits >= 1
 
 
 def test_an_asynchronous_run_is_the_synchronous_one(tmp_path: Path) -> None:
