@@ -168,6 +168,13 @@ class Backend(ABC):
         What to ask when a collective of `process_group` broke. None: no rank reported one; it was killed.
         """
 
+    def hurry(self) -> None:
+        """Wait no longer for what other ranks have to say about a failure: the launcher is ending them.
+
+        Called by any thread; `fail` and whoever asks for the first failure then return at once.
+        """
+        return
+
     @abstractmethod
     def close(self) -> None:
         """Leave the group; any number of times. Every later collective raises BackendError."""

@@ -136,6 +136,9 @@ class CheckedBackend(Backend):
     def fail(self, error: BaseException) -> None:
         self._board.publish(error)
 
+    def hurry(self) -> None:
+        self._board.hurry()
+
     def first_failure(self, wait_s: float = 2.0) -> RemoteError | None:
         return self._board.first(wait_s)
 

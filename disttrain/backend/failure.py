@@ -13,6 +13,7 @@ neither the store (rank 0's) nor the launcher's clean-up takes the message away 
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 FIRST = "failure/first"
 LINGER_S = 5.0
+POLL_S = 0.02
 _CLOSING = "closing"
 
 
@@ -34,6 +36,7 @@ class Board:
         self._rank = rank
         self._failure: RemoteError | None = None
         self._heard = threading.Event()
+        self._hurried = threading.Event()
 
     def publish(self, error: BaseException) -> None:
         """Post `error`, unless another failure was first. Never raises."""
@@ -45,9 +48,16 @@ class Board:
 
     def first(self, wait_s: float) -> RemoteError | None:
         """Return the first failure that was posted, waiting for it up to `wait_s`."""
-        self._heard.wait(wait_s)
+        end = time.monotonic() + wait_s
+        while not self._hurried.is_set() and not self._heard.wait(min(POLL_S, max(0.0, end - time.monotonic()))):
+            if time.monotonic() >= end:
+                break
         failure = self._failure
         return None if failure is None else RemoteError(failure.rank, failure.message)
+
+    def hurry(self) -> None:
+        """Wait for nobody any more. Called by any thread."""
+        self._hurried.set()
 
     def close(self) -> None:
         """Stop listening. A failure that was heard is still known."""
@@ -110,11 +120,13 @@ class StoreBoard(Board):
             return
         self._lingered = True
         keys = [f"failure/ack/{other}" for other in self._others]
+        end = time.monotonic() + LINGER_S
         try:
             self._store.set(f"failure/ack/{self._rank}", "heard")
-            self._store.wait(keys, timedelta(seconds=LINGER_S))
-        except RuntimeError as silent:
-            logger.debug("not every rank acknowledged the failure: %s", silent)
+            while not self._store.check(keys) and time.monotonic() < end and not self._hurried.wait(POLL_S):
+                pass
+        except RuntimeError as gone:
+            logger.debug("the store has gone before every rank acknowledged the failure: %s", gone)
 
     def _listen(self, store: Store) -> None:
         bell = f"failure/bell/{self._rank}"

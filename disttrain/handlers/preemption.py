@@ -164,6 +164,8 @@ class Preemption:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._asked = number, now
+            if number == signal.SIGTERM and self.backend is not None:
+                self.backend.hurry()  # torchrun sends it when another rank has died: nobody waits for that one
             if self.starting:
                 self._see_it_end(number)
         elif number == signal.SIGINT and now - self._asked > SECOND_SIGINT_AFTER_S and not self._stop_now:

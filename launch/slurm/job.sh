@@ -23,11 +23,13 @@ if ((SLURM_NNODES > 1)); then
   words+=(--nodes "$SLURM_NNODES" --rdzv "${RDZV_HOST:-${hosts[0]}}:$((20000 + SLURM_JOB_ID % 10000))")
 fi
 
+# A signal to this shell ends its `wait`; srun passes on what it is sent.
+told=0
+step=
+trap 'told=1; [[ -z $step ]] || kill -USR1 "$step"' USR1
+trap 'told=1; [[ -z $step ]] || kill -TERM "$step"' TERM
 srun --kill-on-bad-exit=0 "${PYTHON:-python3}" -m disttrain.cli launch "${words[@]}" "$@" &
 step=$!
-# A signal to this shell ends its `wait`; srun passes on what it is sent.
-trap 'kill -USR1 "$step"' USR1
-trap 'kill -TERM "$step"' TERM
 code=0
 wait "$step" || code=$?
 while kill -0 "$step" 2> /dev/null; do
@@ -35,8 +37,9 @@ while kill -0 "$step" 2> /dev/null; do
   wait "$step" || code=$?
 done
 
-# 75: saved because of a signal. Slurm would call the job failed, so it is queued again from here.
-if ((code == 75)) && scontrol requeue "$SLURM_JOB_ID"; then
+# 75: saved because of a signal; above 128: ended by it while it was still importing. Slurm would call the job failed,
+# so it is queued again from here.
+if ((code == 75 || (told && code > 128))) && scontrol requeue "$SLURM_JOB_ID"; then
   sleep 60 # until Slurm ends this script
 fi
 exit "$code"

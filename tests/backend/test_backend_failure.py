@@ -182,3 +182,12 @@ def test_the_first_failure_is_never_replaced() -> None:
     first = board.first(0)
     assert first is not None
     assert (first.rank, first.message) == (0, "ValueError: one")
+
+
+def test_a_rank_that_is_hurried_waits_for_nobody() -> None:
+    board = Board()
+    threading.Timer(0.05, board.hurry).start()
+    assert board.first(wait_s=3600) is None
+    assert board.first(wait_s=3600) is None
+    board.publish(ValueError("all the same"))
+    assert "all the same" in str(board.first(wait_s=3600))

@@ -166,7 +166,7 @@ def test_a_job_that_is_told_to_go_saves_is_queued_again_and_ends_with_the_same_b
 ) -> None:
     # Long enough to be still there when Slurm, which counts in minutes, says that the first one is over.
     write_cfg(tmp_path, SLOW if how != "time limit" else SLOW.replace("0.3", "1.5"))
-    limit = ["--time", "2", "--signal=B:USR1@90"] if how == "time limit" else ["--time", "60"]
+    limit = ["--time", "3", "--signal=B:USR1@90"] if how == "time limit" else ["--time", "60"]
     job = slurm.submit(tmp_path, "--partition", "low", *limit)
     slurm.wait_until((tmp_path / "begun").exists, 90)
     urgent = ""
