@@ -120,6 +120,14 @@ def test_before_the_first_step_a_rank_that_waits_for_another_ends_and_so_do_all(
     assert "SIGUSR1 came before the first step" in second
 
 
+@pytest.fixture(autouse=True)
+def hangups_are_heard() -> Iterator[None]:
+    """Switch SIGHUP on, which nohup around the tests has switched off."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, old)
+
+
 @contextmanager
 def alone(*, starting: bool = False) -> Iterator[Preemption]:
     with connect("single") as backend, Preemption(backend, starting=starting) as preemption:
