@@ -44,6 +44,8 @@ from disttrain.summary import greet, summarise
 from disttrain.version import __version__
 
 COMPLETED, FAILED, USAGE, INTERRUPTED = 0, 1, 2, Interrupted.exit_code
+SLACK = 1.25
+"""Collectives wait so much longer than a rank may be silent: a hang is told by the watchdog, which knows who hangs."""
 EXIT_CODES = {
     COMPLETED: "completed, now or before",
     FAILED: "failed while running; the last checkpoint is kept",
@@ -82,7 +84,7 @@ def train(options: argparse.Namespace, handlers: Sequence[Callable[[Any, Any], o
     try:
         end_with_launcher()
         set_default("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACES[0])  # before connecting starts CUDA
-        backend = connect(config.backend if config else "auto", timeout_s=config.timeout_s if config else 60.0)
+        backend = connect(config.backend if config else "auto", timeout_s=SLACK * config.timeout_s if config else 60.0)
     except DisttrainError as error:
         return tell(mistake or error, options)
     with backend:

@@ -148,7 +148,7 @@ def test_dataset_that_raises_on_one_sample(tmp_path: Path, ranks: int, workers: 
     refused(done, "the scan is torn", "123")
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_loss_that_becomes_nan(tmp_path: Path, ranks: int) -> None:
     change = """
     class Bursts(nn.Module):

@@ -55,7 +55,7 @@ def test_a_rank_that_is_killed_starts_again_and_the_command_is_printed(tmp_path:
     ("change", "code", "told"),
     [
         ("def net(): raise OSError('no such weights')\nfields['model'] = net", 2, "no such weights"),
-        ("fields['optimizer'] = 3", 2, "optimizer"),
+        pytest.param("fields['optimizer'] = 3", 2, "optimizer", marks=pytest.mark.slow),
     ],
 )
 def test_a_mistake_is_told_once_and_nothing_starts_again(tmp_path: Path, change: str, code: int, told: str) -> None:
@@ -76,6 +76,7 @@ def test_an_error_of_the_users_code_is_told_once_and_the_code_is_1(tmp_path: Pat
     assert "ChildFailedError" not in done.text
 
 
+@pytest.mark.slow
 def test_a_signal_is_passed_on_and_the_code_is_75(tmp_path: Path) -> None:
     write_cfg(
         tmp_path,

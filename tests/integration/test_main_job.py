@@ -166,7 +166,7 @@ def test_torchrun_restarts_a_rank_that_dies(whole: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("number", "ranks"),
     [
-        (signal.SIGTERM, 2),
+        pytest.param(signal.SIGTERM, 2, marks=slow),  # test_signals.py has it in every phase
         (signal.SIGINT, 0),
         pytest.param(signal.SIGTERM, 0, marks=slow),
         pytest.param(signal.SIGINT, 2, marks=slow),
