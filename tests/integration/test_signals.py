@@ -73,7 +73,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stop_in(folder: Path, phase: str, number: signal.Signals, ranks: int) -> tuple[int, str, float]:
-    """Send a signal when the run is in the phase; return the exit code, what was printed, and the seconds to its end."""
+    """Send a signal when the run is in the phase; return exit code, what was printed, and the seconds to its end."""
     process = subprocess.Popen(
         command("cfg.py", ranks=ranks, torchrun=("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1")),
         cwd=folder,
