@@ -1,7 +1,8 @@
 """Starts the ranks of a run on this host, each a process of its own, as torchrun would.
 
 *Contract*: a rank finds the variables that torchrun sets (none in a world of one), prints into a file, and ends with
-this process. When a rank ends otherwise than with 0 the others are killed, as torchrun's agent does.
+this process. When a rank ends otherwise than with 0 the others are killed, as torchrun's agent does: at once when it
+was killed, a moment later when it had an error, which the others hear of.
 
 *Cost*: torch is imported once, in a process from which the ranks are forked, before anything has run in it: a rank
 starts in about 0.1 s.
@@ -11,6 +12,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from multiprocessing import connection, resource_tracker
 from pathlib import Path
@@ -20,6 +22,7 @@ from disttrain.backend.base import Place
 from disttrain.backend.environment import set_launch
 
 HOST = "127.0.0.1"
+OTHERS_END_WITHIN_S = 5.0
 
 
 class LocalRanks:
@@ -55,8 +58,15 @@ class LocalRanks:
             failed = [process.exitcode for process in ended if process.exitcode]
             if failed and self.first_failed is None:
                 self.first_failed = failed[0]
-                self.kill()
+                self._end(left, OTHERS_END_WITHIN_S if failed[0] > 0 else 0.0)
         return [process.exitcode or 0 for process in self._processes]
+
+    def _end(self, left: Sequence[Any], within_s: float) -> None:
+        """Kill those of `left` that do not end by themselves, as they do when a rank has told of an error."""
+        until = time.monotonic() + within_s
+        while (alive := [process for process in left if process.is_alive()]) and time.monotonic() < until:
+            connection.wait([process.sentinel for process in alive], timeout=until - time.monotonic())
+        self.kill()
 
     def kill(self) -> None:
         """Kill those that are still alive, by SIGKILL, and wait for their end."""
