@@ -44,7 +44,7 @@ from disttrain.summary import greet, summarise
 from disttrain.version import __version__
 
 COMPLETED, FAILED, USAGE, INTERRUPTED = 0, 1, 2, Interrupted.exit_code
-SLACK = 1.25
+SLACK, LEAST_SLACK_S = 0.25, 5.0
 """Collectives wait so much longer than a rank may be silent: a hang is told by the watchdog, which knows who hangs."""
 EXIT_CODES = {
     COMPLETED: "completed, now or before",
@@ -84,7 +84,9 @@ def train(options: argparse.Namespace, handlers: Sequence[Callable[[Any, Any], o
     try:
         end_with_launcher()
         set_default("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACES[0])  # before connecting starts CUDA
-        backend = connect(config.backend if config else "auto", timeout_s=SLACK * config.timeout_s if config else 60.0)
+        silent_s = config.timeout_s if config else 60.0
+        waits_s = silent_s + max(LEAST_SLACK_S, SLACK * silent_s)
+        backend = connect(config.backend if config else "auto", timeout_s=waits_s)
     except DisttrainError as error:
         return tell(mistake or error, options)
     with backend:

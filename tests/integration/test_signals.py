@@ -103,7 +103,7 @@ def stop_in(folder: Path, phase: str, number: signal.Signals, ranks: int) -> tup
         pytest.param("step", signal.SIGTERM, 2, 20.0, marks=slow),
         pytest.param("loading", signal.SIGTERM, 2, 20.0, marks=slow),
         pytest.param("loading", signal.SIGUSR1, 2, 20.0, marks=slow),
-        pytest.param("evaluation", signal.SIGINT, 0, 20.0, marks=slow),
+        pytest.param("evaluation", signal.SIGINT, 0, 10.0, marks=slow),
         pytest.param("save", signal.SIGTERM, 2, 20.0, marks=slow),
     ],
 )
