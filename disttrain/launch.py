@@ -8,6 +8,7 @@ import argparse
 import json
 import logging
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ from disttrain.version import __version__
 COMPLETED, FAILED, USAGE, INTERRUPTED = 0, 1, 2, Interrupted.exit_code
 SLACK, LEAST_SLACK_S = 0.25, 5.0
 """Collectives wait so much longer than a rank may be silent: a hang is told by the watchdog, which knows who hangs."""
+WATCHDOG_ENDS_WITHIN_S = 10.0
 EXIT_CODES = {
     COMPLETED: "completed, now or before",
     FAILED: "failed while running; the last checkpoint is kept",
@@ -234,6 +236,10 @@ def report(error: BaseException, backend: Backend, options: argparse.Namespace) 
     if isinstance(error, RuntimeError) and not isinstance(error, DisttrainError):
         # A collective that broke is not the cause but the news of it: who failed has said why.
         heard = backend.first_failure(wait_s=2.0)
+        if heard is not None and heard.rank == backend.rank:
+            # Another thread of this process has reported that: the watchdog, which says why and ends the process.
+            time.sleep(WATCHDOG_ENDS_WITHIN_S)
+            return FAILED
     else:
         heard = None
     if heard is None:
