@@ -62,10 +62,10 @@ def run(
         if fresh:
             kept.refuse_fresh(config, directory, backend)
         take(directory, backend, console, fresh=fresh, stack=stack)
-        watch(made, stack)
         for note in made.loader.notes:
             console.print(note, soft_wrap=True)
         step = restore(made, console)
+        watch(made, stack)  # not before: reading a stream up to where the run stands may take long, and is progress
         compilations = Compilations(backend)
         end, saver = observe(made, preemption, console, step, stack, compilations)
         compilations.attach(made.trainer)
@@ -109,9 +109,9 @@ def take(directory: RunDirectory, backend: Backend, console: Console, *, fresh: 
     with backend.agree("opening the run directory"):
         if backend.rank == 0:
             stack.callback(directory.close)
-            kept = directory.open(fresh=fresh)
-            if kept is not None:
-                console.print(f"the old run is kept as {kept}", soft_wrap=True)
+            old = directory.open(fresh=fresh)
+            if old is not None:
+                console.print(f"the old run is kept as {old}", soft_wrap=True)
     with backend.agree("opening the logs"):
         stack.enter_context(RankLog(directory.logs, backend.rank))
 
@@ -164,8 +164,8 @@ def warn_of_kernels(backend: Backend, saved: Mapping[str, Any], console: Console
 
 def lengthened(made: Run, trainer: dict[str, Any]) -> dict[str, Any]:
     """Return the trainer's saved state with the length that the config has now: a resumed run may have another."""
-    kept = {key: value for key, value in trainer.items() if key not in ("max_epochs", "max_iters", "epoch_length")}
-    return {**kept, **made.maximum, "epoch_length": made.epoch_length}
+    same = {key: value for key, value in trainer.items() if key not in ("max_epochs", "max_iters", "epoch_length")}
+    return {**same, **made.maximum, "epoch_length": made.epoch_length}
 
 
 def place(made: Run, step: int, console: Console) -> None:
