@@ -70,3 +70,28 @@ def test_a_rank_that_is_stopped_is_named(tmp_path: Path) -> None:
     assert out.count("HangError: no progress for ") == 1, out
     assert "rank 1 did not answer: stopped, cut off, or busy in a library; rank 0 waits for it" in out
     assert json.loads((tmp_path / "runs/small/logs/rank-0.hang.json").read_text())["waits"]
+
+
+# A stream without a state of its own, slow enough that reading it up to a later step takes longer than `timeout_s`.
+SLOW_STREAM = """
+import time
+from torch.utils.data import IterableDataset
+class Slow(IterableDataset):
+    def __iter__(self):
+        for i in range(1000):
+            time.sleep(0.02)
+            yield torch.randn(64), i % 10
+fields.update(train_data=Slow, valid_data=None, max_epochs=None, max_steps=8, timeout_s=4)
+"""
+
+
+@pytest.mark.slow
+def test_reading_a_stream_up_to_where_the_run_stands_is_no_hang(tmp_path: Path) -> None:
+    write_cfg(tmp_path, SLOW_STREAM)
+    first = launch("cfg.py", "max_steps=8", cwd=tmp_path)
+    assert first.code == 0, first.text
+    began = time.monotonic()
+    done = launch("cfg.py", "max_steps=9", cwd=tmp_path)
+    assert done.code == 0, done.text
+    assert "resuming from step 8" in done.out
+    assert time.monotonic() - began > 4  # it took longer than a hang would be borne
