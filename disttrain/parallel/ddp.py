@@ -38,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from disttrain.errors import ConfigError
 from disttrain.parallel.buffers import SlotBuffers
 from disttrain.parallel.slots import Node, Slots, TreeSum
+from disttrain.parallel.trained import TrainedParameters
 from disttrain.parallel.tree import Reduction, TreeReduce, accumulation_dtype
 from disttrain.seeding import seed_for, seed_torch
 
@@ -92,12 +93,10 @@ class SlotGradients:
         self.slots = slots
         self.module = model
         self._seed = seed
-        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self._names = [name for name, _ in named]
-        self._parameters = [parameter for _, parameter in named]
+        self._trained = TrainedParameters(model)
+        self._parameters = self._trained.tensors
         self._index: dict[Tensor, int] = {parameter: i for i, parameter in enumerate(self._parameters)}
         self._strides = [_bucket_stride(parameter) for parameter in self._parameters]
-        self._warned = False
         self._group = process_group
         self._tree = TreeReduce(slots, process_group)
         self._buffers = SlotBuffers(model, slots, process_group)
@@ -118,10 +117,7 @@ class SlotGradients:
     def microbatches(self, batch: Sequence[Any], iteration: int) -> Iterator[Any]:
         """Yield the microbatches of this rank's slots; `batch` holds one for each, in slot order."""
         mine = self.slots.mine
-        if len(batch) != len(mine):
-            raise ValueError(
-                f"expected {len(mine)} microbatches, for the slots {mine.start} to {mine.stop - 1}; got {len(batch)}"
-            )
+        self.slots.check_batch(batch)
         self._begin()
         for slot, microbatch in zip(mine, batch, strict=True):
             meets = self._ddp is not None and slot == mine[-1]
@@ -138,7 +134,7 @@ class SlotGradients:
             self._call_hook_for_unused()
         self._sums.parts.clear()
         self._buffers.step_ends()
-        self._warn_of_unused(iteration)
+        self._trained.warn_of_unused(self._unused, log, iteration=iteration, rank=self.slots.rank)
 
     def _begin(self) -> None:
         """Forget the step before, whatever became of it."""
@@ -180,17 +176,6 @@ class SlotGradients:
                 "in each microbatch call `SlotGradients.module`, not the bare model, and run the backward once"
             )
         self._unused &= unused
-
-    def _warn_of_unused(self, iteration: int) -> None:
-        if self._unused and not self._warned:
-            self._warned = True
-            log.warning(
-                "step %d: no slot of rank %d used the parameters %s. Their gradients count as zero, so weight decay "
-                "and momentum still move them; freeze what is not in use with requires_grad_(False).",
-                iteration,
-                self.slots.rank,
-                ", ".join(self._names[i] for i in sorted(self._unused)),
-            )
 
     def _parts(self, bucket: GradBucket) -> dict[Node, Tensor]:
         """Return the sums of this rank's nodes for one bucket; the last is in the bucket itself, if wide enough."""

@@ -163,6 +163,14 @@ class Slots:
         """How many slots each rank runs, by rank."""
         return tuple(len(self.of(rank)) for rank in range(self.world_size))
 
+    def check_batch(self, batch: Sequence[object]) -> None:
+        """Raise ValueError unless `batch` holds one microbatch for each of this rank's slots."""
+        if len(batch) != len(self.mine):
+            raise ValueError(
+                f"expected {len(self.mine)} microbatches, for the slots {self.mine.start} to {self.mine.stop - 1}; "
+                f"got {len(batch)}"
+            )
+
     def owner(self, slot: int) -> int:
         """Return the rank that runs a slot."""
         if not 0 <= slot < self.num_slots:

@@ -23,6 +23,7 @@ from disttrain.errors import ConfigError
 from disttrain.parallel.buffers import SlotBuffers
 from disttrain.parallel.ddp import check_model
 from disttrain.parallel.slots import Node, Slots, TreeSum, fold
+from disttrain.parallel.trained import TrainedParameters
 from disttrain.parallel.tree import accumulation_dtype
 from disttrain.seeding import seed_for, seed_torch
 
@@ -71,12 +72,10 @@ class XlaSlotGradients:
         self._xla = torch_xla
         self._invariant = reduction == "invariant"
         self._meets_whole = not self._invariant or all(len(slots.nodes(rank)) == 1 for rank in range(slots.world_size))
-        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self._names = [name for name, _ in named]
-        self._parameters = [parameter for _, parameter in named]
+        self._trained = TrainedParameters(model)
+        self._parameters = self._trained.tensors
         self._buffers = XlaSlotBuffers(model, slots, gather)
         self._unused: set[int] = set()
-        self._warned = False
 
     def opens(self, iteration: int) -> bool:
         return True
@@ -87,10 +86,7 @@ class XlaSlotGradients:
     def microbatches(self, batch: Sequence[Any], iteration: int) -> Iterator[Any]:
         """Yield the microbatches of this replica's slots; `batch` holds one for each, in slot order."""
         mine = self.slots.mine
-        if len(batch) != len(mine):
-            raise ValueError(
-                f"expected {len(mine)} microbatches, for the slots {mine.start} to {mine.stop - 1}; got {len(batch)}"
-            )
+        self.slots.check_batch(batch)
         self._unused = set(range(len(self._parameters)))
         gradients = _Sums(self.slots.num_slots, merges=self._meets_whole)
         for slot, microbatch in zip(mine, batch, strict=True):
@@ -109,7 +105,7 @@ class XlaSlotGradients:
         self._xla.sync()
         self._buffers.step_ends()
         self._xla.sync()
-        self._warn_of_unused(iteration)
+        self._trained.warn_of_unused(self._unused, log, iteration=iteration, rank=self.slots.rank)
 
     def _take(self) -> Gradient:
         """Take a slot's gradients off the parameters."""
@@ -150,17 +146,6 @@ class XlaSlotGradients:
         count = self.slots.num_slots // len(rows)
         found = {(i * count, (i + 1) * count): row for i, row in enumerate(rows.unbind())}
         return fold(found, self.slots.num_slots, torch.add)
-
-    def _warn_of_unused(self, iteration: int) -> None:
-        if self._unused and not self._warned:
-            self._warned = True
-            log.warning(
-                "step %d: no slot of rank %d used the parameters %s. Their gradients count as zero, so weight decay "
-                "and momentum still move them; freeze what is not in use with requires_grad_(False).",
-                iteration,
-                self.slots.rank,
-                ", ".join(self._names[i] for i in sorted(self._unused)),
-            )
 
 
 class _Sums(TreeSum[Gradient]):
