@@ -22,7 +22,8 @@ if backend.restarts == 0 and backend.rank == 1:
 backend.barrier()
 value = torch.ones(())
 dist.all_reduce(value, group=backend.process_group)
-print(f"rank {backend.rank} restarts {backend.restarts} sum {int(value.sum())}", flush=True)
+# In one piece, or an unbuffered peer's line comes between this one and its end.
+sys.stdout.write(f"rank {backend.rank} restarts {backend.restarts} sum {int(value.sum())}\\n")
 # No close(): a program that just ends must end well.
 """
 
