@@ -23,12 +23,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from disttrain.assemble import total_norm
 from disttrain.backend import connect
 from disttrain.data import SlotBatchSampler, StepBatch
 from disttrain.engine import Engine, Events, create_supervised_trainer
 from disttrain.observe import Ledger, state_tensors
-from disttrain.parallel import SlotGradients, Slots
+from disttrain.parallel import SlotGradients, Slots, total_norm
 from disttrain.seeding import seed_for, seed_position
 
 WIDTH, DEPTH, NUM_SLOTS = 512, 4, 4

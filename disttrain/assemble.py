@@ -32,7 +32,7 @@ from disttrain.engine.parts import to_device
 from disttrain.errors import ConfigError, DisttrainError
 from disttrain.handlers.evaluation import Evaluation
 from disttrain.observe import batch_hash
-from disttrain.parallel import Slots, slot_gradients
+from disttrain.parallel import Slots, shard, slot_gradients
 from disttrain.parallel.ddp import check_model
 from disttrain.precision import choose
 from disttrain.run import Run
@@ -73,8 +73,18 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory) -> Run:
         if config.compile:
             backend.compile(model)
         check_model(model, backend.device)
+    with backend.agree("spreading the model over the ranks"):
+        layout = shard(
+            model,
+            config.strategy,
+            slots,
+            process_group=backend.process_group,
+            reduction=config.reduction,
+            device=backend.device,
+        )
     with backend.agree("building the optimizer"):
         optimizer = build("optimizer", config.optimizer, [p for p in model.parameters() if p.requires_grad])
+        layout.check_optimizer(optimizer)
         model, optimizer = precision.prepare(model, optimizer)
     # Not inside `agree`: this one talks to the other ranks itself.
     gradients = slot_gradients(
@@ -85,6 +95,7 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory) -> Run:
         gather=backend.gather_recorded,
         reduction=config.reduction,
         device=backend.device,
+        layout=layout,
     )
     trainer = create_supervised_trainer(
         gradients.module,
@@ -100,7 +111,9 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory) -> Run:
         after_step=lambda stepped: after_step(made, stepped),
         backend=backend,
     )
-    made = Run(config, backend, directory, slots, model, optimizer, None, precision, loader, trainer, None, data)
+    made = Run(
+        config, backend, directory, slots, model, layout, optimizer, None, precision, loader, trainer, None, data
+    )
     with backend.agree("building the schedule, the metrics and the handlers"):
         if config.schedule is not None:
             made.schedule = build("schedule", config.schedule, optimizer, made.total_steps)
@@ -190,19 +203,11 @@ def before_step(made: Run) -> bool | None:
     """Note and clip the reduced gradient; False leaves the step out. The same on every rank, for the gradient is."""
     limit = made.config.grad_clip_norm
     parameters = [parameter for parameter in made.model.parameters() if parameter.grad is not None]
-    norm = total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = made.layout.total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     made.grad_norm = norm
     if limit is not None:
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        made.layout.clip(parameters, limit, norm)
     return False if made.config.on_nan == "skip" and not math.isfinite(norm) else None
-
-
-def total_norm(gradients: list[Tensor]) -> Tensor:
-    """Return the 2-norm of all gradients together; the same bits as torch's, in two thirds of its time."""
-    if len({(gradient.device, gradient.dtype) for gradient in gradients}) != 1:
-        return nn.utils.get_total_norm(gradients)
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    return norm
 
 
 def after_step(made: Run, stepped: bool) -> None:
@@ -239,4 +244,5 @@ def evaluation_of(made: Run, dataset: Dataset[Any]) -> Evaluation:
         metrics,
         precision=made.precision,
         backend=backend,
+        gathered=made.layout.gathered,
     )

@@ -96,7 +96,12 @@ def watch(made: Run, stack: ExitStack) -> None:
 
 def to_save(made: Run) -> dict[str, Any]:
     """Return everything that a checkpoint holds, by name."""
-    parts = {"model": made.model, "optimizer": made.optimizer, "trainer": made.trainer, "precision": made.precision}
+    parts = {
+        "model": made.layout.stateful(made.model),
+        "optimizer": made.layout.stateful(made.optimizer),
+        "trainer": made.trainer,
+        "precision": made.precision,
+    }
     if made.schedule is not None:
         parts["schedule"] = made.schedule
     if isinstance(made.loader, StreamLoader):
@@ -262,6 +267,7 @@ def ledger_of(made: Run, step: int) -> Ledger:
         backend=made.backend,
         every_steps=made.config.ledger.every_steps,
         state=lambda: state_tensors(made.model, made.optimizer),
+        whole=made.layout.whole,
         grad_norm=made.take_grad_norm,
         # A stream's samples have no indices; the hashes of what the slots hold tell them apart.
         order=loader.sampler.samples if isinstance(loader, SlotLoader) else None,
@@ -271,7 +277,7 @@ def ledger_of(made: Run, step: int) -> Ledger:
 def outcome(made: Run, end: StepEnd, resumed_at: int, wall_s: float) -> dict[str, Any]:
     """Check that all ranks hold the same weights, and return what result.json holds."""
     backend, step = made.backend, made.trainer.state.iteration
-    digests = backend.all_gather(params_sha256(made.model))
+    digests = backend.all_gather(params_sha256(made.model, made.layout.whole))
     if len(set(digests)) > 1:
         listing = ", ".join(f"rank {rank}: {digest[:12]}" for rank, digest in enumerate(digests))
         raise DisttrainError(f"the ranks ended with different weights ({listing}), expected the same on each")

@@ -12,7 +12,7 @@ from disttrain.config import Config, config_hash
 from disttrain.data import SlotLoader, StreamLoader
 from disttrain.engine import Engine
 from disttrain.handlers.evaluation import Evaluation
-from disttrain.parallel import Slots
+from disttrain.parallel import Layout, Slots
 from disttrain.precision import Precision
 from disttrain.run_directory import RunDirectory
 
@@ -26,6 +26,7 @@ class Run:
     directory: RunDirectory
     slots: Slots
     model: nn.Module
+    layout: Layout
     optimizer: torch.optim.Optimizer
     schedule: Any
     precision: Precision

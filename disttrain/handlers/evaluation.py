@@ -11,6 +11,7 @@ import functools
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,7 +47,10 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
 
 
 class Evaluation:
-    """Evaluates `model` over what `batches()` returns: (batch number, batch) of this rank, perhaps none."""
+    """Evaluates `model` over what `batches()` returns: (batch number, batch) of this rank, perhaps none.
+
+    `gathered()` is the context in which each rank may call the model as often as it likes.
+    """
 
     def __init__(
         self,
@@ -57,6 +61,7 @@ class Evaluation:
         *,
         precision: Precision,
         backend: Backend,
+        gathered: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.model = model
         self.batches = batches
@@ -64,6 +69,7 @@ class Evaluation:
         self.metrics = dict(metrics)
         self.precision = precision
         self.backend = backend
+        self.gathered = gathered
         for metric in self.metrics.values():
             self._give_backend(metric)
 
@@ -88,7 +94,7 @@ class Evaluation:
         for metric in self.metrics.values():
             metric.reset()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.gathered():
                 losses = self._losses(None if stop is None else Together(self.backend, stop))
         finally:
             for module in training:

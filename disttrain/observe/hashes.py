@@ -12,7 +12,7 @@ results go into BLAKE2b in their order.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,14 @@ NUM_RUNS = 256
 HASHED_WHERE_THEY_LIE = ("cpu", "cuda")
 
 
-def tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the hash of each tensor, by the same names."""
-    runs = {name: _runs(tensor.detach()) for name, tensor in tensors.items()}
+def tensor_hashes(
+    tensors: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> dict[str, str]:
+    """Return the hash of each tensor, by the same names.
+
+    `whole` gives all of a tensor of which this rank holds a part; it is called one by one, in the mapping's order.
+    """
+    runs = {name: _runs(whole(tensor.detach())) for name, tensor in tensors.items()}
     if not runs:
         return {}
     # Brought to the host together: on an accelerator each copy waits for all the work that is queued.

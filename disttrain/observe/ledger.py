@@ -43,9 +43,10 @@ def hex_float(value: float | None) -> str | None:
 class Ledger:
     """Writes the ledger of a run to `path` on rank 0, going on after `step`.
 
-    `state()` gives the tensors to hash, by name; `grad_norm()` the norm of the step's gradient, which may stay on its
-    device; `order(epoch, steps)` the indices of the global batches of some steps of an epoch, a row each, both as a
-    `StepBatch` counts them. `fetched` takes the losses, in batches, after which their lines are written.
+    `state()` gives the tensors to hash, by name, and `whole` all of one of which a rank holds a part; `grad_norm()`
+    gives the norm of the step's gradient, which may stay on its device; `order(epoch, steps)` the indices of the global
+    batches of some steps of an epoch, a row each, both as a `StepBatch` counts them. `fetched` takes the losses, in
+    batches, after which their lines are written.
     """
 
     def __init__(
@@ -56,12 +57,14 @@ class Ledger:
         backend: Backend,
         every_steps: int,
         state: Callable[[], Mapping[str, Tensor]],
+        whole: Callable[[Tensor], Tensor] = lambda tensor: tensor,
         grad_norm: Callable[[], Tensor | None],
         order: Callable[[int, range], Any] | None,
     ) -> None:
         self.backend = backend
         self.every_steps = every_steps
         self._state = state
+        self._whole = whole
         self._grad_norm = grad_norm
         self._order = order
         self._lines = JsonLines(path, step) if backend.rank == 0 else None
@@ -106,7 +109,7 @@ class Ledger:
 
     def _agreed_state(self, step: int) -> dict[str, str]:
         """Return the hashes of the state, after looking whether every rank has the same."""
-        hashes = tensor_hashes(self._state())
+        hashes = tensor_hashes(self._state(), self._whole)
         digest = hashlib.blake2b(repr(hashes).encode(), digest_size=16).hexdigest()
         if len(set(self.backend.all_gather(digest))) > 1:
             by_rank: list[dict[str, str]] = self.backend.all_gather(hashes)

@@ -2,8 +2,8 @@
 
 `Slots` says which slots of a run this rank runs. `SlotGradients` makes their gradients the same bits on any number of
 ranks, `XlaSlotGradients` on any number of XLA devices, `slot_gradients` picks the one for a device. `Accumulation` adds
-up microbatches of one rank. All obey `Gradients`, which the step body calls. `TreeReduce` is the reduction alone, for
-somebody's own loop.
+up microbatches of one rank. All obey `Gradients`, which the step body calls. `shard` spreads a model over the ranks
+before its optimizer is built, and returns the `Layout`. `TreeReduce` is the reduction alone, for somebody's own loop.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from disttrain.errors import ConfigError
 from disttrain.parallel.base import Accumulation, Gradients
 from disttrain.parallel.ddp import SlotGradients
+from disttrain.parallel.layout import Layout, Replicated, total_norm
 from disttrain.parallel.slots import Slots, TreeSum, mean_over_slots
 from disttrain.parallel.tree import TreeReduce
 from disttrain.parallel.xla import XlaSlotGradients
@@ -22,14 +24,33 @@ from disttrain.parallel.xla import XlaSlotGradients
 __all__ = [
     "Accumulation",
     "Gradients",
+    "Layout",
+    "Replicated",
     "SlotGradients",
     "Slots",
     "TreeReduce",
     "TreeSum",
     "XlaSlotGradients",
     "mean_over_slots",
+    "shard",
     "slot_gradients",
+    "total_norm",
 ]
+
+
+def shard(
+    model: nn.Module,
+    strategy: Literal["ddp", "fsdp"],
+    slots: Slots,
+    *,
+    process_group: ProcessGroup | None,
+    reduction: Literal["invariant", "fast"],
+    device: torch.device,
+) -> Layout:
+    """Spread the model over the ranks as `strategy` says, in place, before its optimizer is built; no collective."""
+    if strategy == "fsdp":
+        raise ConfigError('expected strategy="ddp"')
+    return Replicated()
 
 
 def slot_gradients(
@@ -41,6 +62,7 @@ def slot_gradients(
     gather: Callable[[Tensor], Tensor],
     reduction: Literal["invariant", "fast"],
     device: torch.device,
+    layout: Layout | None = None,
 ) -> SlotGradients | XlaSlotGradients:
     """Return how gradients meet on `device`: over the process group, or by `gather` on XLA devices, which need none."""
     if device.type == "xla":
