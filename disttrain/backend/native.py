@@ -23,7 +23,7 @@ from disttrain.backend.checked import CheckedBackend
 from disttrain.backend.environment import Launch, set_default
 from disttrain.backend.failure import Board, StoreBoard
 from disttrain.backend.rendezvous import Meeting, meet
-from disttrain.backend.sockets import loopback_name, open_sockets, shut_down
+from disttrain.backend.sockets import loopback_name, notice_lost_hosts, open_sockets, shut_down
 from disttrain.backend.stores import HashStore, PrefixStore, Store
 from disttrain.errors import BackendError
 
@@ -52,11 +52,12 @@ class NativeBackend(CheckedBackend):
         self._timeout = timedelta(seconds=timeout_s)
         self._sockets: dict[int, str] = {}
         self._broken = False
-        self._stuck = False
+        before = open_sockets()
         meeting = meet(launch, timeout_s) if launch is not None and self.world_size > 1 else None
         try:
             self._open_groups(meeting)
             self._board = self._open_board(meeting)
+            notice_lost_hosts({fd: inode for fd, inode in open_sockets().items() if before.get(fd) != inode})
             self._check_devices()
         except BaseException:
             if dist.is_initialized():

@@ -1,16 +1,24 @@
-"""The connections that a process group opened, so that a failure can break them.
+"""The connections that a process group opened, so that a failure can break them, and a lost host does.
 
 gloo has no abort: its connections live as long as any object that refers to the group, and a peer that waits for
 one of them waits until this process ends. Shutting the sockets down wakes both ends at once. It is done to the
 descriptor's own socket, checked by inode, and closes nothing: gloo still does that.
 
+A host that loses its power or its link says goodbye to nobody: its peers would wait until the group's timeout. So the
+kernel is told to ask the other end of a silent connection whether it is there. A process that is busy, stopped or
+hangs still answers, through its kernel.
+
 *Contract*: Linux only (/proc); elsewhere nothing is found, nothing is shut down, and peers hear when the process ends.
+
+*Source*: tcp(7), TCP_KEEPIDLE and TCP_USER_TIMEOUT.
 """
 
 import os
 import socket
 from collections.abc import Mapping
 
+LOST_AFTER_S = 3
+"""Seconds without an answer after which a connection counts as broken; torchrun's agents wait as long for another."""
 _FDS = "/proc/self/fd"
 
 
@@ -32,11 +40,32 @@ def open_sockets(except_port: int | None = None) -> dict[int, str]:
     return found
 
 
+def notice_lost_hosts(sockets: Mapping[int, str]) -> None:
+    """Let those connections break when the other end's host has not answered for `LOST_AFTER_S`."""
+    for descriptor, inode in sockets.items():
+        if _target(descriptor) == inode:
+            _ask_the_other_end(descriptor)
+
+
 def shut_down(sockets: Mapping[int, str]) -> None:
     """Break those connections that are still open; listening sockets are left alone."""
     for descriptor, inode in sockets.items():
         if _target(descriptor) == inode:
             _break(descriptor)
+
+
+def _ask_the_other_end(descriptor: int) -> None:
+    try:
+        with socket.socket(fileno=os.dup(descriptor)) as connection:
+            if connection.family not in (socket.AF_INET, socket.AF_INET6) or connection.type != socket.SOCK_STREAM:
+                return
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, LOST_AFTER_S - 1)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * LOST_AFTER_S)
+    except OSError:  # closed since it was listed
+        return
 
 
 def _target(descriptor: int) -> str:

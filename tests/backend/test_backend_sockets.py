@@ -5,8 +5,10 @@ import socket
 import sys
 
 import pytest
+from ranks import Ranks
 
-from disttrain.backend.sockets import loopback_name, open_sockets, shut_down
+from disttrain.backend import Backend
+from disttrain.backend.sockets import LOST_AFTER_S, loopback_name, notice_lost_hosts, open_sockets, shut_down
 
 
 @pytest.fixture
@@ -75,3 +77,35 @@ def test_files_are_no_sockets() -> None:
 
 def test_the_loopback_is_known_here() -> None:
     assert loopback_name() == {"linux": "lo", "darwin": "lo0"}[sys.platform]
+
+
+def test_a_silent_connection_is_asked_whether_its_other_end_is_there(connected: Connected) -> None:
+    server, client, _accepted = connected
+    pair = socket.socketpair()  # which has no host at its other end
+    found = open_sockets()
+    notice_lost_hosts({fd: found[fd] for fd in (server.fileno(), client.fileno(), pair[0].fileno())})
+    notice_lost_hosts({10**6: "socket:[1]"})
+    assert client.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    assert client.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1000 * LOST_AFTER_S
+    asked = [client.getsockopt(socket.IPPROTO_TCP, name) for name in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL)]
+    assert asked[0] + asked[1] * client.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) <= LOST_AFTER_S
+    assert pair[0].getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0
+    close(connected)
+    for each in pair:
+        each.close()
+
+
+def all_are_asked(backend: Backend) -> list[int]:
+    kinds = (socket.AF_INET, socket.AF_INET6)
+    asked = []
+    for descriptor in open_sockets():
+        with socket.socket(fileno=os.dup(descriptor)) as each:
+            if each.family in kinds and not each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                asked.append(each.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+    return asked
+
+
+def test_all_connections_of_a_rank_are_asked(ranks: Ranks) -> None:
+    for asked in ranks(2, all_are_asked):
+        assert len(asked) >= 4  # two groups, the store, the board
+        assert set(asked) == {1}
