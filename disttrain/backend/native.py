@@ -52,6 +52,7 @@ class NativeBackend(CheckedBackend):
         self._timeout = timedelta(seconds=timeout_s)
         self._sockets: dict[int, str] = {}
         self._broken = False
+        self._stuck = False
         before = open_sockets()
         meeting = meet(launch, timeout_s) if launch is not None and self.world_size > 1 else None
         try:
