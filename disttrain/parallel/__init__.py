@@ -16,13 +16,16 @@ from torch.distributed import ProcessGroup
 from disttrain.errors import ConfigError
 from disttrain.parallel.base import Accumulation, Gradients
 from disttrain.parallel.ddp import SlotGradients
+from disttrain.parallel.fsdp import FsdpGradients
 from disttrain.parallel.layout import Layout, Replicated, total_norm
+from disttrain.parallel.sharded import Alone, Sharded
 from disttrain.parallel.slots import Slots, TreeSum, mean_over_slots
 from disttrain.parallel.tree import TreeReduce
 from disttrain.parallel.xla import XlaSlotGradients
 
 __all__ = [
     "Accumulation",
+    "FsdpGradients",
     "Gradients",
     "Layout",
     "Replicated",
@@ -48,9 +51,14 @@ def shard(
     device: torch.device,
 ) -> Layout:
     """Spread the model over the ranks as `strategy` says, in place, before its optimizer is built; no collective."""
-    if strategy == "fsdp":
-        raise ConfigError('expected strategy="ddp"')
-    return Replicated()
+    if strategy == "ddp":
+        return Replicated()
+    if device.type == "xla":
+        raise ConfigError('strategy="fsdp" cuts parameters over gloo or nccl ranks; on XLA devices use strategy="ddp"')
+    if slots.world_size == 1 or process_group is None:
+        return Alone(model)
+    several = max(slots.counts) > 1
+    return Sharded(model, process_group, device=device, reduction=reduction, stays_gathered=several)
 
 
 def slot_gradients(
@@ -63,8 +71,10 @@ def slot_gradients(
     reduction: Literal["invariant", "fast"],
     device: torch.device,
     layout: Layout | None = None,
-) -> SlotGradients | XlaSlotGradients:
+) -> SlotGradients | FsdpGradients | XlaSlotGradients:
     """Return how gradients meet on `device`: over the process group, or by `gather` on XLA devices, which need none."""
+    if isinstance(layout, Sharded):
+        return FsdpGradients(model, slots, layout, seed=seed, reduction=reduction, device=device)
     if device.type == "xla":
         return XlaSlotGradients(model, slots, seed=seed, gather=gather, reduction=reduction, device=device)
     return SlotGradients(model, slots, seed=seed, process_group=process_group, reduction=reduction, device=device)

@@ -5,6 +5,7 @@ optimizer is: what it returns is a `Layout`. Everybody who needs more of a param
 than what this rank holds asks the layout, so that nobody else has to know the strategy.
 """
 
+import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -61,6 +62,12 @@ class Replicated:
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Return the 2-norm of all gradients together; the same bits as torch's, in two thirds of its time."""
     if len({(gradient.device, gradient.dtype) for gradient in gradients}) != 1:
-        return nn.utils.get_total_norm(list(gradients))
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients))))
+        return norm_of_norms([torch.linalg.vector_norm(gradient) for gradient in gradients])
+    return norm_of_norms(torch._foreach_norm(list(gradients)))
+
+
+def norm_of_norms(norms: Sequence[Tensor]) -> Tensor:
+    """Return the norm of all from the norms of each, in their order."""
+    dtype = functools.reduce(torch.promote_types, [norm.dtype for norm in norms])
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, dtype) for norm in norms]))
     return norm

@@ -1,0 +1,85 @@
+"""Which modules of a model FSDP2 gathers as one, and what keeps a model from being sharded; nothing is changed here.
+
+*Contract*: each child of an `nn.Sequential` or `nn.ModuleList` that holds parameters is a group, unless it lies in a
+group already: the blocks of a transformer, the stages of a convolutional network. What is left is the model's own
+group. A child that shares a parameter with what lies outside it (tied embeddings) is left to the model's own group too.
+
+*Errors*: ConfigError, which names the parameter, for what FSDP2 cannot shard or not with the same bits.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from disttrain.errors import ConfigError
+
+CONTAINERS = (nn.Sequential, nn.ModuleList)
+WITHOUT_FORWARD = (nn.ModuleList, nn.ModuleDict)
+ACROSS_PARAMETERS = {"LBFGS", "Muon", "Adafactor", "LAMB", "Lamb", "LARS", "Lars", "Shampoo", "SOAP", "KFAC"}
+"""Optimizers whose step looks at more of a parameter than the element it changes, by name."""
+
+
+def groups_of(model: nn.Module) -> list[nn.Module]:
+    """Return the modules to be gathered as one, in the model's order, the model itself last."""
+    homes = Counter(id(parameter) for module in model.modules() for parameter in _own(module))
+    return [*dict.fromkeys(_children(model, homes)), model]
+
+
+def _own(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module._parameters.values() if parameter is not None]
+
+
+def _children(module: nn.Module, homes: Counter[int]) -> Iterator[nn.Module]:
+    """Yield the groups within a module; `homes` counts the modules that each parameter belongs to."""
+    for child in module.children():
+        inside = Counter(id(parameter) for part in child.modules() for parameter in _own(part))
+        tied = any(count != homes[parameter] for parameter, count in inside.items())
+        if isinstance(module, CONTAINERS) and not isinstance(child, WITHOUT_FORWARD) and inside and not tied:
+            yield child
+        else:
+            yield from _children(child, homes)
+
+
+def check_shardable(model: nn.Module) -> None:
+    """Raise ConfigError for a model that cannot be sharded, on any number of ranks alike."""
+    for name, module in model.named_modules():
+        if type(module).__name__.startswith("FSDP"):
+            raise ConfigError(
+                f'{name or "the model"} is sharded already; strategy="fsdp" takes the bare model and shards it here'
+            )
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 0:
+            raise ConfigError(f'strategy="fsdp" cannot cut the parameter {name} of shape (); give it the shape (1,)')
+        if not parameter.is_contiguous():
+            raise ConfigError(
+                f'strategy="fsdp" cuts parameters that lie in memory row by row; {name} does not (channels_last, or a '
+                'transposed view): leave it contiguous, or use strategy="ddp"'
+            )
+    parts = groups_of(model)
+    for group in parts:
+        others = {id(parameter) for part in parts if part is not group for parameter in part.parameters()}
+        mine = [p for p in group.parameters() if p.requires_grad and (group is not model or id(p) not in others)]
+        if len(dtypes := {parameter.dtype for parameter in mine}) > 1:
+            found = " and ".join(sorted(map(str, dtypes)))
+            raise ConfigError(
+                f'strategy="fsdp" needs one dtype of the trained parameters that are gathered together; '
+                f'{type(group).__name__} has {found}: use one, or strategy="ddp"'
+            )
+
+
+def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ConfigError for an optimizer whose step on a part of a parameter is not that part of its step."""
+    for kind in type(optimizer).__mro__:
+        if kind.__name__ in ACROSS_PARAMETERS:
+            raise ConfigError(
+                f'strategy="fsdp": {kind.__name__} looks at whole parameters, of which each rank holds a part; use an '
+                'optimizer that treats each element by itself (SGD, Adam, AdamW, RMSprop, Adagrad), or strategy="ddp"'
+            )
+    for group in optimizer.param_groups:
+        if group.get("fused") and group["params"][0].device.type == "cpu":
+            raise ConfigError(
+                f'strategy="fsdp": {type(optimizer).__name__}(fused=True) rounds the last elements of a tensor '
+                "otherwise on a CPU, so that its bits change with the number of ranks; leave out fused"
+            )
