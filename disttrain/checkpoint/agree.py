@@ -50,6 +50,33 @@ def on_every_rank(backend: Ranks | None, action: Callable[[], T]) -> T:
     return result
 
 
+def by_rank(backend: Ranks | None, action: Callable[[], T]) -> list[T]:
+    """Run `action` on every rank and return the results, plain values, by rank; what fails on one fails on all.
+
+    The lowest rank's failure is told: its own error there, on the others a CheckpointError with its words or, if it
+    is none, a RemoteError.
+    """
+    failure: Exception | None = None
+    result: T | None = None
+    try:
+        result = action()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks are waiting to hear of it
+        failure = error
+    said = [(failure, result)]
+    if backend is not None and backend.world_size > 1:
+        own = None if failure is None else (isinstance(failure, CheckpointError), str(failure) or repr(failure))
+        answers = backend.all_gather((own, result))
+        for rank, (told, _) in enumerate(answers):
+            if told is not None and rank != backend.rank:
+                raise CheckpointError(told[1]) if told[0] else RemoteError(rank, told[1])
+            if told is not None:
+                break
+        said = [(None, value) for _, value in answers]
+    if failure is not None:
+        raise failure
+    return [cast(T, value) for _, value in said]
+
+
 def on_one_rank(backend: Ranks | None, action: Callable[[], T], rank: int = 0) -> T:
     """Run `action` on one rank; return its result, a plain value, on every rank."""
     if backend is None or backend.world_size == 1:

@@ -12,26 +12,34 @@ too, without collectives, unless a KeyboardInterrupt said to stop at once.
 asks the ranks once, without waiting.
 """
 
+import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
-from disttrain.checkpoint.agree import Ranks, on_one_rank
+from disttrain.checkpoint.agree import Ranks, by_rank, on_one_rank
 from disttrain.checkpoint.directory_saver import DirectorySaver
-from disttrain.checkpoint.manifest import About
+from disttrain.checkpoint.manifest import About, FileRecord
+from disttrain.checkpoint.place import Place
+from disttrain.checkpoint.plan import Share
+from disttrain.checkpoint.staging import Staging
 from disttrain.checkpoint.tree import Flat
-from disttrain.checkpoint.write import take_apart
+from disttrain.checkpoint.write import commit, write_alone, write_mine
+from disttrain.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-COPYING_THREADS = 4
+PATIENCE_S = 600.0
+"""How long rank 0's thread waits at least for the others' parts, once its own, which is as large, is written."""
+HURRY_S = 10.0
+"""How long once the training has failed: a rank may have died."""
+LOOKED_EVERY_S = 0.02
 TOLD_EVERY_S = 5.0
 """How often the ranks that wait for a save hear that it is still under way, so that none takes it for a hang."""
 
@@ -44,10 +52,13 @@ class AskingRanks(Ranks, Protocol):
 
 
 class Job:
-    """One save under way on the rank that writes."""
+    """One save under way in this process: all of it, one rank's part, or that of the rank that commits."""
 
-    def __init__(self, work: Callable[[], None], remove: Callable[[str], None]) -> None:
+    def __init__(self, work: Callable[["Job"], None], remove: Callable[[str], None]) -> None:
         self.failure: Exception | None = None
+        self.others: str | None = None
+        """Why another rank's part will not come, if that is known."""
+        self.patience_s = PATIENCE_S
         self._work = work
         self._remove = remove
         self._doomed: list[str] | None = []
@@ -57,7 +68,7 @@ class Job:
 
     def _run(self) -> None:
         try:
-            self._work()
+            self._work(self)
         except Exception as error:  # noqa: BLE001 - kept for the training thread, which raises it
             self.failure = error
         with self._lock:
@@ -81,13 +92,6 @@ class Job:
         return not self._thread.is_alive()
 
 
-def _copy(into: Tensor, tensor: Tensor) -> None:
-    """Copy the values; from CUDA the stream has to be waited for."""
-    if tensor.is_contiguous() and tensor.numel() and tensor.ndim and not (tensor.is_conj() or tensor.is_neg()):
-        into, tensor = into.view(torch.uint8), tensor.view(torch.uint8)  # torch 2.9 cannot copy a float4
-    into.copy_(tensor, non_blocking=tensor.is_cuda)
-
-
 class AsynchronousSaver(DirectorySaver):
     """A `DirectorySaver` whose calls return when the state is copied; a context."""
 
@@ -99,24 +103,58 @@ class AsynchronousSaver(DirectorySaver):
         self._job: Job | None = None
         self._under_way = False
         self._asked: Callable[[], bool] | None = None
-        self._copies: dict[str, Tensor] = {}
+        self._staging = Staging()
 
     def __call__(self, checkpoint: Any, filename: str, metadata: Mapping[str, Any]) -> None:
         """Wait for the save under way, copy `checkpoint`, and start to save it."""
         step = self._step(filename)
         about = self._describe()
         self.settle()
-
-        def start() -> None:
-            flat = self._copied(take_apart(step, checkpoint))
-            self._job = Job(lambda: self._write(step, flat, about), super(AsynchronousSaver, self).remove)
-
-        on_one_rank(self._backend, start)
+        share = self._planner.share(step, checkpoint)
+        if share.num_files == 1:
+            on_one_rank(self._backend, lambda: self._start_alone(step, share, about))
+        else:
+            self._start_together(step, share, about)
         self._under_way = True
+
+    def _start_alone(self, step: int, share: Share, about: About) -> None:
+        flat = Flat(share.flat.tree, self._staging.copied(share.flat.tensors))
+        world_size = 1 if self._backend is None else self._backend.world_size
+
+        def work(job: Job) -> None:
+            self._clean()
+            write_alone(self.place, step, flat, about, world_size)
+
+        self._job = Job(work, super().remove)
+
+    def _start_together(self, step: int, share: Share, about: About) -> None:
+        """Copy this rank's part and start to write it; rank 0's thread waits for the others' and commits."""
+        assert self._backend is not None
+        rank, world_size = self._backend.rank, self._backend.world_size
+
+        def begin() -> str:
+            self._clean()
+            return self.place.begin(step)
+
+        upload = on_one_rank(self._backend, begin)
+        try:
+            by_rank(self._backend, lambda: len(self._staging.copied(share.flat.tensors)))
+        except BaseException:
+            if rank == 0:
+                self.place.abandon(upload)
+            raise
+        if rank >= share.num_files:
+            return
+        staged = share._replace(flat=Flat(share.flat.tree, self._staging.copies))
+        if rank:
+            self._job = Job(lambda _: write_noted(self.place, upload, staged, rank), super().remove)
+        else:
+            work = partial(write_and_commit, self.place, upload, step, staged, about, world_size)
+            self._job = Job(work, super().remove)
 
     def remove(self, filename: str) -> None:
         """Remove one checkpoint once the newest is committed."""
-        if self._job is not None:
+        if self._job is not None and self._writes:
             self._job.remove_after(filename)
         else:
             super().remove(filename)
@@ -132,7 +170,12 @@ class AsynchronousSaver(DirectorySaver):
         if self._asked is not None and self._asked():
             self.settle()
             return
-        self._asked = self._ranks.start_any(self._job is not None and self._job.ended())
+        self._asked = self._ranks.start_any(self._told())
+
+    def _told(self) -> bool:
+        """Return whether this rank has something to say: the save has ended, or this rank's part of it has failed."""
+        job = self._job
+        return job is not None and job.ended() and (self._writes or job.failure is not None)
 
     def settle(self) -> None:
         """Wait for the save under way, if there is one, on every rank; raise on every rank why it has failed."""
@@ -141,37 +184,21 @@ class AsynchronousSaver(DirectorySaver):
         if self._asked is not None:
             self._asked()  # what was asked is heard before anything else is
         self._under_way, self._asked = False, None
-        while not on_one_rank(self._backend, self._ended):
+        while not all(over for over, _ in self._look_round()):
             logger.debug("waiting for the checkpoint under way")
-        self._job = None
+        job, self._job = self._job, None
+        on_one_rank(self._backend, lambda: _raise(job))
 
-    def _ended(self) -> bool:
-        if self._job is None or not self._job.ended(TOLD_EVERY_S):
-            return self._job is None
-        if self._job.failure is not None:
-            failure, self._job = self._job.failure, None
-            raise failure
-        return True
-
-    def _copied(self, flat: Flat) -> Flat:
-        """Copy the tensors to the CPU, into the memory of the last copies where it fits."""
-        copies: dict[str, Tensor] = {}
-        for name, tensor in flat.tensors.items():
-            copy = self._copies.get(name)
-            if copy is None or (copy.dtype, copy.shape) != (tensor.dtype, tensor.shape):
-                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            copies[name] = copy
-        pairs = [(copies[name], tensor) for name, tensor in flat.tensors.items()]
-        with ThreadPoolExecutor(COPYING_THREADS) as pool:  # a run's ranks compute with one thread each, by default
-            done = pool.map(lambda pair: _copy(*pair), [pair for pair in pairs if pair[1].device.type == "cpu"])
-            for copy, tensor in pairs:
-                if tensor.device.type != "cpu":
-                    _copy(copy, tensor)  # behind what this thread's stream has still to compute
-            list(done)
-        for device in {tensor.device for tensor in flat.tensors.values() if tensor.is_cuda}:
-            torch.cuda.synchronize(device)
-        self._copies = copies
-        return Flat(flat.tree, copies)
+    def _look_round(self) -> list[tuple[bool, str | None]]:
+        """Return of every rank whether it is done, after waiting a while; let rank 0's job hear of a failed part."""
+        job = self._job
+        over = job is None or job.ended(TOLD_EVERY_S)
+        failure = None if job is None or job.failure is None else str(job.failure) or repr(job.failure)
+        found = by_rank(self._backend, lambda: (over, failure))
+        failures = [told for _, told in found if told is not None]
+        if job is not None and failures:
+            job.others = failures[0]
+        return found
 
     def __enter__(self) -> "AsynchronousSaver":
         return self
@@ -179,8 +206,62 @@ class AsynchronousSaver(DirectorySaver):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._job is None or (kind is not None and issubclass(kind, KeyboardInterrupt)):
+        job = self._job
+        if job is None or (kind is not None and issubclass(kind, KeyboardInterrupt)):
             return
-        self._job.ended(None)
-        if self._job.failure is not None:
-            logger.warning("the last checkpoint was not saved: %s", self._job.failure)
+        if kind is not None:
+            job.patience_s = HURRY_S  # another rank may be no more
+        job.ended(None)
+        if job.failure is not None:
+            logger.warning("the last checkpoint was not saved: %s", job.failure)
+
+
+def _raise(job: Job | None) -> None:
+    if job is not None and job.failure is not None:
+        raise job.failure
+
+
+def write_noted(place: Place, upload: str, share: Share, rank: int) -> None:
+    """Write a part and leave word of it, or of why it could not be written, for the rank that commits."""
+    try:
+        note = {"record": write_mine(place, upload, share, rank)}
+    except Exception as error:
+        with suppress(CheckpointError):  # where none can be left, `poll` tells
+            place.leave_note(upload, rank, json.dumps({"failure": str(error) or repr(error)}))
+        raise
+    place.leave_note(upload, rank, json.dumps(note))
+
+
+def write_and_commit(
+    place: Place, upload: str, step: int, share: Share, about: About, world_size: int, job: Job
+) -> None:
+    """Write rank 0's part, wait for word of the others', and commit; leave nothing where one has failed."""
+    try:
+        began = time.monotonic()
+        records = {0: FileRecord.model_validate(write_mine(place, upload, share, 0))}
+        took_s = time.monotonic() - began
+        began = time.monotonic()
+        while len(records) < share.num_files:
+            for number, text in place.notes(upload).items():
+                records[number] = _noted(text)
+            if job.others is not None:
+                raise CheckpointError(job.others)
+            if len(records) < share.num_files:
+                if time.monotonic() - began > max(job.patience_s, 10 * took_s if job.patience_s > HURRY_S else 0.0):
+                    missing = sorted(set(range(share.num_files)) - set(records))
+                    raise CheckpointError(
+                        f"no word of the parts that the ranks {missing} write of step {step}, "
+                        f"{time.monotonic() - began:.0f} s after rank 0's was written; see their logs"
+                    )
+                time.sleep(LOOKED_EVERY_S)
+        commit(place, upload, step, share, about, world_size, [records[number] for number in sorted(records)])
+    except BaseException:
+        place.abandon(upload)
+        raise
+
+
+def _noted(text: str) -> FileRecord:
+    note = json.loads(text)
+    if "failure" in note:
+        raise CheckpointError(note["failure"])
+    return FileRecord.model_validate(note["record"])

@@ -22,7 +22,7 @@ from disttrain.errors import CheckpointError
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[BufferedReader]:
+def reading(path: Path) -> Iterator[BufferedReader]:
     """Open a regular file; what is missing, no regular file, or unreadable on the medium is damage."""
     try:
         # Neither through a link, which could lead anywhere, nor waiting for the writer of a pipe.
@@ -31,18 +31,23 @@ def _reading(path: Path) -> Iterator[BufferedReader]:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise DamagedError(f"{path.name} is not a regular file")
             yield file
-    except FileNotFoundError as error:
-        raise DamagedError(f"{path.name} is missing") from error
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO):
-            raise DamagedError(f"{path.name} is not a regular file") from error
-        if error.errno == errno.EIO:
-            raise DamagedError(f"{path.name} cannot be read from its disk: {error.strerror}") from error
-        raise CheckpointError(f"cannot read {path}: {error.strerror}; give this user access to it") from error
+        raise cannot_read(path, error) from error
+
+
+def cannot_read(path: Path, error: OSError) -> CheckpointError:
+    """Return the error for a file that cannot be read: damage, or something that says nothing about it."""
+    if isinstance(error, FileNotFoundError):
+        return DamagedError(f"{path.name} is missing")
+    if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO):
+        return DamagedError(f"{path.name} is not a regular file")
+    if error.errno == errno.EIO:
+        return DamagedError(f"{path.name} cannot be read from its disk: {error.strerror}")
+    return CheckpointError(f"cannot read {path}: {error.strerror}; give this user access to it")
 
 
 def _read_small(path: Path) -> bytes:
-    with _reading(path) as file:
+    with reading(path) as file:
         check_small(path.name, os.fstat(file.fileno()).st_size)
         return file.read(MAX_MANIFEST_BYTES)
 
@@ -60,7 +65,7 @@ def verify(directory: str | Path, *, rank: int = 0, world_size: int = 1, hashes:
         )
     manifest = read_manifest(directory)
     for index, (name, record) in enumerate(sorted(manifest.files.items())):
-        with _reading(directory / name) as file:
+        with reading(directory / name) as file:
             check_size(name, os.fstat(file.fileno()).st_size, record.size_bytes)
             mine = hashes and index % world_size == rank
             if mine and hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:

@@ -12,10 +12,10 @@ from typing import Any
 from disttrain.checkpoint.agree import Ranks, on_one_rank
 from disttrain.checkpoint.manifest import About
 from disttrain.checkpoint.place import place_of
+from disttrain.checkpoint.plan import Planner
 from disttrain.checkpoint.retention import AT_LEAST
 from disttrain.checkpoint.storage import checkpoint_name, step_in, step_of
-from disttrain.checkpoint.tree import Flat
-from disttrain.checkpoint.write import take_apart
+from disttrain.checkpoint.write import write
 
 
 class DirectorySaver:
@@ -38,6 +38,7 @@ class DirectorySaver:
         self.dirname = dirname if isinstance(dirname, str) and "://" in dirname else Path(dirname)
         self._describe = describe
         self._backend = backend
+        self._planner = Planner(backend)
         self._cleaned = False
 
     @property
@@ -49,11 +50,9 @@ class DirectorySaver:
         """Save `checkpoint` under a name such as "step-00000040"; nothing older is removed."""
         step = self._step(filename)
         about = self._describe()
-
-        def write() -> None:
-            self._write(step, take_apart(step, checkpoint), about)
-
-        on_one_rank(self._backend, write)
+        share = self._planner.share(step, checkpoint)
+        on_one_rank(self._backend, self._clean)
+        write(self.place, step, share, about, self._backend)
 
     def _step(self, filename: str) -> int:
         step = step_of(filename)
@@ -63,12 +62,11 @@ class DirectorySaver:
             )
         return step
 
-    def _write(self, step: int, flat: Flat, about: About) -> None:
-        """Write what was taken apart; called where the writing is done, on one rank."""
+    def _clean(self) -> None:
+        """Before the first save, remove what was left half-written; on the rank that commits."""
         if not self._cleaned:
             self.place.clean()
             self._cleaned = True
-        self.place.write(step, flat, about, 1 if self._backend is None else self._backend.world_size)
 
     @property
     def _writes(self) -> bool:

@@ -8,28 +8,36 @@ checkpoint, also one of the same step, goes only after its successor is safe.
 """
 
 import logging
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+
+from torch import Tensor
 
 from disttrain.checkpoint import storage
 from disttrain.checkpoint.check import verify
 from disttrain.checkpoint.manifest import (
     MANIFEST,
     SUMS,
-    TENSORS,
-    About,
     FileRecord,
     Manifest,
-    describe,
     manifest_bytes,
     sums_bytes,
 )
-from disttrain.checkpoint.storage import checkpoint_name, fsync_directory, replaced_name, unique_name, write_file
+from disttrain.checkpoint.storage import (
+    checkpoint_name,
+    fsync_directory,
+    note_name,
+    note_number,
+    replaced_name,
+    step_in,
+    unique_name,
+    write_file,
+)
 from disttrain.checkpoint.tensors import write_tensors
-from disttrain.checkpoint.tree import Flat
 from disttrain.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -62,10 +70,10 @@ class LocalPlace:
         storage.clean(self.root)
 
     def discard(self, name: str) -> None:
-        storage.discard(self.root, name, storage.step_in(name))
+        storage.discard(self.root, name, step_in(name))
 
     def put_aside(self, name: str, reason: str) -> None:
-        aside = unique_name("damaged", storage.step_in(name))
+        aside = unique_name("damaged", step_in(name))
         try:
             (self.root / name).rename(self.root / aside)
             fsync_directory(self.root)
@@ -85,32 +93,60 @@ class LocalPlace:
                 return datetime.fromtimestamp(path.lstat().st_mtime, UTC)
         return None
 
-    def write(self, step: int, flat: Flat, about: About, world_size: int) -> str:
-        _write(self.root, step, flat, about, world_size)
-        return checkpoint_name(step)
+    def begin(self, step: int) -> str:
+        """Make the temporary directory of a save; return its name."""
+        name = unique_name(".tmp", step)
+        with self._writing(step, 0):
+            storage.make_directory(self.root)
+            (self.root / name).mkdir()
+        return name
 
+    def write_part(self, upload: str, file: str, tensors: Mapping[str, Tensor]) -> FileRecord:
+        """Write one file of tensors, flushed."""
+        with self._writing(step_in(upload), sum(tensor.nbytes for tensor in tensors.values())):
+            size_bytes, sha256 = write_tensors(self.root / upload / file, tensors)
+        return FileRecord(size_bytes=size_bytes, sha256=sha256)
 
-def _write(root: Path, step: int, flat: Flat, about: About, world_size: int) -> None:
-    """Write, flush and commit one checkpoint; on any failure only the temporary is gone."""
-    temporary = root / unique_name(".tmp", step)
-    needed_bytes = sum(tensor.nbytes for tensor in flat.tensors.values())
-    try:
-        storage.make_directory(root)
-        temporary.mkdir()
-        size_bytes, sha256 = write_tensors(temporary / TENSORS, flat.tensors)
-        record = FileRecord(size_bytes=size_bytes, sha256=sha256)
-        data = manifest_bytes(describe(step, flat.tree, about, world_size, {TENSORS: record}))
-        needed_bytes = size_bytes + len(data)
-        write_file(temporary / MANIFEST, data)
-        write_file(temporary / SUMS, sums_bytes({TENSORS: record}, data))
-        fsync_directory(temporary)
-        _commit(root, temporary, step, data)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise storage.cannot_write(root / checkpoint_name(step), error, needed_bytes) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    def commit(self, upload: str, manifest: Manifest) -> str:
+        """Describe what was written, give it its name, and return that."""
+        data = manifest_bytes(manifest)
+        temporary = self.root / upload
+        with self._writing(manifest.step, len(data) + sum(record.size_bytes for record in manifest.files.values())):
+            for number in self.notes(upload):
+                (temporary / note_name(number)).unlink()
+            write_file(temporary / MANIFEST, data)
+            write_file(temporary / SUMS, sums_bytes(manifest.files, data))
+            fsync_directory(temporary)
+            _commit(self.root, temporary, manifest.step, data)
+        return checkpoint_name(manifest.step)
+
+    def abandon(self, upload: str) -> None:
+        """Remove what a failed save has left."""
+        shutil.rmtree(self.root / upload, ignore_errors=True)
+
+    def leave_note(self, upload: str, number: int, text: str) -> None:
+        """Leave word for the rank that commits; not flushed, for without it there is no commit."""
+        path = self.root / upload / note_name(number)
+        with self._writing(step_in(upload), len(text)):
+            path.with_suffix(".new").write_text(text, encoding="utf-8")
+            path.with_suffix(".new").rename(path)
+
+    def notes(self, upload: str) -> dict[int, str]:
+        """Return the words that were left, by number."""
+        found = {}
+        with self._writing(step_in(upload), 0):
+            for name in os.listdir(self.root / upload):
+                if (number := note_number(name)) is not None:
+                    found[number] = (self.root / upload / name).read_text(encoding="utf-8")
+        return found
+
+    @contextmanager
+    def _writing(self, step: int, needed_bytes: int) -> Iterator[None]:
+        """Turn what the file system says into a CheckpointError that says where and how much was needed."""
+        try:
+            yield
+        except OSError as error:
+            raise storage.cannot_write(self.root / checkpoint_name(step), error, needed_bytes) from error
 
 
 def _commit(root: Path, temporary: Path, step: int, data: bytes) -> None:

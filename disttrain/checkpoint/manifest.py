@@ -20,7 +20,8 @@ from disttrain.checkpoint.tree import Json
 from disttrain.errors import CheckpointError
 from disttrain.version import __version__
 
-FORMAT = 1
+FORMAT = 2
+"""2: tensors in several files, each of which a rank wrote. One file is still described by format 1."""
 MANIFEST = "MANIFEST.json"
 SUMS = "SHA256SUMS"
 TENSORS = "tensors.safetensors"
@@ -54,31 +55,62 @@ class FileRecord(BaseModel):
     sha256: Sha256
 
 
+class Cut(BaseModel):
+    """A tensor that lies in several files, cut along one dimension."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    dim: Annotated[int, Field(ge=0)]
+    chunks: list[Annotated[list[int], Field(min_length=3, max_length=3)]]
+    """[number of the file, start, length], both along `dim`, in any order."""
+
+
 class Manifest(About):
     """All that MANIFEST.json holds."""
 
-    format: Annotated[int, Field(ge=1, le=FORMAT)] = FORMAT
+    format: Annotated[int, Field(ge=1, le=FORMAT)] = 1
     step: Annotated[int, Field(ge=0, le=MAX_STEP)]
     world_size: Annotated[int, Field(ge=1)] = 1
     versions: dict[str, str] = {}
     """Of disttrain, torch and python, when it was written."""
     files: dict[FileName, FileRecord]
+    tensors: dict[str, int | Cut] | None = None
+    """Of format 2: in which file a tensor lies, counted from 1, or how it is cut."""
     state: Any = None
     """The tree of plain values, with references to the tensors (see `tree`)."""
 
 
-def describe(step: int, tree: Json, about: About, world_size: int, files: dict[str, FileRecord]) -> Manifest:
+def part_name(number: int, num_files: int) -> str:
+    """Return the name of one of the files that hold the tensors, counted from 1."""
+    return TENSORS if num_files == 1 else f"tensors-{number:05d}-of-{num_files:05d}.safetensors"
+
+
+Table = dict[str, int | Cut]
+"""Where each tensor lies: the number of its file, or how it is cut."""
+
+
+def describe(
+    step: int,
+    tree: Json,
+    about: About,
+    world_size: int,
+    files: dict[str, FileRecord],
+    tensors: Table | None = None,
+) -> Manifest:
     """Return the manifest of a state that was taken apart; CheckpointError where it cannot be described."""
     versions = {"disttrain": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    rest: dict[str, Any] = {} if tensors is None else {"format": FORMAT, "tensors": tensors}
     try:
-        return Manifest(**dict(about), step=step, world_size=world_size, versions=versions, files=files, state=tree)
+        return Manifest(
+            **dict(about), step=step, world_size=world_size, versions=versions, files=files, state=tree, **rest
+        )
     except ValidationError as error:
         raise CheckpointError(f"a checkpoint cannot be described so: {explain(error)}") from error
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
     """Return the content of MANIFEST.json."""
-    fields = manifest.model_dump(exclude={"state"})
+    fields = manifest.model_dump(exclude={"state"} if manifest.tensors is not None else {"state", "tensors"})
     # One field a line: short enough to read, and `grep` finds a field.
     lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in fields.items()]
     lines.append(f'"state": {json.dumps(manifest.state, allow_nan=False)}')
@@ -104,12 +136,18 @@ def parse_manifest(data: bytes) -> Manifest:
             f"{MANIFEST} has format {fields['format']}, this release reads up to {FORMAT}: "
             f"use the release that wrote it ({str(fields.get('versions'))[:200]}) or a newer one"
         )
+    if fields["format"] == 1:
+        fields.pop("tensors", None)
     try:
         manifest = Manifest.model_validate(fields)
     except ValidationError as error:
         raise DamagedError(f"{MANIFEST} is no manifest of a checkpoint: {explain(error)}") from error
     if reserved := {MANIFEST, SUMS} & set(manifest.files):
         raise DamagedError(f"{MANIFEST} lists {sorted(reserved)} among the files")
+    if manifest.format > 1:
+        parts = {part_name(number, len(manifest.files)) for number in range(1, len(manifest.files) + 1)}
+        if manifest.tensors is None or set(manifest.files) != parts:
+            raise DamagedError(f"{MANIFEST} of format {manifest.format} lists no tensors, or not the files of one save")
     return manifest
 
 

@@ -4,15 +4,17 @@
 `scheme://` is opened by fsspec (`remote.py`). A `Place` itself is taken as it is.
 """
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
+from torch import Tensor
+
 from disttrain.checkpoint.local import LocalPlace
-from disttrain.checkpoint.manifest import About, Manifest
+from disttrain.checkpoint.manifest import FileRecord, Manifest
 from disttrain.checkpoint.remote import RemotePlace, is_url
-from disttrain.checkpoint.tree import Flat
 
 
 class Place(Protocol):
@@ -52,8 +54,23 @@ class Place(Protocol):
     def written(self, name: str, /) -> datetime | None:
         """Return when it was written, where the place knows."""
 
-    def write(self, step: int, flat: Flat, about: About, world_size: int, /) -> str:
-        """Write and commit a checkpoint; return its name."""
+    def begin(self, step: int, /) -> str:
+        """Begin a save, on one rank; return a name for it, of which the others are told."""
+
+    def write_part(self, upload: str, file: str, tensors: Mapping[str, Tensor], /) -> FileRecord:
+        """Write one file of a save that has begun, on any rank; return when it is safe."""
+
+    def commit(self, upload: str, manifest: Manifest, /) -> str:
+        """Make a checkpoint of a save whose files are written, on one rank; return its name."""
+
+    def abandon(self, upload: str, /) -> None:
+        """Remove what a save that failed has left; never raises."""
+
+    def leave_note(self, upload: str, number: int, text: str, /) -> None:
+        """Leave word beside a part, for the rank that commits."""
+
+    def notes(self, upload: str, /) -> dict[int, str]:
+        """Return the words that were left, by number."""
 
 
 def folder_under(target: str, name: str) -> str:

@@ -6,8 +6,8 @@ one, reports what it passed over and sets that aside under another name, where n
 *Errors*: DamagedError names the file and what is wrong with it. A CheckpointError that is not a DamagedError
 stops every rank: nothing can be said about the checkpoint, so going back could lose what is not lost.
 
-*Cost*: verifying reads each file once over all ranks together; loading reads it again on every rank. Memory:
-the state, and one file of plain values of bounded size.
+*Cost*: verifying reads each file once over all ranks together; loading reads it again on every rank, of a tensor that
+is spread over the ranks only each rank's part. Memory: that state, and one file of plain values of bounded size.
 """
 
 import logging
@@ -21,8 +21,9 @@ from disttrain.checkpoint.check import verify
 from disttrain.checkpoint.damage import DamagedError
 from disttrain.checkpoint.manifest import MANIFEST, TENSORS, Manifest
 from disttrain.checkpoint.place import Place, place_of
+from disttrain.checkpoint.sharded import Sharded
+from disttrain.checkpoint.state_reader import StateReader
 from disttrain.checkpoint.storage import checkpoint_name
-from disttrain.checkpoint.tensors import TensorReader
 from disttrain.checkpoint.tree import restore
 from disttrain.errors import CheckpointError
 
@@ -43,10 +44,10 @@ class Loaded(NamedTuple):
         return checkpoint_name(self.manifest.step)
 
 
-def _state(directory: Path, manifest: Manifest) -> Any:
-    if TENSORS not in manifest.files:
+def _state(directory: Path, manifest: Manifest, sharded: Sharded | None = None) -> Any:
+    if manifest.tensors is None and TENSORS not in manifest.files:
         raise DamagedError(f"{MANIFEST} lists no {TENSORS}")
-    with TensorReader(directory / TENSORS) as reader:
+    with StateReader(directory, manifest, sharded) as reader:
         return restore(manifest.state, reader.fetch)
 
 
@@ -60,8 +61,14 @@ def load(directory: str | Path) -> Loaded:
         raise DamagedError(f"the checkpoint {directory} is damaged: {error}") from error
 
 
-def load_newest(root: str | Path | Place, backend: Ranks | None = None) -> Loaded | None:
+def load_newest(
+    root: str | Path | Place, backend: Ranks | None = None, sharded: Sharded | None = None
+) -> Loaded | None:
     """Load the newest good checkpoint in `root`, a directory or URL, the same on every rank; None where none is.
+
+    `sharded(path, shape)` is asked for every tensor by its dotted path in the state, such as "model.0.weight", and says
+    over which ranks it is to be spread and how: (device_mesh, placements), or None for a whole tensor on the CPU. Of
+    a tensor that is spread a rank reads and holds only its part, whatever ranks had saved it.
 
     CheckpointError if there are some and none is good: whether to begin anew is for a person to say.
     """
@@ -70,7 +77,7 @@ def load_newest(root: str | Path | Place, backend: Ranks | None = None) -> Loade
     skipped: list[tuple[str, str]] = []
     for name in names:
         try:
-            state, manifest = _load(place, name, backend)
+            state, manifest = _load(place, name, backend, sharded)
         except DamagedError as error:
             skipped.append((name, str(error)))
             continue
@@ -88,7 +95,7 @@ def load_newest(root: str | Path | Place, backend: Ranks | None = None) -> Loade
     )
 
 
-def _load(place: Place, name: str, backend: Ranks | None) -> tuple[Any, Manifest]:
+def _load(place: Place, name: str, backend: Ranks | None, sharded: Sharded | None) -> tuple[Any, Manifest]:
     """Verify one checkpoint and load it on every rank, or fail alike on every rank."""
     rank, world_size = (backend.rank, backend.world_size) if backend is not None else (0, 1)
     if not place.shared:
@@ -96,7 +103,7 @@ def _load(place: Place, name: str, backend: Ranks | None) -> tuple[Any, Manifest
     with ExitStack() as stack:
         directory = on_every_rank(backend, lambda: stack.enter_context(place.opened(name)))
         manifest = on_every_rank(backend, lambda: verify(directory, rank=rank, world_size=world_size))
-        return on_every_rank(backend, lambda: _state(directory, manifest)), manifest
+        return on_every_rank(backend, lambda: _state(directory, manifest, sharded)), manifest
 
 
 def _set_aside(place: Place, skipped: list[tuple[str, str]], step: int) -> None:

@@ -21,28 +21,26 @@ import logging
 import re
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from disttrain.checkpoint.check import check_size, check_small, read_manifest
 from disttrain.checkpoint.damage import DamagedError
 from disttrain.checkpoint.manifest import (
     MANIFEST,
     SUMS,
-    TENSORS,
-    About,
     FileRecord,
     Manifest,
-    describe,
     manifest_bytes,
     sums_bytes,
 )
-from disttrain.checkpoint.storage import checkpoint_name, step_of
+from disttrain.checkpoint.storage import checkpoint_name, note_name, note_number, step_of
 from disttrain.checkpoint.tensors import send_tensors
-from disttrain.checkpoint.tree import Flat
 from disttrain.errors import CheckpointError, DisttrainError
 
 logger = logging.getLogger(__name__)
@@ -135,29 +133,54 @@ class RemotePlace:
         info = files.get(MANIFEST) or next(iter(files.values()), {})
         return _time(next((info[key] for key in _TIMES if key in info), None))
 
-    def write(self, step: int, flat: Flat, about: About, world_size: int) -> str:
+    def begin(self, step: int) -> str:
+        """Make the folder of an upload, where there are folders; return its name."""
         name = f"{checkpoint_name(step)}.{secrets.token_hex(4)}"
-        try:
-            with self._reached():
-                self._make_folders(f"{self._root}/{name}")
-                with self._fs.open(f"{self._root}/{name}/{TENSORS}", "wb") as file:
-                    size_bytes, sha256 = send_tensors(file, flat.tensors)
-            files = {TENSORS: FileRecord(size_bytes=size_bytes, sha256=sha256)}
-            data = manifest_bytes(describe(step, flat.tree, about, world_size, files))
-            sums = sums_bytes(files, data)
-            self._put(name, SUMS, sums)
-            there = self._files(name)
-            for file, size in ((TENSORS, size_bytes), (SUMS, len(sums))):
-                if file not in there or int(there[file]["size"]) != size:
-                    raise CheckpointError(f"{self.path(name)}/{file} did not arrive: expected {size} bytes")
-            self._put(name, MANIFEST, data)
-        except BaseException:
-            self.discard(name)
-            raise
-        for other in self.committed():
-            if _step(other) == step and other != name:
-                self.discard(other)
+        with self._reached():
+            self._make_folders(f"{self._root}/{name}")
         return name
+
+    def write_part(self, upload: str, file: str, tensors: Mapping[str, Tensor]) -> FileRecord:
+        """Upload one file of tensors."""
+        with self._reached(), self._fs.open(f"{self._root}/{upload}/{file}", "wb") as out:
+            size_bytes, sha256 = send_tensors(out, tensors)
+        return FileRecord(size_bytes=size_bytes, sha256=sha256)
+
+    def commit(self, upload: str, manifest: Manifest) -> str:
+        """See that the files have arrived, and put the manifest beside them."""
+        data = manifest_bytes(manifest)
+        sums = sums_bytes(manifest.files, data)
+        self._put(upload, SUMS, sums)
+        there = self._files(upload)
+        sizes = {file: record.size_bytes for file, record in manifest.files.items()} | {SUMS: len(sums)}
+        for file, size in sizes.items():
+            if file not in there or int(there[file]["size"]) != size:
+                raise CheckpointError(f"{self.path(upload)}/{file} did not arrive: expected {size} bytes")
+        with self._reached():
+            for file in there:
+                if note_number(file) is not None:
+                    self._fs.rm_file(f"{self._root}/{upload}/{file}")
+        self._put(upload, MANIFEST, data)
+        for other in self.committed():
+            if _step(other) == manifest.step and other != upload:
+                self.discard(other)
+        return upload
+
+    def abandon(self, upload: str) -> None:
+        """Remove what a failed upload has left."""
+        self.discard(upload)
+
+    def leave_note(self, upload: str, number: int, text: str) -> None:
+        """Leave word for the rank that commits."""
+        self._put(upload, note_name(number), text.encode())
+
+    def notes(self, upload: str) -> dict[int, str]:
+        """Return the words that were left, by number."""
+        numbers = {file: number for file in self._files(upload) if (number := note_number(file)) is not None}
+        with self._reached():
+            return {
+                number: self._fs.cat_file(f"{self._root}/{upload}/{file}").decode() for file, number in numbers.items()
+            }
 
     def _make_folders(self, path: str) -> None:
         """Make what is missing of a path, but never its first part: a bucket is not made by a slip of the pen."""

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 _COMMITTED = re.compile(r"step-([0-9]{8,15})(\.replaced-[0-9a-f]{8})?")
 _LEFTOVER = re.compile(r"\.(?:tmp|del)-[0-9]{8,15}-[0-9a-f]{8}")
 _DAMAGED = re.compile(r"damaged-[0-9]{8,15}-[0-9a-f]{8}")
+_NOTE = re.compile(r"note-([0-9]{1,9})\.json")
 _STEP = re.compile(r"-([0-9]{8,15})")
 
 
@@ -55,6 +56,17 @@ def unique_name(kind: str, step: int) -> str:
 def replaced_name(name: str) -> str:
     """Return the name under which a committed checkpoint stays readable while another takes its name."""
     return f"{name}.replaced-{secrets.token_hex(4)}"
+
+
+def note_name(number: int) -> str:
+    """Return the name of the note that one of the writing ranks leaves beside its part."""
+    return f"note-{number}.json"
+
+
+def note_number(name: str) -> int | None:
+    """Return whose note a file is; None where it is none."""
+    found = _NOTE.fullmatch(name)
+    return None if found is None else int(found[1])
 
 
 def _folders(root: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Tensors in a safetensors file: written one at a time and hashed on the way, read by the safetensors library.
+"""Tensors written into a safetensors file one at a time, and hashed on the way; `stored.py` reads them.
 
 *Contract*: any safetensors reader opens the files. The few dtypes that the format lacks (complex128 and other
 rare ones) are stored as flat bytes; the manifest holds their dtype and shape. The same tensors give the same
@@ -20,14 +20,11 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from disttrain.checkpoint.damage import DamagedError
 from disttrain.checkpoint.tree import dtype_name
 from disttrain.errors import CheckpointError
 
@@ -38,7 +35,7 @@ PIECE_BYTES = 8 * 2**20
 WORTH_A_THREAD_BYTES = 2**20
 """A piece of at least this size is hashed beside being written."""
 
-_CODES = {
+CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -58,7 +55,7 @@ _CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_AS_BYTES = {
+AS_BYTES = {
     dtype_name(dtype): dtype
     for name in ("complex128", "complex32", "float8_e8m0fnu", "float4_e2m1fn_x2")
     if (dtype := getattr(torch, name, None)) is not None
@@ -77,16 +74,27 @@ def little_endian_bytes(tensor: Tensor, byteorder: str = sys.byteorder) -> memor
     flat = dense.as_strided((dense.numel(),), (1,))  # where there is at most one element, its strides may be odd
     raw = flat.view(torch.uint8)
     if byteorder == "big":
-        number_bytes = flat.itemsize // 2 if flat.is_complex() else flat.itemsize
-        raw = raw.view(-1, number_bytes).flip(1).reshape(-1)
+        raw = swapped(raw, flat.dtype)
     return raw.numpy().data
+
+
+def swapped(raw: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the bytes of numbers of `dtype` with each number's in the opposite order."""
+    number_bytes = dtype.itemsize // 2 if dtype.is_complex else dtype.itemsize
+    return raw.view(-1, number_bytes).flip(1).reshape(-1)
 
 
 def check_dtypes(tensors: Mapping[str, Tensor]) -> None:
     """Refuse a tensor that cannot be written, before anything is."""
     for name, tensor in tensors.items():
-        if tensor.dtype not in _CODES and dtype_name(tensor.dtype) not in _AS_BYTES:
+        if tensor.dtype not in CODES and dtype_name(tensor.dtype) not in AS_BYTES:
             raise CheckpointError(f"tensor {name} has dtype {tensor.dtype}, which a checkpoint cannot hold; convert it")
+
+
+def stored_as(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, list[int]]:
+    """Return the dtype and the shape that a file's header has for such a tensor."""
+    code = CODES.get(dtype)
+    return ("U8", [math.prod(shape) * dtype.itemsize]) if code is None else (code, list(shape))
 
 
 def _header(tensors: Mapping[str, Tensor], order: list[str]) -> bytes:
@@ -94,9 +102,7 @@ def _header(tensors: Mapping[str, Tensor], order: list[str]) -> bytes:
     start = 0
     for name in order:
         tensor = tensors[name]
-        code, shape = _CODES.get(tensor.dtype), list(tensor.shape)
-        if code is None:
-            code, shape = "U8", [tensor.nbytes]
+        code, shape = stored_as(tensor.dtype, tuple(tensor.shape))
         entries[name] = {"dtype": code, "shape": shape, "data_offsets": [start, start + tensor.nbytes]}
         start += tensor.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
@@ -137,48 +143,3 @@ def send_tensors(file: Sink, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
                     hashed.result()
             size += len(data)
     return size, digest.hexdigest()
-
-
-class TensorReader:
-    """The tensors of one safetensors file, as copies in memory, each read once; a context."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._read: dict[str, Tensor] = {}
-        try:
-            self._file: Any = safe_open(path, framework="pt", device="cpu")
-        except SafetensorError as error:
-            raise DamagedError(f"{path.name} is no safetensors file: {error}") from error
-
-    def __enter__(self) -> "TensorReader":
-        self._file.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.__exit__(kind, error, trace)
-
-    def fetch(self, name: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
-        """Return tensor `name`, which must have that dtype and shape; the same object each time."""
-        if name not in self._read:
-            self._read[name] = self._load(name, dtype, shape)
-        tensor = self._read[name]
-        if dtype_name(tensor.dtype) != dtype or tuple(tensor.shape) != shape:
-            got = f"{dtype_name(tensor.dtype)} of shape {list(tensor.shape)}"
-            raise DamagedError(f"{self._path.name}: {name} should be {dtype} of shape {list(shape)}, got {got}")
-        return tensor
-
-    def _load(self, name: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
-        try:
-            stored: Tensor = self._file.get_tensor(name)
-        except SafetensorError as error:
-            raise DamagedError(f"{self._path.name} holds no tensor {name!r}: {error}") from error
-        # A copy: what is mapped would be lost with the file, and rotation removes files. As bytes, for torch 2.9 cannot
-        # copy a float4.
-        stored = stored.reshape(-1).view(torch.uint8).clone().view(stored.dtype).reshape(stored.shape)
-        if (special := _AS_BYTES.get(dtype)) is None or stored.dtype != torch.uint8:
-            return stored
-        if stored.ndim != 1 or stored.numel() != math.prod(shape) * special.itemsize:
-            raise DamagedError(f"{self._path.name}: {name} holds too few or too many bytes for {dtype} {list(shape)}")
-        return stored.view(special).reshape(shape)

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from disttrain.checkpoint import sharded
 from disttrain.checkpoint.damage import DamagedError
 from disttrain.errors import CheckpointError
 
@@ -44,7 +45,7 @@ OnTensor = Callable[[Tensor, str, str], Json]
 
 @dataclass(frozen=True)
 class Flat:
-    """A state taken apart: its tree and its tensors, by name."""
+    """A state taken apart: its tree and its tensors, by name, of which some may be DTensors."""
 
     tree: Json
     tensors: dict[str, Tensor]
@@ -56,7 +57,7 @@ def flatten(state: Any) -> Flat:
     names: dict[tuple[Any, ...], str] = {}
 
     def hold(tensor: Tensor, name: str, path: str) -> Json:
-        tensor = dense(tensor, path)
+        tensor = sharded.checked(tensor, path) if sharded.is_sharded(tensor) else dense(tensor, path)
         identity = _identity(tensor)
         if tensor.numel() == 0 or identity not in names:
             names[identity] = name = _unused(name, tensors)
@@ -88,7 +89,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def dense(tensor: Tensor, path: str) -> Tensor:
     """Return a plain dense tensor without its graph, or refuse it with a CheckpointError that names `path`."""
     if type(tensor) not in (Tensor, nn.Parameter):
-        raise CheckpointError(f"{path} is a {_type_name(tensor)}; expected a plain tensor: gather or convert it first")
+        raise CheckpointError(f"{path} is a {type_name(tensor)}; expected a plain tensor: gather or convert it first")
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise CheckpointError(f"{path} is a sparse or quantized tensor; expected a dense one: use .to_dense()")
     if tensor.is_meta:
@@ -98,6 +99,8 @@ def dense(tensor: Tensor, path: str) -> Tensor:
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
     """Return what two tensors have in common only if they are the same numbers at the same place."""
+    if sharded.is_sharded(tensor):
+        return sharded.identity(tensor)
     if tensor.data_ptr() == 0:  # a device that gives no addresses, such as XLA's: each counts as another
         return (object(),)
     place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
@@ -129,7 +132,7 @@ def encode(value: Any, on_tensor: OnTensor, name: str = "", path: str = "state",
         return value if math.isfinite(value) else {"$float": repr(value)}
 
     def inside(key: Any, item: Any) -> Json:
-        return encode(item, on_tensor, f"{name}.{key}" if name else str(key), f"{path}[{key!r}]", depth + 1)
+        return encode(item, on_tensor, below(name, key), f"{path}[{key!r}]", depth + 1)
 
     if kind in (list, tuple, torch.Size):
         items = [inside(index, item) for index, item in enumerate(value)]
@@ -137,7 +140,7 @@ def encode(value: Any, on_tensor: OnTensor, name: str = "", path: str = "state",
     if kind in (dict, OrderedDict, Counter):
         for key in value:
             if type(key) not in (str, int):
-                raise CheckpointError(f"{path} has the key {key!r} of type {_type_name(key)}; expected str or int")
+                raise CheckpointError(f"{path} has the key {key!r} of type {type_name(key)}; expected str or int")
         pairs = [[key, inside(key, item)] for key, item in value.items()]
         simple = all(type(key) is str and not key.startswith("$") for key in value)
         tree: Json = dict(pairs) if simple else {"$dict": pairs}
@@ -146,39 +149,42 @@ def encode(value: Any, on_tensor: OnTensor, name: str = "", path: str = "state",
             return {"$ordered": tree, "$metadata": inside("_metadata", metadata)}
         return tree if kind is dict else {"$ordered" if kind is OrderedDict else "$counter": tree}
     hint = "; convert it with .item()" if kind.__module__ == "numpy" and hasattr(value, "item") else ""
-    raise CheckpointError(
-        f"{path} is a {_type_name(value)}, which a checkpoint cannot hold; expected {_CAN_HOLD}{hint}"
-    )
+    raise CheckpointError(f"{path} is a {type_name(value)}, which a checkpoint cannot hold; expected {_CAN_HOLD}{hint}")
 
 
-def _type_name(value: Any) -> str:
+def type_name(value: Any) -> str:
     kind = type(value)
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
-Fetch = Callable[[str, str, tuple[int, ...]], Tensor]
-"""(name, dtype, shape) -> that tensor, or DamagedError if there is none such."""
+Fetch = Callable[[str, str, tuple[int, ...], str], Tensor]
+"""(name, dtype, shape, dotted path in the state) -> that tensor, or DamagedError if there is none such."""
 
 
-def restore(tree: Json, fetch: Fetch, depth: int = 0) -> Any:
+def restore(tree: Json, fetch: Fetch, depth: int = 0, path: str = "") -> Any:
     """Put together the state that `flatten` took apart, with `fetch`'s tensors; DamagedError for any other tree."""
     if depth > 3 * MAX_DEPTH:
         raise DamagedError(f"the state is nested deeper than {MAX_DEPTH} levels")
     if isinstance(tree, list):
-        return [restore(item, fetch, depth + 1) for item in tree]
+        return [restore(item, fetch, depth + 1, below(path, index)) for index, item in enumerate(tree)]
     if not isinstance(tree, dict):
         return tree
     if not any(key.startswith("$") for key in tree):
-        return {key: restore(item, fetch, depth + 1) for key, item in tree.items()}
-    return _restore_tagged(tree, fetch, depth + 1)
+        return {key: restore(item, fetch, depth + 1, below(path, key)) for key, item in tree.items()}
+    return _restore_tagged(tree, fetch, depth + 1, path)
 
 
-def _restore_tagged(tree: dict[str, Json], fetch: Fetch, depth: int) -> Any:
+def below(path: str, key: str | int) -> str:
+    """Return the dotted path of what lies under `key`."""
+    return f"{path}.{key}" if path else str(key)
+
+
+def _restore_tagged(tree: dict[str, Json], fetch: Fetch, depth: int, path: str) -> Any:
     """Restore an object with a `$` key: the table in this module's docstring, read from right to left."""
     match tree:
         case {"$tensor": str(name), "dtype": str(dtype), "shape": list(shape), **rest} if not rest:
-            if all(type(size) is int and size >= 0 for size in shape):
-                return fetch(name, dtype, tuple(shape))
+            if all(type(size) is int and 0 <= size < 2**63 for size in shape):
+                return fetch(name, dtype, tuple(shape), path)
         case {"$int": str(text), **rest} if not rest:
             try:
                 return int(text, 16)
@@ -187,26 +193,27 @@ def _restore_tagged(tree: dict[str, Json], fetch: Fetch, depth: int) -> Any:
         case {"$float": ("nan" | "inf" | "-inf") as text, **rest} if not rest:
             return _FLOATS[text]
         case {"$tuple": list(items), **rest} if not rest:
-            return tuple(restore(items, fetch, depth))
+            return tuple(restore(items, fetch, depth, path))
         case {"$size": list(items), **rest} if not rest:
             if all(type(size) is int and size >= 0 for size in items):
                 if any(size not in _PLAIN_INTS for size in items):
                     raise DamagedError("the state holds a size beyond what a tensor can have")
                 return torch.Size(items)
         case {"$dict": list(pairs), **rest} if not rest:
-            return {key: restore(item, fetch, depth) for key, item in _pairs(pairs)}
+            return {key: restore(item, fetch, depth, below(path, key)) for key, item in _pairs(pairs)}
         case {"$counter": dict(inner), **rest} if not rest:
-            return Counter(_restore_dict(inner, fetch, depth))
+            return Counter(_restore_dict(inner, fetch, depth, path))
         case {"$ordered": dict(inner), **rest} if set(rest) <= {"$metadata"}:
-            ordered = OrderedDict(_restore_dict(inner, fetch, depth))
+            ordered = OrderedDict(_restore_dict(inner, fetch, depth, path))
             if rest:
-                ordered._metadata = restore(rest["$metadata"], fetch, depth)  # type: ignore[attr-defined]
+                metadata = restore(rest["$metadata"], fetch, depth, below(path, "_metadata"))
+                ordered._metadata = metadata  # type: ignore[attr-defined]
             return ordered
     raise DamagedError(f"the state holds an object with the keys {sorted(tree)}, which no release writes so")
 
 
-def _restore_dict(tree: Json, fetch: Fetch, depth: int) -> dict[Any, Any]:
-    value = restore(tree, fetch, depth)
+def _restore_dict(tree: Json, fetch: Fetch, depth: int, path: str) -> dict[Any, Any]:
+    value = restore(tree, fetch, depth, path)
     if type(value) is not dict:
         raise DamagedError(f"the state holds a {type(value).__name__} where a dict belongs")
     return value

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disttrain.checkpoint import DamagedError
-from disttrain.checkpoint.tensors import _AS_BYTES, TensorReader, check_dtypes, little_endian_bytes, write_tensors
+from disttrain.checkpoint.stored import TensorReader
+from disttrain.checkpoint.tensors import AS_BYTES, check_dtypes, little_endian_bytes, write_tensors
 from disttrain.checkpoint.tree import dtype_name
 from disttrain.errors import CheckpointError
 
-COMMON = [dtype for dtype in DTYPES if dtype_name(dtype) not in _AS_BYTES]
+COMMON = [dtype for dtype in DTYPES if dtype_name(dtype) not in AS_BYTES]
 
 
 def examples() -> dict[str, torch.Tensor]:

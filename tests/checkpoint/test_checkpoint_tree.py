@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from disttrain.checkpoint import DamagedError
-from disttrain.checkpoint.tensors import TensorReader, check_dtypes, write_tensors
+from disttrain.checkpoint.manifest import TENSORS, FileRecord, Manifest
+from disttrain.checkpoint.state_reader import StateReader
+from disttrain.checkpoint.tensors import check_dtypes, write_tensors
 from disttrain.checkpoint.tree import MAX_DEPTH, check_plain, flatten, restore
 from disttrain.errors import CheckpointError
 
@@ -24,10 +26,11 @@ from disttrain.errors import CheckpointError
 def round_trip(state: Any, folder: Path) -> Any:
     flat = flatten(state)
     check_dtypes(flat.tensors)
-    path = folder / "t.safetensors"
+    path = folder / TENSORS
     path.unlink(missing_ok=True)
-    write_tensors(path, flat.tensors)
-    with TensorReader(path) as reader:
+    size_bytes, sha256 = write_tensors(path, flat.tensors)
+    record = FileRecord(size_bytes=size_bytes, sha256=sha256)
+    with StateReader(folder, Manifest(step=0, files={TENSORS: record})) as reader:
         return restore(json.loads(json.dumps(flat.tree, allow_nan=False)), reader.fetch)
 
 
@@ -173,7 +176,7 @@ JSON = st.recursive(
 )
 
 
-def no_tensor(name: str, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+def no_tensor(name: str, dtype: str, shape: tuple[int, ...], path: str) -> torch.Tensor:
     raise DamagedError("no such tensor")
 
 
