@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from disttrain.backend import Backend
-from disttrain.config import Config
+from disttrain.config import Config, check_devices
 from disttrain.data import (
     SlotBatchSampler,
     SlotLoader,
@@ -28,11 +28,11 @@ from disttrain.data import (
 )
 from disttrain.data.ahead import STREAMS
 from disttrain.engine import create_supervised_trainer
-from disttrain.engine.parts import to_device
+from disttrain.engine.parts import prepare_batch, to_device
 from disttrain.errors import ConfigError, DisttrainError
 from disttrain.handlers.evaluation import Evaluation
 from disttrain.observe import batch_hash
-from disttrain.parallel import Slots, shard, slot_gradients
+from disttrain.parallel import Layout, Slots, Spread, shard, slot_gradients
 from disttrain.parallel.ddp import check_model
 from disttrain.precision import choose
 from disttrain.run import Run
@@ -60,6 +60,7 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory) -> Run:
     if config.num_slots is None:
         raise ConfigError("num_slots is not resolved; expected a number here, as disttrain.launch gives it")
     slots = Slots(config.num_slots, backend.rank, backend.world_size)
+    check_devices(config.global_batch_size, config.num_slots, backend.num_devices)
     with backend.agree("choosing the precision"):
         precision = build("precision", choose, config.precision, backend.device)
     with backend.agree("building the data"):
@@ -81,6 +82,7 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory) -> Run:
             process_group=backend.process_group,
             reduction=config.reduction,
             device=backend.device,
+            num_devices=backend.num_devices,
         )
     with backend.agree("building the optimizer"):
         optimizer = build("optimizer", config.optimizer, [p for p in model.parameters() if p.requires_grad])
@@ -100,7 +102,7 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory) -> Run:
     trainer = create_supervised_trainer(
         gradients.module,
         optimizer,
-        **step_functions(config, backend.device),
+        **step_functions(config, backend.device, layout),
         device=backend.device,
         non_blocking=backend.device.type in STREAMS,
         output_transform=lambda x, y, y_pred, loss: loss.detach(),
@@ -166,16 +168,26 @@ def loader_of(
     return loader, {**data, "shards": num_slots if loader.sharded else None}
 
 
-def step_functions(config: Config, device: torch.device) -> dict[str, Any]:
+def step_functions(config: Config, device: torch.device, layout: Layout) -> dict[str, Any]:
     """Return the step body's parts: the loss of (x, y) batches, or the config's own `forward`."""
     if config.forward is None:
-        return {"loss_fn": loss_of(config, device)}
-    forward = config.forward
+        parts: dict[str, Any] = {"loss_fn": loss_of(config, device)}
+        if isinstance(layout, Spread):
+            parts["prepare_batch"] = lambda *args, **options: layout.cut(prepare_batch(*args, **options))
+        return parts
+    forward, move = config.forward, mover(layout)
     return {
-        "prepare_batch": lambda batch, device, non_blocking: (to_device(batch, device, non_blocking), None),
+        "prepare_batch": lambda batch, device, non_blocking: (move(batch, device, non_blocking), None),
         "model_fn": forward,
         "loss_fn": lambda y_pred, y: y_pred[0],
     }
+
+
+def mover(layout: Layout) -> Callable[..., Any]:
+    """Return what brings a batch to the device, and over the devices where a rank has several."""
+    if isinstance(layout, Spread):
+        return lambda batch, *where: layout.cut(to_device(batch, *where))
+    return to_device
 
 
 def loss_of(config: Config, device: torch.device) -> Callable[..., Tensor]:
@@ -184,18 +196,22 @@ def loss_of(config: Config, device: torch.device) -> Callable[..., Tensor]:
     return config.loss.to(device) if isinstance(config.loss, nn.Module) else config.loss
 
 
-def compute_of(config: Config, device: torch.device) -> Callable[[nn.Module, Any], tuple[Tensor, Any]]:
+def compute_of(config: Config, device: torch.device, layout: Layout) -> Callable[[nn.Module, Any], tuple[Tensor, Any]]:
     """Return (model, batch) -> (loss, outputs) for the validation data; outputs are what metrics take."""
-    if config.forward is not None:
-        forward = config.forward
-        return lambda model, batch: forward(model, to_device(batch, device))
-    loss = loss_of(config, device)
+    move = mover(layout)
+    forward, loss = config.forward, None if config.loss is None else loss_of(config, device)
 
     def compute(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
-        x, y = to_device(batch, device)
+        moved = move(batch, device)
+        if forward is not None:
+            return forward(model, moved)
+        assert loss is not None, "a Config has loss or forward"
+        x, y = moved
         y_pred = model(x)
         return loss(y_pred, y), (y_pred, y)
 
+    if isinstance(layout, Spread):
+        return lambda model, batch: layout.bring_together(compute(model, batch))
     return compute
 
 
@@ -240,7 +256,7 @@ def evaluation_of(made: Run, dataset: Dataset[Any]) -> Evaluation:
             collate_fn=config.collate,
             pin_memory=backend.device.type in STREAMS,
         ),
-        compute_of(config, backend.device),
+        compute_of(config, backend.device, made.layout),
         metrics,
         precision=made.precision,
         backend=backend,

@@ -88,7 +88,7 @@ def train(options: argparse.Namespace, handlers: Sequence[Callable[[Any, Any], o
         set_default("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACES[0])  # before connecting starts CUDA
         silent_s = config.timeout_s if config else 60.0
         waits_s = silent_s + max(LEAST_SLACK_S, SLACK * silent_s)
-        backend = connect(config.backend if config else "auto", timeout_s=waits_s)
+        backend = connect(config.backend if config else "auto", timeout_s=waits_s, spmd=asks_spmd(config))
     except DisttrainError as error:
         return tell(mistake or error, options)
     with backend:
@@ -101,6 +101,13 @@ def train(options: argparse.Namespace, handlers: Sequence[Callable[[Any, Any], o
             return start(config, options, backend, preemption)
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last place that can tell a person
             return report(error, backend, options)
+
+
+def asks_spmd(config: Config | None) -> bool | None:
+    """Return whether one rank is to drive all XLA devices; None: where there are XLA devices."""
+    if config is None or config.spmd:
+        return config is not None
+    return None if config.strategy == "fsdp" else False
 
 
 def parser() -> argparse.ArgumentParser:

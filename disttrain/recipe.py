@@ -17,7 +17,7 @@ from rich.console import Console
 
 from disttrain import kept
 from disttrain.assemble import assemble
-from disttrain.backend import Backend, kernels_of, make_deterministic, refused_operations_named, set_tf32
+from disttrain.backend import Backend, make_deterministic, refused_operations_named, set_tf32
 from disttrain.checkpoint import AsynchronousSaver, DirectorySaver, checkpoint_name, load_newest, params_sha256
 from disttrain.config import Config, to_json
 from disttrain.data import SlotLoader, StreamLoader
@@ -124,7 +124,7 @@ def take(directory: RunDirectory, backend: Backend, console: Console, *, fresh: 
 def restore(made: Run, console: Console) -> int:
     """Take the newest good checkpoint, if there is one; return its step, 0 without. Loud where one is damaged."""
     found = load_newest(kept.place_to_load(made), made.backend)
-    warn_of_kernels(made.backend, {} if found is None else found.manifest.position, console)
+    warn_of_kernels(made, {} if found is None else found.manifest.position, console)
     step = 0
     if found is not None:
         step, position = found.manifest.step, found.manifest.position
@@ -158,9 +158,9 @@ def restore(made: Run, console: Console) -> int:
     return step
 
 
-def warn_of_kernels(backend: Backend, saved: Mapping[str, Any], console: Console) -> None:
+def warn_of_kernels(made: Run, saved: Mapping[str, Any], console: Console) -> None:
     """Say so where ranks, or what went before, compute with other kernels: nothing is promised then."""
-    by_rank = backend.all_gather(kernels_of(backend.device))
+    by_rank = made.backend.all_gather(made.kernels)
     kinds = sorted({*by_rank, str(saved.get("kernels", by_rank[0]))})
     if len(kinds) > 1:
         said = f"expected one kind of kernels for a run, got {'; '.join(kinds)}"

@@ -63,6 +63,12 @@ class Run:
         return {"max_iters": self.total_steps}
 
     @property
+    def kernels(self) -> str:
+        """What decides the bits of a run beside its config: the kernels, and over how many devices a slot is cut."""
+        found, num_devices = kernels_of(self.backend.device), self.backend.num_devices
+        return found if num_devices == 1 else f"{found}, {num_devices} devices as one ({self.config.strategy})"
+
+    @property
     def epochs_begun(self) -> int:
         """Epochs of which at least one step is done."""
         return self.loader.epoch + (self.loader.step > 0)
@@ -80,7 +86,7 @@ class Run:
             "samples_seen": self.trainer.state.iteration * self.config.global_batch_size,
             "skipped_steps": self.skipped_steps,
             "global_batch_size": self.config.global_batch_size,
-            "kernels": kernels_of(self.backend.device),
+            "kernels": self.kernels,
             **({"evaluation_due": True} if self.evaluation_due else {}),
             **self.data,
         }

@@ -16,13 +16,14 @@ from disttrain.version import __version__
 def greet(config: Config, directory: RunDirectory, backend: Backend, console: Console) -> None:
     """Say what is about to run, where, and how many cores stay idle."""
     ranks = f"{backend.world_size} rank" + "s" * (backend.world_size > 1)
+    device = f"{backend.num_devices} devices as one" if backend.num_devices > 1 else str(backend.device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     busy = backend.local_world_size * (config.cpu_threads + config.num_workers)
     idle = f", {cores - busy} of {cores} cores idle" if busy < cores else ""
     threads = f"{config.cpu_threads} thread{'s' * (config.cpu_threads > 1)} a rank{idle}"
     precision = getattr(config.precision, "__name__", config.precision)
     console.print(
-        f"disttrain {__version__}: {config.name} on {ranks} ({backend.name}, {backend.device}), "
+        f"disttrain {__version__}: {config.name} on {ranks} ({backend.name}, {device}), "
         f"{config.num_slots} slots, {precision}, {threads}; in {directory.path}",
         soft_wrap=True,
     )

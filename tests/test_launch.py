@@ -15,7 +15,7 @@ def test_cublas_has_its_workspace_before_connecting_starts_cuda(
 ) -> None:
     seen = []
 
-    def connect(name: str, *, timeout_s: float) -> None:
+    def connect(name: str, *, timeout_s: float, spmd: bool | None) -> None:
         seen.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
         raise BackendError("no ranks here")
 

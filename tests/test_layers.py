@@ -35,7 +35,7 @@ ROWS = {0, 4}  # floors on which a room may use the ones named before it
 
 ALLOWED = {
     "torch.distributed": {"backend", "parallel", "checkpoint"},
-    "torch_xla": {"backend/xla.py", "precision/xla.py", "parallel"},
+    "torch_xla": {"backend/spmd.py", "backend/xla.py", "precision/xla.py", "parallel"},
     "signal": {
         "handlers/preemption.py",
         "data/fetching.py",

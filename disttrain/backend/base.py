@@ -71,6 +71,8 @@ class Backend(ABC):
     place: Place
     restarts: int
     """How often the launcher has restarted this process's group within this launch."""
+    num_devices: int = 1
+    """Devices over which this rank spreads its tensors: several in XLA's SPMD mode, where `device` stands for all."""
 
     @property
     def rank(self) -> int:

@@ -8,19 +8,23 @@ from disttrain.backend.base import Backend, Place
 from disttrain.backend.environment import Launch, pjrt_device, read_launch
 from disttrain.backend.native import GROUPS, NativeBackend, choose_device
 from disttrain.backend.single import SingleBackend
+from disttrain.backend.spmd import connect_spmd
 from disttrain.backend.xla import connect_xla, has_torch_xla
 from disttrain.errors import BackendError, ConfigError
 
 NAMES = ("auto", *GROUPS.values(), "single", "xla")
 
 
-def connect(name: str = "auto", *, timeout_s: float = 300.0, device: str | torch.device | None = None) -> Backend:
+def connect(
+    name: str = "auto", *, timeout_s: float = 300.0, device: str | torch.device | None = None, spmd: bool | None = False
+) -> Backend:
     """Connect this process to the other ranks of its run and return its backend.
 
     "auto": xla where PJRT_DEVICE=TPU is set and torch_xla is there; else under a launcher nccl where CUDA is there and
     gloo where not; `single` without a launcher. "gloo" and
     "nccl" without a launcher are a world of one. `timeout_s` is the longest silence of a rank in a collective, at
-    the start too. `device` overrides the choice: an accelerator where there is one and the backend runs there.
+    the start too. `device` overrides the choice: an accelerator where there is one and the backend runs there. `spmd`:
+    one rank drives all XLA devices as one; None: where the backend is xla.
 
     What comes back is closed by `close()` or as a context manager, which also tells the other ranks of an exception.
     It has `rank`, `world_size`, `device`, `process_group` and collectives; see `Backend`.
@@ -40,7 +44,12 @@ def connect(name: str = "auto", *, timeout_s: float = 300.0, device: str | torch
     if name == "xla":
         if asked is not None and asked.type != "xla":
             raise ConfigError(f"backend='xla' runs on 'xla', got device={str(asked)!r}; leave device out")
-        return connect_xla(launch, timeout_s)
+        return connect_xla(launch, timeout_s) if spmd is False else connect_spmd(launch)
+    if spmd:
+        raise ConfigError(
+            f"spmd=True expected XLA devices, got backend={name!r}; leave spmd out, or use backend='xla' where "
+            "torch_xla is installed"
+        )
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
         name = choose_name(launch, asked or accelerator)

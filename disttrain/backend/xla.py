@@ -42,18 +42,30 @@ def has_torch_xla() -> bool:
     return find_spec("torch_xla") is not None
 
 
-def connect_xla(launch: Launch | None, timeout_s: float) -> "XlaBackend":
-    """Return the backend of this process, or of this thread where replicas are threads."""
+def import_torch_xla() -> None:
+    """Import torch_xla as quietly as it goes; BackendError where it is absent."""
     if not has_torch_xla():
         raise BackendError(
             f"backend='xla' expected torch_xla, which is not installed; {INSTALL}, or use another backend"
         )
     handlers = list(logging.getLogger().handlers)
-    from torch_xla import _XLAC, runtime
-    from torch_xla._internal import pjrt
+    import torch_xla.runtime  # noqa: F401
 
     for added in [handler for handler in logging.getLogger().handlers if handler not in handlers]:
         logging.getLogger().removeHandler(added)  # its import logs, by which everybody's messages would be printed
+
+
+def connect_xla(launch: Launch | None, timeout_s: float) -> "XlaBackend":
+    """Return the backend of this process, or of this thread where replicas are threads."""
+    import_torch_xla()
+    from torch_xla import _XLAC, runtime
+    from torch_xla._internal import pjrt
+
+    if runtime.is_spmd():
+        raise BackendError(
+            "expected an XLA runtime with a replica for each device, got one in SPMD mode, which a process cannot "
+            "leave; ask for it with spmd=true, or unset XLA_USE_SPMD and connect in a new process"
+        )
     if launch is not None and launch.place.world_size > 1:
         pjrt.initialize_multiprocess(launch.place.local_rank, launch.place.local_world_size)
         check_world_size(launch, runtime.world_size(), runtime.device_type())

@@ -6,7 +6,7 @@ functions. The same config has the same description and hash on every rank, proc
 *Errors*: ConfigError alone, whose message a person can act on: what was expected, what was got, the nearest name.
 """
 
-from disttrain.config.checks import WAITING, check_slots
+from disttrain.config.checks import WAITING, check_devices, check_slots
 from disttrain.config.describe import JSON, Description, config_hash, describe
 from disttrain.config.fields import (
     CheckpointConfig,
@@ -38,6 +38,7 @@ __all__ = [
     "ValidateConfig",
     "apply_overrides",
     "blocking_differences",
+    "check_devices",
     "check_slots",
     "config_hash",
     "describe",

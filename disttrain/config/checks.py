@@ -28,7 +28,6 @@ class Wait:
 
 
 WAITING = {
-    "strategy": Wait(lambda v: v == "fsdp", '"ddp"', "training with sharded parameters (FSDP2)"),
     "on_nan": Wait(lambda v: v == "rollback", '"stop" or "skip"', "going back to a verified checkpoint"),
 }
 """Every value that this release refuses although the field knows it."""
@@ -60,6 +59,10 @@ def problems(config: "Config") -> Iterator[str]:
         if wait.refuses(value := value_of(config, name)):
             refused = f"{got(value)}, which waits for {wait.waits_for}, in a later release"
             yield f"{name}: expected {wait.works}, got {refused}"
+    if config.strategy == "fsdp":
+        yield from _with_fsdp(config)
+    if config.spmd and config.backend not in ("auto", "xla"):
+        yield f"spmd: expected False with backend={config.backend!r}, got True; use backend='xla', which alone has it"
     if config.num_slots is not None:
         try:
             check_slots(config.global_batch_size, config.num_slots)
@@ -103,6 +106,14 @@ def _callables(name: str, about: About, value: Any) -> Iterator[str]:
             yield f"{name}: expected {about.takes}, got {got(value)}, which cannot be called so: {error}"
 
 
+def _with_fsdp(config: "Config") -> Iterator[str]:
+    """What does not go with sharded parameters; parallel/groups.py looks at the model and the optimizer themselves."""
+    if config.precision == "apex":
+        yield 'precision: expected "fp32", "bf16" or "fp16" with strategy="fsdp", got "apex", which takes whole ones'
+    if config.compile:
+        yield 'compile: expected False with strategy="fsdp", got True; leave it out, or use strategy="ddp"'
+
+
 def _metric_names(names: Any) -> Iterator[str]:
     for name in names:
         if not PLAIN_KEY.fullmatch(name):
@@ -130,6 +141,23 @@ def check_slots(global_batch_size: int, num_slots: int | None, world_size: int =
     raise ConfigError(
         f"num_slots={slots} is too few for {world_size} ranks, each of which needs a slot; "
         f"use at most {slots} rank{'s' if slots > 1 else ''}{counts}."
+    )
+
+
+def check_devices(global_batch_size: int, num_slots: int, num_devices: int) -> None:
+    """ConfigError where the devices that work on each slot together do not divide its samples."""
+    samples = global_batch_size // num_slots
+    if samples % num_devices == 0:
+        return
+    unit = num_slots * num_devices
+    below = global_batch_size // unit * unit
+    sizes = either(size for size in (below, below + unit) if size)
+    fitting = _nearest(divisors(global_batch_size // num_devices), num_slots, 3)
+    counts = f", or in a new run num_slots={either(fitting)}" if global_batch_size % num_devices == 0 else ""
+    raise ConfigError(
+        f"global_batch_size={global_batch_size} in num_slots={num_slots} makes slots of {samples} samples, which "
+        f"cannot be cut over {num_devices} devices equally; use {sizes}{counts}, or a number of devices that divides "
+        f"{samples}."
     )
 
 

@@ -160,10 +160,10 @@ class Config(Declaration):
     """The numbers in which forward and backward compute; "auto": bf16 where the device has it, else fp32."""
     tf32: Annotated[Flag, About()] = False
     """Let CUDA round the inputs of float32 matrix products and convolutions to 10 bits of mantissa, for speed."""
-    strategy: Annotated[Literal["ddp", "fsdp"], About()] = "ddp"
-    """How the model is spread over the ranks."""
+    strategy: Annotated[Literal["ddp", "fsdp"], About(may_change=True)] = "ddp"
+    """How the model lies over the ranks: whole on each, or cut into shards (docs/fsdp.md); the same bits."""
     reduction: Annotated[Literal["invariant", "fast"], About()] = "invariant"
-    """How gradients meet: the same bits on any world size, or DDP's own all-reduce."""
+    """How gradients meet: the same bits on any world size, or one plain collective over the ranks' sums."""
     grad_clip_norm: Annotated[PositiveFloat | None, About()] = None
     """Largest norm of the whole gradient; None: any."""
     num_workers: Annotated[NonNegative, About("processes", may_change=True)] = 0
@@ -172,6 +172,8 @@ class Config(Declaration):
     """Makes a batch of a list of samples; None: torch's default."""
     backend: Annotated[Literal["auto", "single", "gloo", "nccl", "xla"], About(may_change=True)] = "auto"
     """How the ranks communicate; "auto": nccl with CUDA, else gloo under a launcher, else single."""
+    spmd: Annotated[Flag, About(may_change=True)] = False
+    """One rank drives all XLA devices of a host, each slot cut over them; on XLA strategy="fsdp" always does."""
     cpu_threads: Annotated[Positive, About("threads")] = 1
     """Threads a rank computes with on the CPU; they are part of the run, since another number gives other bits."""
     deterministic: Annotated[Flag, About(may_change=True)] = True

@@ -20,6 +20,7 @@ from disttrain.parallel.fsdp import FsdpGradients
 from disttrain.parallel.layout import Layout, Replicated, total_norm
 from disttrain.parallel.sharded import Alone, Sharded
 from disttrain.parallel.slots import Slots, TreeSum, mean_over_slots
+from disttrain.parallel.spmd import Spread
 from disttrain.parallel.tree import TreeReduce
 from disttrain.parallel.xla import XlaSlotGradients
 
@@ -31,6 +32,7 @@ __all__ = [
     "Replicated",
     "SlotGradients",
     "Slots",
+    "Spread",
     "TreeReduce",
     "TreeSum",
     "XlaSlotGradients",
@@ -49,12 +51,21 @@ def shard(
     process_group: ProcessGroup | None,
     reduction: Literal["invariant", "fast"],
     device: torch.device,
+    num_devices: int = 1,
 ) -> Layout:
-    """Spread the model over the ranks as `strategy` says, in place, before its optimizer is built; no collective."""
+    """Spread the model over the ranks as `strategy` says, in place, before its optimizer is built; no collective.
+
+    Over a rank's devices where it has several (`num_devices`), which it has in XLA's SPMD mode alone.
+    """
+    if num_devices > 1:
+        return Spread(model, num_devices, shards=strategy == "fsdp")
     if strategy == "ddp":
         return Replicated()
-    if device.type == "xla":
-        raise ConfigError('strategy="fsdp" cuts parameters over gloo or nccl ranks; on XLA devices use strategy="ddp"')
+    if device.type == "xla" and slots.world_size > 1:
+        raise ConfigError(
+            'strategy="fsdp" cuts parameters over ranks of gloo or nccl, or over the XLA devices of one rank; '
+            'connect with spmd=True, or use strategy="ddp"'
+        )
     if slots.world_size == 1 or process_group is None:
         return Alone(model)
     several = max(slots.counts) > 1

@@ -58,7 +58,6 @@ def test_metric_names_can_be_part_of_a_dotted_key() -> None:
 @pytest.mark.parametrize(
     ("changes", "field", "works"),
     [
-        ({"strategy": "fsdp"}, "strategy", '"ddp"'),
         ({"on_nan": "rollback"}, "on_nan", '"stop" or "skip"'),
     ],
 )

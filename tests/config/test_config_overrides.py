@@ -116,7 +116,7 @@ def test_the_result_is_checked_as_a_whole() -> None:
     assert "got both" in refused("max_steps=3")
     assert "use 96 or 104, or num_slots=4, 5 or 10." in refused("global_batch_size=100", num_slots=8)
     assert refused("checkpoint.keep=0") == "checkpoint.keep: expected int > 0, got 0."
-    assert "which waits for training with sharded parameters" in refused("strategy=fsdp")
+    assert 'compile: expected False with strategy="fsdp"' in refused("strategy=fsdp", compile=True)
 
 
 @pytest.mark.parametrize(
