@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 import torch
-from commands import ROOT, launch
+from commands import ROOT, launch_as_typed
 
 from disttrain.checkpoint import committed, load_newest
 from disttrain.cli import main
@@ -21,7 +21,7 @@ def test_its_commands_train_and_what_they_leave_is_where_it_says(tmp_path: Path)
     for number, command in enumerate(commands):
         words = shlex.split(command)
         assert words[:3] == ["python", "-m", "disttrain.launch"]
-        done = launch(*words[3:], "max_epochs=1", "--runs", f"runs-{number}", cwd=tmp_path)
+        done = launch_as_typed(*words[3:], "max_epochs=1", "--runs", f"runs-{number}", cwd=tmp_path)
         assert done.code == 0, done.text
     assert len(committed(tmp_path / "runs-0" / "digits" / "checkpoints")) == 1
     assert len(committed(tmp_path / "kept" / "digits")) == 1

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from commands import environment, launch, lines, result, write_cfg
+from commands import environment, launch_as_typed, lines, result, write_cfg
 
 from disttrain.backend.torchrun import RENDEZVOUS
 
@@ -93,7 +93,7 @@ def trained_on(folder: Path, world_size: int) -> bool:
 
 def test_a_run_that_was_begun_anew_goes_on_when_hosts_come_and_go(tmp_path: Path, agents: Agents) -> None:
     write_cfg(tmp_path)
-    assert launch("cfg.py", "max_epochs=1", cwd=tmp_path).code == 0  # the old run, which --fresh puts away
+    assert launch_as_typed("cfg.py", "max_epochs=1", cwd=tmp_path).code == 0  # the old run, which --fresh puts away
     write_cfg(tmp_path, SLOW)
     first = agents.start("--fresh")
     wait_until(lambda: trained_on(tmp_path, 1), agents)
@@ -110,6 +110,6 @@ def test_a_run_that_was_begun_anew_goes_on_when_hosts_come_and_go(tmp_path: Path
     assert ended["status"] == "interrupted"
     steps = [line["step"] for line in lines(tmp_path / "runs/small/metrics/train.jsonl")]
     assert steps == list(range(1, ended["step"] + 1))
-    again = launch("cfg.py", "--fresh", "max_epochs=1", cwd=tmp_path)  # typed anew, it does begin anew
+    again = launch_as_typed("cfg.py", "--fresh", "max_epochs=1", cwd=tmp_path)  # typed anew, it does begin anew
     assert again.code == 0, again.text
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["small", "small.1", "small.2"]

@@ -4,17 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import launch, write_cfg
+from commands import launch_as_typed, write_cfg
 
 
 def test_another_instruction_set_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cfg(tmp_path)
-    first = launch("cfg.py", "max_epochs=1", cwd=tmp_path)
+    first = launch_as_typed("cfg.py", "max_epochs=1", cwd=tmp_path)
     assert first.code == 0, first.text
     assert "WARNING" not in first.out
     usual = torch.backends.cpu.get_cpu_capability()
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2" if usual == "DEFAULT" else "default")
-    second = launch("cfg.py", "max_epochs=2", cwd=tmp_path)
+    second = launch_as_typed("cfg.py", "max_epochs=2", cwd=tmp_path)
     assert second.code == 0, second.text
     assert "resuming from step 5" in second.out
     (warning,) = [line for line in second.out.splitlines() if line.startswith("WARNING")]

@@ -9,7 +9,19 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import DIGITS, Done, checkpoints, environment, kill, launch, lines, result, start, write_cfg
+from commands import (
+    DIGITS,
+    Done,
+    checkpoints,
+    environment,
+    kill,
+    launch,
+    launch_as_typed,
+    lines,
+    result,
+    start,
+    write_cfg,
+)
 from safetensors.torch import load_file
 
 slow = pytest.mark.slow
@@ -92,7 +104,7 @@ def test_params_sha256_is_that_of_the_saved_weights(whole: Path) -> None:
 )
 def test_any_number_of_ranks_gives_the_same_bits(whole: Path, tmp_path: Path, ranks: int) -> None:
     write_cfg(tmp_path)
-    done = launch("cfg.py", ranks=ranks, cwd=tmp_path)
+    done = launch_as_typed("cfg.py", ranks=ranks, cwd=tmp_path)
     assert done.code == 0, done.text
     assert result(tmp_path / "runs" / "small")["world_size"] == ranks
     assert sorted(p.name for p in (tmp_path / "runs/small/logs").iterdir()) == [f"rank-{r}.log" for r in range(ranks)]
@@ -156,7 +168,7 @@ def test_resumed_on_another_number_of_ranks_and_workers(whole: Path, tmp_path: P
 
 def test_torchrun_restarts_a_rank_that_dies(whole: Path, tmp_path: Path) -> None:
     write_cfg(tmp_path, DIES.format(step=7, rank=1, event="ITERATION_COMPLETED"))
-    done = launch("cfg.py", "--fresh", ranks=2, cwd=tmp_path, torchrun=("--max-restarts", "3"))
+    done = launch_as_typed("cfg.py", "--fresh", ranks=2, cwd=tmp_path, torchrun=("--max-restarts", "3"))
     assert done.code == 0, done.text
     assert "resuming from step 5" in done.out
     assert not (tmp_path / "runs" / "small.1").exists()

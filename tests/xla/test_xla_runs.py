@@ -40,7 +40,7 @@ def _on_the_cpu_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def launch(folder: Path, *words: object, ranks: int = 0) -> Done:
-    done = commands.launch(*words, ranks=ranks, cwd=folder)
+    done = commands.launch_as_typed(*words, ranks=ranks, cwd=folder)
     assert done.code == 0, done.text
     return done
 
@@ -94,7 +94,7 @@ def test_a_checkpoint_of_one_backend_goes_on_on_another(plain: Path, first: str,
     ranks = {"xla": 0, "gloo": 2}
     leave = plain / "leave"
     leave.touch()
-    done = commands.launch(cfg, f"backend={first}", f"name={name}", ranks=ranks[first], cwd=plain)
+    done = commands.launch_as_typed(cfg, f"backend={first}", f"name={name}", ranks=ranks[first], cwd=plain)
     leave.unlink()
     step = max(checkpoints(plain / "runs" / name))
     assert 9 <= step < 20, done.text
@@ -154,7 +154,7 @@ def test_what_reads_a_value_each_step_is_named_once(tmp_path: Path) -> None:
 
 def test_two_processes_on_the_cpu_device_are_refused(tmp_path: Path) -> None:
     cfg = write_cfg(tmp_path)
-    done = commands.launch(cfg, "backend=xla", ranks=2, cwd=tmp_path)
+    done = commands.launch_as_typed(cfg, "backend=xla", ranks=2, cwd=tmp_path)
     assert done.code != 0
     said = done.ranks_say()
     assert (
