@@ -96,7 +96,10 @@ class Bench:
             def fetch(engine: Engine) -> None:
                 steps = range(len(begun) + 1, engine.state.iteration + 1)
                 begun.extend(steps)
-                ledger.fetched([{"step": step, "loss": 0.0, "learning_rate": 1e-3} for step in steps])
+                norms = self.backend.fetch([self.norm] * len(steps))
+                each = zip(steps, norms, strict=True)
+                lines = [{"step": s, "loss": 0.0, "grad_norm": n, "learning_rate": 1e-3} for s, n in each]
+                ledger.fetched(lines)
 
             trainer.add_event_handler(Events.ITERATION_COMPLETED(every=10), fetch)
         x = torch.randn(self.samples // NUM_SLOTS, WIDTH)
@@ -119,7 +122,6 @@ class Bench:
             backend=self.backend,
             every_steps=self.every_steps,
             state=lambda: state_tensors(self.model, self.optimizer),
-            grad_norm=lambda: self.norm,
             order=sampler.samples,
         )
 

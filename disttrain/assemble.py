@@ -27,13 +27,15 @@ from disttrain.data import (
     is_iterable_style,
 )
 from disttrain.data.ahead import STREAMS
-from disttrain.engine import create_supervised_trainer
+from disttrain.engine import Events, create_supervised_trainer
 from disttrain.engine.parts import prepare_batch, to_device
 from disttrain.errors import ConfigError, DisttrainError
+from disttrain.handlers.bad_steps import BadSteps
 from disttrain.handlers.evaluation import Evaluation
 from disttrain.observe import batch_hash
 from disttrain.parallel import Layout, Slots, Spread, shard, slot_gradients
 from disttrain.parallel.ddp import check_model
+from disttrain.parallel.left_out import LeavingOut
 from disttrain.precision import choose
 from disttrain.run import Run
 from disttrain.run_directory import RunDirectory
@@ -108,7 +110,7 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory) -> Run:
         output_transform=lambda x, y, y_pred, loss: loss.detach(),
         deterministic=True,
         precision=precision,
-        gradients=gradients,
+        gradients=LeavingOut(gradients, lambda step: step in made.left_out),
         before_step=lambda: before_step(made),
         after_step=lambda stepped: after_step(made, stepped),
         backend=backend,
@@ -116,6 +118,9 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory) -> Run:
     made = Run(
         config, backend, directory, slots, model, layout, optimizer, None, precision, loader, trainer, None, data
     )
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: note_left_out(made))
+    if config.on_nan != "skip":
+        made.bad_steps = BadSteps(config.spike_factor)
     with backend.agree("building the schedule, the metrics and the handlers"):
         if config.schedule is not None:
             made.schedule = build("schedule", config.schedule, optimizer, made.total_steps)
@@ -236,7 +241,17 @@ def after_step(made: Run, stepped: bool) -> None:
     if not stepped:
         made.skipped_steps += 1
         norm = math.nan if made.grad_norm is None else float(made.grad_norm)
-        logger.warning("step %d is left out: its gradient's norm is %s", made.trainer.state.iteration, norm)
+        made.update_left_out = f"its gradient's norm is {norm}"
+        logger.warning("step %d is left out: %s", made.trainer.state.iteration, made.update_left_out)
+
+
+def note_left_out(made: Run) -> None:
+    """Count a step that was left out whole, where the run had gone back for it."""
+    step = made.trainer.state.iteration
+    if (reason := made.left_out.get(step)) is not None:
+        made.skipped_steps += 1
+        made.update_left_out = reason
+        logger.warning("step %d is left out: %s when it was first done", step, reason)
 
 
 def evaluation_of(made: Run, dataset: Dataset[Any]) -> Evaluation:

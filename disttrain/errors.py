@@ -26,7 +26,12 @@ class CheckpointError(DisttrainError, RuntimeError):
 
 
 class NonFiniteError(DisttrainError, RuntimeError):
-    """A loss or a gradient became NaN or infinite; the message says at which step."""
+    """A loss or a gradient became NaN or infinite, or a loss jumped; `step` says where, `reason` what it was."""
+
+    def __init__(self, message: str, step: int = 0, reason: str = "") -> None:
+        super().__init__(message)
+        self.step = step
+        self.reason = reason
 
 
 class Interrupted(KeyboardInterrupt):

@@ -6,8 +6,8 @@ which calls the step body (engine/supervised.py); that runs `model(x)` once for 
 step is over, `StepEnd` (handlers/) fetches losses, validates and saves.
 """
 
+import gc
 import platform
-import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -22,7 +22,7 @@ from disttrain.checkpoint import AsynchronousSaver, DirectorySaver, checkpoint_n
 from disttrain.config import Config, to_json
 from disttrain.data import SlotLoader, StreamLoader
 from disttrain.engine import Engine, Events
-from disttrain.errors import ConfigError, DataError, DisttrainError
+from disttrain.errors import ConfigError, DataError, DisttrainError, NonFiniteError
 from disttrain.handlers.checkpoint import Checkpoint
 from disttrain.handlers.compilations import Compilations
 from disttrain.handlers.curves import Curves
@@ -32,6 +32,7 @@ from disttrain.handlers.progress import ProgressDisplay, dropping
 from disttrain.handlers.rank_log import RankLog
 from disttrain.handlers.step_end import StepEnd
 from disttrain.observe import Ledger, Watchdog, state_tensors
+from disttrain.rollback import Attempts, go_back
 from disttrain.run import Run
 from disttrain.run_directory import RunDirectory
 from disttrain.version import __version__
@@ -56,8 +57,28 @@ def run(
         set_tf32(config.tf32)
     if not config.deterministic:
         console.print("WARNING: deterministic=false: the same bits are not promised", style="bold yellow")
-    with refused_operations_named(), ExitStack() as stack:
+    attempts = Attempts()
+    with refused_operations_named():
+        while (result := attempt(config, backend, directory, console, preemption, attempts, fresh=fresh)) is None:
+            fresh = False
+            gc.collect()  # the parts of the attempt before hold each other, and the device's memory
+    return result
+
+
+def attempt(
+    config: Config,
+    backend: Backend,
+    directory: RunDirectory,
+    console: Console,
+    preemption: Preemption,
+    attempts: Attempts,
+    *,
+    fresh: bool,
+) -> dict[str, Any] | None:
+    """Train from the newest checkpoint on; None where the run has to go back to it, without a bad step."""
+    with ExitStack() as stack:
         made = assemble(config, backend, directory)
+        made.left_out = attempts.left_out
         stack.callback(made.loader.close)
         if fresh:
             kept.refuse_fresh(config, directory, backend)
@@ -69,16 +90,24 @@ def run(
         compilations = Compilations(backend)
         end, saver = observe(made, preemption, console, step, stack, compilations)
         compilations.attach(made.trainer)
-        began = time.perf_counter()
+        attempts.begin(step)
         preemption.begin(backend, save_every_s=config.checkpoint.every_s)
-        if made.evaluation_due:
-            end.catch_up(made.trainer)
-        if step < made.total_steps and not end.interrupted:
-            made.trainer.run(made.loader, **made.maximum, epoch_length=made.epoch_length)
-        if not end.interrupted:
-            end.finish(made.trainer)
+        try:
+            if made.evaluation_due:
+                end.catch_up(made.trainer)
+            if step < made.total_steps and not end.interrupted:
+                made.trainer.run(made.loader, **made.maximum, epoch_length=made.epoch_length)
+            if not end.interrupted:
+                end.finish(made.trainer)
+        except NonFiniteError as error:
+            if config.on_nan != "rollback":
+                raise
+            preemption.forget()
+            saver.settle()  # the newest checkpoint may be under way still
+            go_back(made, error, end.saved_at, console)
+            return None
         saver.settle()  # the last checkpoint is there before anything says so
-        result = outcome(made, end, step, time.perf_counter() - began) | compilations.report()
+        result = outcome(made, end, attempts) | compilations.report()
         with backend.agree("writing the result"):
             if backend.rank == 0:
                 directory.finish(result)
@@ -147,9 +176,7 @@ def restore(made: Run, console: Console) -> int:
             if "data" not in found.state:
                 parts.pop("data", None)  # other data, which is accepted: the run began over samples with indices
             Checkpoint.load_objects(parts, {**found.state, "trainer": lengthened(made, found.state["trainer"])})
-        skipped = position.get("skipped_steps", 0)
-        made.skipped_steps = skipped if isinstance(skipped, int) else 0
-        made.evaluation_due = position.get("evaluation_due") is True
+        made.stands(position)
         place(made, step, console)
         console.print(f"resuming from step {step} (epoch {made.loader.epoch + 1})")
     with made.backend.agree("describing the run"):
@@ -221,7 +248,8 @@ def observe(
         backend,
         made.optimizer,
         samples_per_step=config.global_batch_size,
-        stop_on_nan=config.on_nan == "stop",
+        update=made.take_update,
+        bad_steps=made.bad_steps,
         fetched=fetched,
     )
     saver = kept.saver_of(made)
@@ -268,20 +296,19 @@ def ledger_of(made: Run, step: int) -> Ledger:
         every_steps=made.config.ledger.every_steps,
         state=lambda: state_tensors(made.model, made.optimizer),
         whole=made.layout.whole,
-        grad_norm=made.take_grad_norm,
         # A stream's samples have no indices; the hashes of what the slots hold tell them apart.
         order=loader.sampler.samples if isinstance(loader, SlotLoader) else None,
     )
 
 
-def outcome(made: Run, end: StepEnd, resumed_at: int, wall_s: float) -> dict[str, Any]:
+def outcome(made: Run, end: StepEnd, attempts: Attempts) -> dict[str, Any]:
     """Check that all ranks hold the same weights, and return what result.json holds."""
     backend, step = made.backend, made.trainer.state.iteration
     digests = backend.all_gather(params_sha256(made.model, made.layout.whole))
     if len(set(digests)) > 1:
         listing = ", ".join(f"rank {rank}: {digest[:12]}" for rank, digest in enumerate(digests))
         raise DisttrainError(f"the ranks ended with different weights ({listing}), expected the same on each")
-    trained = (step - resumed_at) * made.config.global_batch_size
+    trained, wall_s = (step - attempts.first_step) * made.config.global_batch_size, attempts.wall_s
     return {
         "status": "interrupted" if end.interrupted else "completed",
         "step": step,
@@ -292,6 +319,7 @@ def outcome(made: Run, end: StepEnd, resumed_at: int, wall_s: float) -> dict[str
         "num_slots": made.slots.num_slots,
         "checkpoint": checkpoint_name(step),
         "skipped_steps": made.skipped_steps,
+        "rollbacks": len(made.left_out),
         "samples_per_second": round(trained / max(wall_s, 1e-9), 1),
         "wall_s": round(wall_s, 3),
         "disttrain": __version__,

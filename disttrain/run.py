@@ -1,6 +1,7 @@
 """An assembled run: its parts, where it stands, and what a checkpoint says of that."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from disttrain.checkpoint import About
 from disttrain.config import Config, config_hash
 from disttrain.data import SlotLoader, StreamLoader
 from disttrain.engine import Engine
+from disttrain.handlers.bad_steps import BadSteps
 from disttrain.handlers.evaluation import Evaluation
+from disttrain.handlers.losses import Update
 from disttrain.parallel import Layout, Slots
 from disttrain.precision import Precision
 from disttrain.run_directory import RunDirectory
@@ -38,7 +41,13 @@ class Run:
     grad_norm: Tensor | None = None
     """2-norm of the newest step's gradient before clipping, 0-dimensional, on the device; None before it is known."""
     skipped_steps: int = 0
-    """Steps over the whole run whose update was left out, by on_nan=skip or because scaled gradients overflowed."""
+    """Steps over the whole run whose update was left out, by `on_nan` or because scaled gradients overflowed."""
+    left_out: dict[int, str] = field(default_factory=dict)
+    """Steps, done or still to come, that on_nan=rollback leaves out whole, and what was wrong with each."""
+    update_left_out: str | None = None
+    """Why the newest step's update was left out; None where it was not."""
+    bad_steps: BadSteps | None = None
+    """Looks at the losses, except with on_nan=skip."""
     evaluation_due: bool = False
     """A signal cut the evaluation at this step short: whoever goes on from here does it first."""
 
@@ -73,10 +82,20 @@ class Run:
         """Epochs of which at least one step is done."""
         return self.loader.epoch + (self.loader.step > 0)
 
-    def take_grad_norm(self) -> Tensor | None:
-        """Return the norm of the newest step's gradient once: a step that computes none then has none."""
-        norm, self.grad_norm = self.grad_norm, None
-        return norm
+    def take_update(self) -> Update:
+        """Return the norm of the newest step's gradient and why its update was left out; once, for each step's own."""
+        update = self.grad_norm, self.update_left_out
+        self.grad_norm = self.update_left_out = None
+        return update
+
+    def stands(self, position: Mapping[str, Any]) -> None:
+        """Take back what `about` said of the steps before."""
+        skipped = position.get("skipped_steps", 0)
+        self.skipped_steps = skipped if isinstance(skipped, int) else 0
+        self.evaluation_due = position.get("evaluation_due") is True
+        self.left_out.update({int(step): str(why) for step, why in position.get("left_out", {}).items()})
+        if self.bad_steps is not None:
+            self.bad_steps.recent.extend(position.get("recent_losses", ()))
 
     def about(self) -> About:
         """Return what a checkpoint says of where the run stands, and in what."""
@@ -88,6 +107,8 @@ class Run:
             "global_batch_size": self.config.global_batch_size,
             "kernels": self.kernels,
             **({"evaluation_due": True} if self.evaluation_due else {}),
+            **({"left_out": {str(step): why for step, why in sorted(self.left_out.items())}} if self.left_out else {}),
+            **({"recent_losses": recent} if (recent := self._recent_losses()) else {}),
             **self.data,
         }
         return About(
@@ -96,3 +117,6 @@ class Run:
             num_slots=self.slots.num_slots,
             config_sha256=config_hash(self.config),
         )
+
+    def _recent_losses(self) -> list[float]:
+        return [] if self.bad_steps is None else list(self.bad_steps.recent)

@@ -20,6 +20,7 @@ FLOORS = [
         "run",
         "assemble",
         "kept",
+        "rollback",
         "recipe",
         "summary",
         "ranks",

@@ -6,7 +6,7 @@ functions. The same config has the same description and hash on every rank, proc
 *Errors*: ConfigError alone, whose message a person can act on: what was expected, what was got, the nearest name.
 """
 
-from disttrain.config.checks import WAITING, check_devices, check_slots
+from disttrain.config.checks import check_devices, check_slots
 from disttrain.config.describe import JSON, Description, config_hash, describe
 from disttrain.config.fields import (
     CheckpointConfig,
@@ -25,7 +25,6 @@ from disttrain.config.stored import Difference, Stored, blocking_differences, di
 
 __all__ = [
     "JSON",
-    "WAITING",
     "CheckpointConfig",
     "Config",
     "Description",

@@ -41,6 +41,7 @@ Positive = Annotated[int, Strict(), Gt(0)]
 NonNegative = Annotated[int, Strict(), Ge(0)]
 PositiveFloat = Annotated[float, Strict(), Gt(0), AllowInfNan(False)]
 NonNegativeFloat = Annotated[float, Strict(), Ge(0), AllowInfNan(False)]
+AboveOne = Annotated[float, Strict(), Gt(1), AllowInfNan(False)]
 Flag = Annotated[bool, Strict()]
 
 

@@ -1,4 +1,4 @@
-"""What makes a Config sound beyond each field's type: functions that can be called, slots that fit, what must wait.
+"""What makes a Config sound beyond each field's type: functions that can be called, slots that fit.
 
 *Errors*: every problem is one line that says what was expected, what was got and what to do.
 """
@@ -6,7 +6,6 @@
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -16,21 +15,6 @@ from disttrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from disttrain.config.fields import Config
-
-
-@dataclass(frozen=True)
-class Wait:
-    """Values of a field that a later release will honour."""
-
-    refuses: Callable[[Any], bool]
-    works: str
-    waits_for: str
-
-
-WAITING = {
-    "on_nan": Wait(lambda v: v == "rollback", '"stop" or "skip"', "going back to a verified checkpoint"),
-}
-"""Every value that this release refuses although the field knows it."""
 
 
 def value_of(config: "Config", name: str) -> Any:
@@ -52,13 +36,14 @@ def problems(config: "Config") -> Iterator[str]:
         config,
         "each gives the length of the run; the other is None (on the command line: none)",
     )
+    if config.spike_factor is not None and config.on_nan == "skip":
+        yield (
+            "spike_factor: expected None with on_nan='skip', which looks at gradients alone, "
+            f"got {config.spike_factor}; use on_nan='rollback' or 'stop' with it"
+        )
     for leaf in leaves(type(config)):
         yield from _callables(leaf.name, leaf.about, value_of(config, leaf.name))
     yield from _metric_names(config.metrics)
-    for name, wait in WAITING.items():
-        if wait.refuses(value := value_of(config, name)):
-            refused = f"{got(value)}, which waits for {wait.waits_for}, in a later release"
-            yield f"{name}: expected {wait.works}, got {refused}"
     if config.strategy == "fsdp":
         yield from _with_fsdp(config)
     if config.spmd and config.backend not in ("auto", "xla"):

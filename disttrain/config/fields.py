@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, 
 
 from disttrain.config.annotations import (
     About,
+    AboveOne,
     Collate,
     DataFactory,
     Flag,
@@ -191,7 +192,9 @@ class Config(Declaration):
     ledger: LedgerConfig = LedgerConfig()
     validate: ValidateConfig = ValidateConfig()  # type: ignore[assignment]  # see _NotThere
     on_nan: Annotated[Literal["stop", "skip", "rollback"], About(may_change=True)] = "stop"
-    """What a step does whose loss or gradient is not finite."""
+    """Where a step's loss or gradient is not finite; "rollback": back to a checkpoint, and on without that step."""
+    spike_factor: Annotated[AboveOne | None, About(may_change=True)] = None
+    """A loss over this many times the median of the last 64 is treated like one that is not finite; None: no."""
     timeout_s: Annotated[PositiveFloat, About("s", may_change=True)] = 300.0
     """Longest time without progress of a rank (a batch, a step, a batch of an evaluation) before the run stops."""
     accept_other_data: Annotated[Flag, About(may_change=True)] = False

@@ -6,7 +6,6 @@ The page is committed as docs/reference/config.md; a test says how to write it a
 from typing import NamedTuple
 
 from disttrain.config.annotations import Leaf, leaves
-from disttrain.config.checks import WAITING
 from disttrain.config.fields import Config
 
 _INTRO = """\
@@ -21,15 +20,6 @@ declarations in `disttrain/config/fields.py`. Each can be overridden on the comm
 
 | field | type | unit | default | on resume | meaning |
 |---|---|---|---|---|---|
-"""
-
-_WAITING = """
-## Values that a later release will honour
-
-They are refused with a message that says what works instead.
-
-| field | works | the rest waits for |
-|---|---|---|
 """
 
 
@@ -60,19 +50,4 @@ def reference_markdown() -> str:
         f"| `{row.name}` | {_code(row.type)} | {row.unit} | {_code(row.default)} | {resume[row.name]} | {row.meaning} |"
         for row in field_table()
     ]
-    waiting = [f"| `{name}` | {_code(wait.works)} | {wait.waits_for} |" for name, wait in WAITING.items()]
-    return _INTRO + "\n".join(rows) + "\n" + _WAITING + "\n".join(waiting) + "\n"
-
-
-def _default(leaf: Leaf) -> str:
-    if leaf.info.is_required():
-        return "required"
-    value = leaf.info.get_default(call_default_factory=True)
-    if value == ():
-        return "[]"
-    return f'"{value}"' if isinstance(value, str) else repr(value)
-
-
-def _code(text: str) -> str:
-    """Return text as code in a cell of a table, where a bar would end the cell."""
-    return "required" if text == "required" else f"`{text}`".replace("|", "\\|")
+    return _INTRO + "\n".join(rows) + "\n"

@@ -1,9 +1,9 @@
 """The training losses of all slots, fetched in batches: one line a step, and the pace.
 
 *Contract*: every step's loss is the mean over the slots, folded in slot order in float64, so the logged curve
-is the same bits on any number of ranks. Losses stay on the device until `fetch`, a collective that the
-recipe calls every `log.every_steps` steps, at each epoch's end and before each checkpoint.
-No checkpoint is ever made of a state that followed a non-finite loss: fetching comes first, and raises.
+is the same bits on any number of ranks. Losses and the gradients' norms stay on the device until `fetch`, a
+collective that the recipe calls every `log.every_steps` steps, at each epoch's end and before each checkpoint.
+No checkpoint is ever made of a state that followed a bad step: fetching comes first, and raises.
 
 *Cost*: between two fetches none but keeping the step's losses; a fetch is one all_gather.
 """
@@ -19,8 +19,11 @@ from torch import Tensor
 
 from disttrain.backend import Backend
 from disttrain.engine import Engine, Events
-from disttrain.errors import NonFiniteError
+from disttrain.handlers.bad_steps import BadSteps
 from disttrain.parallel import mean_over_slots
+
+Update = tuple[Tensor | None, str | None]
+"""The gradient's norm of one step, where that is known, and why its update was left out, if it was."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,9 @@ class Pace:
 class LossLog:
     """Collects each step's per-slot losses, fetches them together and hands them to whoever listens.
 
-    A step's output is the list of this rank's slot losses, 0-dimensional tensors. After each fetch, on every
-    rank, `fetched` is called with a line for each step and with the pace.
+    A step's output is the list of this rank's slot losses, 0-dimensional tensors; an empty one, on every rank, is that
+    of a step that was left out whole. `update()` tells of the newest step's update, the same on every rank. After each
+    fetch, on every rank, `fetched` is called with a line for each step and with the pace; then `bad_steps` looks.
     """
 
     def __init__(
@@ -47,15 +51,18 @@ class LossLog:
         optimizer: torch.optim.Optimizer,
         *,
         samples_per_step: int,
-        stop_on_nan: bool,
+        update: Callable[[], Update] = lambda: (None, None),
+        bad_steps: BadSteps | None = None,
         fetched: Callable[[list[dict[str, Any]], Pace], None],
     ) -> None:
         self.backend = backend
         self.optimizer = optimizer
         self.samples_per_step = samples_per_step
-        self.stop_on_nan = stop_on_nan
+        self.update = update
+        self.bad_steps = bad_steps
         self.fetched = fetched
         self._pending: list[list[Tensor]] = []
+        self._updates: list[Update] = []
         self._rates: list[float] = []
         self._since = time.perf_counter()
 
@@ -72,33 +79,46 @@ class LossLog:
 
     def collect(self, engine: Engine) -> None:
         self._pending.append([loss.detach() for loss in engine.state.output])
+        self._updates.append(self.update())
 
     def fetch(self, engine: Engine) -> None:
-        """Gather the pending losses and hand them on; NonFiniteError where one is not finite."""
-        if not self._pending:
-            return
-        step, epoch = engine.state.iteration, engine.state.epoch
-        found = iter(self.backend.fetch([loss for losses in self._pending for loss in losses]))
-        local = [[next(found) for _ in losses] for losses in self._pending]  # [steps, this rank's slots]
-        rates = self._rates[: len(local)]
-        self._pending, self._rates = [], []
-        by_rank = self.backend.all_gather(local)
-        losses = [mean_over_slots([x for rank in by_rank for x in rank[i]]) for i in range(len(local))]
+        """Gather the pending losses and hand them on; NonFiniteError where a step is bad."""
+        if self._pending:
+            lines, pace = self._gathered(engine.state.iteration, engine.state.epoch)
+            self.fetched(lines, pace)
+        else:
+            lines = []
+        if self.bad_steps is not None:
+            self.bad_steps.look(lines)
 
-        first = step - len(losses) + 1
+    def _gathered(self, step: int, epoch: int) -> tuple[list[dict[str, Any]], Pace]:
+        """Return a line for each pending step, the last of which is `step`, and the pace."""
+        norms = [norm for norm, _ in self._updates if norm is not None]
+        found = iter(self.backend.fetch([*(loss for losses in self._pending for loss in losses), *norms]))
+        local = [[next(found) for _ in losses] for losses in self._pending]  # [steps, this rank's slots]
+        mine = [None if norm is None else next(found) for norm, _ in self._updates]
+        reasons, rates = [reason for _, reason in self._updates], self._rates[: len(local)]
+        self._pending, self._updates, self._rates = [], [], []
+        by_rank = self.backend.all_gather((local, mine))
+        slots = [[x for losses, _ in by_rank for x in losses[i]] for i in range(len(local))]
+        means = [mean_over_slots(losses) if losses else None for losses in slots]
+
         now = time.perf_counter()
-        pace = len(losses) * self.samples_per_step / max(now - self._since, 1e-9)
+        pace = len(means) * self.samples_per_step / max(now - self._since, 1e-9)
         self._since = now
         lines = [
             # An epoch's end is always a fetch, so all pending steps are of the present epoch.
-            {"step": at, "epoch": epoch, "loss": loss, "learning_rate": rate}
-            for at, loss, rate in zip(range(first, step + 1), losses, rates, strict=True)
+            {"step": at, "epoch": epoch, "loss": loss, "grad_norm": norm, "learning_rate": rate}
+            | ({} if reason is None else {"left_out": reason})
+            for at, loss, norm, rate, reason in zip(
+                # The norm is the same everywhere; rank 0's is taken, so that all ranks see the same bad steps.
+                range(step - len(means) + 1, step + 1),
+                means,
+                by_rank[0][1],
+                rates,
+                reasons,
+                strict=True,
+            )
         ]
-        self.fetched(lines, Pace(step, epoch, losses[-1], rates[-1], pace))
-        if self.stop_on_nan:
-            for i, loss in enumerate(losses):
-                if not math.isfinite(loss):
-                    raise NonFiniteError(
-                        f"the loss became {loss} at step {first + i} (epoch {epoch}); the last good checkpoint "
-                        "is kept. Lower the learning rate, set grad_clip_norm, or leave such steps out with on_nan=skip"
-                    )
+        newest = next((mean for mean in reversed(means) if mean is not None), math.nan)
+        return lines, Pace(step, epoch, newest, rates[-1], pace)

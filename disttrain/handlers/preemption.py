@@ -136,6 +136,12 @@ class Preemption:
             anew = True
         return self.backend.all_reduce(self._wish(), "max") if anew else NOTHING
 
+    def forget(self) -> None:
+        """Hear the answer to what was asked in a step that has no end; a wish will be told again in the next."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending()
+
     def _wish(self) -> int:
         if self.signal is not None:
             return STOP

@@ -49,10 +49,11 @@ class StepEnd:
         self.validate_every_steps = validate_every_steps
         self.interrupted = False
         self.metrics: dict[str, Any] = {}
+        self.saved_at = 0
+        """The step of the newest checkpoint; 0 where there is none."""
         self._save = save
         self._validate = validate
         self._pass_ends = pass_ends
-        self._saved_at = 0
         self._validated_at = -1
 
     def attach(self, engine: Engine) -> None:
@@ -104,7 +105,7 @@ class StepEnd:
 
     def resumed_at(self, step: int) -> None:
         """Note that a checkpoint of `step` is there already."""
-        self._saved_at = step
+        self.saved_at = step
 
     def validate(self, engine: Engine) -> bool:
         """Evaluate, unless that was done at this step; return whether it was done to its end."""
@@ -117,8 +118,8 @@ class StepEnd:
         return True
 
     def save(self, engine: Engine) -> None:
-        if self._saved_at != engine.state.iteration:
+        if self.saved_at != engine.state.iteration:
             self.losses.fetch(engine)
             self._save(engine)
-            self._saved_at = engine.state.iteration
+            self.saved_at = engine.state.iteration
             self.preemption.saved()

@@ -5,9 +5,10 @@ number of kills. Numbers are hexadecimal floats, exact; hashes are those of `has
 
     step, epoch      counted from 1; a line of step 0 holds the state that the run began with
     order            which samples the global batch holds, in slot order; absent where that is not known
-    loss             the mean over the slots
+    loss             the mean over the slots; null where the step was left out whole
     grad_norm        2-norm of the whole gradient before clipping; null where the step was left out before
     learning_rate    of the first parameter group, as this step used it
+    left_out         why the step's update was left out; absent where it was not
 and every `every_steps` steps
     slots            {"batch": [...], "loss": [...]}: for each slot, what its microbatch held and its loss
     state            {name: hash}: parameters, buffers and optimizer state after the step
@@ -43,10 +44,9 @@ def hex_float(value: float | None) -> str | None:
 class Ledger:
     """Writes the ledger of a run to `path` on rank 0, going on after `step`.
 
-    `state()` gives the tensors to hash, by name, and `whole` all of one of which a rank holds a part; `grad_norm()`
-    gives the norm of the step's gradient, which may stay on its device; `order(epoch, steps)` the indices of the global
-    batches of some steps of an epoch, a row each, both as a `StepBatch` counts them. `fetched` takes the losses, in
-    batches, after which their lines are written.
+    `state()` gives the tensors to hash, by name, and `whole` all of one of which a rank holds a part; `order(epoch,
+    steps)` the indices of the global batches of some steps of an epoch, a row each, both as a `StepBatch` counts them.
+    `fetched` takes losses and norms, in batches, after which their lines are written.
     """
 
     def __init__(
@@ -58,18 +58,16 @@ class Ledger:
         every_steps: int,
         state: Callable[[], Mapping[str, Tensor]],
         whole: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-        grad_norm: Callable[[], Tensor | None],
         order: Callable[[int, range], Any] | None,
     ) -> None:
         self.backend = backend
         self.every_steps = every_steps
         self._state = state
         self._whole = whole
-        self._grad_norm = grad_norm
         self._order = order
         self._lines = JsonLines(path, step) if backend.rank == 0 else None
         self._batches: list[str] = []
-        self._pending: list[tuple[Line, Tensor | None]] = []
+        self._pending: list[Line] = []
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.begin)
@@ -102,10 +100,9 @@ class Ledger:
                 "loss": [loss for _, losses in by_rank for loss in losses],
             }
             details["state"] = self._agreed_state(step)
-        norm = self._grad_norm()
         if self._lines is not None:
             line.update(loss=None, grad_norm=None, learning_rate=None, **details)
-            self._pending.append((line, norm))
+            self._pending.append(line)
 
     def _agreed_state(self, step: int) -> dict[str, str]:
         """Return the hashes of the state, after looking whether every rank has the same."""
@@ -122,26 +119,22 @@ class Ledger:
         return hashes
 
     def fetched(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Write the lines of the steps whose losses were fetched: `lines` hold each one's loss and learning rate."""
+        """Write the lines of the steps whose losses were fetched: `lines` hold each one's numbers."""
         if self._lines is None:
             return
         pending, self._pending = self._pending, []
         if self._order is not None:
-            for epoch, group in itertools.groupby((line for line, _ in pending), key=lambda line: line["order"][0]):
+            for epoch, group in itertools.groupby(pending, key=lambda line: line["order"][0]):
                 some_lines = list(group)
                 steps = range(some_lines[0]["order"][1], some_lines[-1]["order"][1] + 1)
                 for line, row in zip(some_lines, self._order(epoch, steps), strict=True):
                     line["order"] = hashlib.blake2b(row.astype("<i8").tobytes(), digest_size=8).hexdigest()
-        norms = self._numbers([norm for _, norm in pending])
-        for (line, _), norm, fetched in zip(pending, norms, lines, strict=True):
-            line["loss"], line["grad_norm"] = hex_float(fetched["loss"]), hex_float(norm)
-            line["learning_rate"] = hex_float(fetched["learning_rate"])
-        self._lines.write(*(line for line, _ in pending))
-
-    def _numbers(self, values: Sequence[Tensor | None]) -> list[float | None]:
-        """Return 0-dimensional tensors as numbers, all brought to the host together."""
-        found = iter(self.backend.fetch([value for value in values if value is not None]))
-        return [None if value is None else next(found) for value in values]
+        for line, fetched in zip(pending, lines, strict=True):
+            for name in ("loss", "grad_norm", "learning_rate"):
+                line[name] = hex_float(fetched[name])
+            if "left_out" in fetched:
+                line["left_out"] = fetched["left_out"]
+        self._lines.write(*pending)
 
     def sync(self) -> None:
         """Flush what was written to the disk."""

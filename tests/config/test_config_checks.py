@@ -5,7 +5,7 @@ import torch
 from config_samples import loss, net, sample
 from torch import nn
 
-from disttrain.config import WAITING, check_slots, field_table
+from disttrain.config import check_slots
 from disttrain.errors import ConfigError
 
 
@@ -55,21 +55,10 @@ def test_metric_names_can_be_part_of_a_dotted_key() -> None:
     assert list(sample(metrics={"top-5/all": lambda: None}).metrics) == ["top-5/all"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "field", "works"),
-    [
-        ({"on_nan": "rollback"}, "on_nan", '"stop" or "skip"'),
-    ],
-)
-def test_what_waits_says_for_what_and_what_works(changes: dict[str, object], field: str, works: str) -> None:
-    message = refused(**changes)
-    assert message.startswith(f"{field}: expected ")
-    assert works in message
-    assert WAITING[field].waits_for in message
-
-
-def test_every_waiting_field_exists() -> None:
-    assert set(WAITING) <= {row.name for row in field_table()}
+def test_jumps_of_the_loss_are_for_policies_that_look_at_losses() -> None:
+    assert refused(on_nan="skip", spike_factor=3.0).startswith("spike_factor: expected None with on_nan='skip'")
+    assert refused(on_nan="rollback", spike_factor=1.0).startswith("spike_factor: expected float > 1")
+    assert sample(on_nan="rollback", spike_factor=3).spike_factor == 3.0
 
 
 def test_slots_that_do_not_divide_name_what_fits() -> None:

@@ -1,6 +1,7 @@
 """LossLog: the same curve on any number of ranks, in few collectives, and a loud stop where it is not finite."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from ranks import Ranks
 from disttrain.backend import Backend, connect
 from disttrain.engine import Engine, Events
 from disttrain.errors import NonFiniteError
-from disttrain.handlers.losses import LossLog, Pace
+from disttrain.handlers.bad_steps import BadSteps
+from disttrain.handlers.losses import LossLog, Pace, Update
 
 NUM_SLOTS, NUM_STEPS = 6, 7
 # Values whose sum depends on the order in which they are added.
@@ -18,7 +20,13 @@ LOSSES = torch.rand(NUM_STEPS, NUM_SLOTS, generator=torch.Generator().manual_see
 
 
 def run_with(
-    backend: Backend, losses: torch.Tensor, *, fetch_every: int = 3, stop_on_nan: bool = True
+    backend: Backend,
+    losses: torch.Tensor,
+    *,
+    fetch_every: int = 3,
+    stop_on_nan: bool = True,
+    update: Callable[[int], Update] = lambda step: (None, None),
+    none_at: int = 0,
 ) -> tuple[list[dict[str, Any]], list[Pace], str]:
     """Train for as many steps as there are rows, each rank with its columns; return what was told."""
     each = losses.shape[1] // backend.world_size
@@ -31,8 +39,15 @@ def run_with(
         lines.extend(new)
         paces.append(pace)
 
-    log = LossLog(backend, optimizer, samples_per_step=12, stop_on_nan=stop_on_nan, fetched=fetched)
-    trainer = Engine(lambda engine, i: list(mine[i].unbind()))
+    log = LossLog(
+        backend,
+        optimizer,
+        samples_per_step=12,
+        update=lambda: update(trainer.state.iteration),
+        bad_steps=BadSteps() if stop_on_nan else None,
+        fetched=fetched,
+    )
+    trainer = Engine(lambda engine, i: [] if i + 1 == none_at else list(mine[i].unbind()))
     log.attach(trainer)
 
     @trainer.on(Events.ITERATION_COMPLETED)
@@ -62,7 +77,8 @@ def folded(losses: torch.Tensor) -> list[float]:
 
 def test_the_lines_are_the_same_on_any_number_of_ranks(ranks: Ranks) -> None:
     expected = [
-        {"step": i + 1, "epoch": 1, "loss": loss, "learning_rate": 0.5**i} for i, loss in enumerate(folded(LOSSES))
+        {"step": i + 1, "epoch": 1, "loss": loss, "grad_norm": None, "learning_rate": 0.5**i}
+        for i, loss in enumerate(folded(LOSSES))
     ]
     for world_size in (1, 2, 3):
         for lines, paces, said in ranks(world_size, run_with, LOSSES):
@@ -103,3 +119,23 @@ def test_a_fetch_with_nothing_new_tells_nothing() -> None:
     with connect("single") as backend:
         _, paces, _ = run_with(backend, LOSSES[:6], fetch_every=3)
     assert [pace.step for pace in paces] == [3, 6]  # and not once more at the epoch's end
+
+
+def updates(step: int) -> Update:
+    """Step 4 is left out whole, step 6 because its gradient overflowed."""
+    return (None, "it was bad") if step == 4 else (torch.tensor(math.inf if step == 6 else step / 8), None)
+
+
+def test_norms_come_with_the_losses_and_a_step_that_was_left_out_has_neither(ranks: Ranks) -> None:
+    for world_size in (1, 2):
+        for lines, paces, said in ranks(world_size, run_leaving_out, LOSSES):
+            losses = folded(LOSSES)
+            assert [line["loss"] for line in lines[:6]] == [*losses[:3], None, *losses[4:6]]
+            assert [line["grad_norm"] for line in lines[:6]] == [1 / 8, 2 / 8, 3 / 8, None, 5 / 8, math.inf]
+            assert [line.get("left_out") for line in lines[:6]] == [None] * 3 + ["it was bad"] + [None] * 2
+            assert said.startswith("the gradient's norm became inf at step 6 (epoch 1)")
+            assert paces[1].loss == losses[5]
+
+
+def run_leaving_out(backend: Backend, losses: torch.Tensor) -> Any:
+    return run_with(backend, losses, update=updates, none_at=4)

@@ -12,6 +12,7 @@ import torch
 from disttrain.backend import connect
 from disttrain.engine import Engine
 from disttrain.errors import NonFiniteError
+from disttrain.handlers.bad_steps import BadSteps
 from disttrain.handlers.losses import LossLog
 from disttrain.handlers.preemption import Preemption
 from disttrain.handlers.step_end import StepEnd, due
@@ -68,7 +69,7 @@ def train(
             backend,
             torch.optim.SGD([torch.zeros(1)], lr=0.1),
             samples_per_step=1,
-            stop_on_nan=True,
+            bad_steps=BadSteps(),
             fetched=lambda lines, pace: done.append(f"fetch {lines[0]['step']}-{lines[-1]['step']}"),
         )
         end = StepEnd(
