@@ -51,3 +51,17 @@ def reference_markdown() -> str:
         for row in field_table()
     ]
     return _INTRO + "\n".join(rows) + "\n"
+
+
+def _default(leaf: Leaf) -> str:
+    if leaf.info.is_required():
+        return "required"
+    value = leaf.info.get_default(call_default_factory=True)
+    if value == ():
+        return "[]"
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def _code(text: str) -> str:
+    """Return text as code in a cell of a table, where a bar would end the cell."""
+    return "required" if text == "required" else f"`{text}`".replace("|", "\\|")
