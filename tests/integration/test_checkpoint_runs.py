@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +34,15 @@ class At:
     what: str
 
     def __call__(self, trainer: Engine, run: Run) -> None:
-        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=self.step), getattr(self, self.what))
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=self.step), getattr(self, self.what), run)
 
-    def sigterm(self) -> None:
+    def sigterm(self, run: Run) -> None:
         signal.raise_signal(signal.SIGTERM)
 
-    def full_disk(self) -> None:
+    def full_disk(self, run: Run) -> None:
+        while not place_of(run.directory.checkpoints).committed():
+            time.sleep(0.01)  # the save before this one may still be under way
+
         def fails(descriptor: int) -> None:
             raise OSError(28, "No space left on device")
 

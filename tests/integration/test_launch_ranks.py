@@ -68,6 +68,7 @@ def test_a_mistake_is_told_once_and_nothing_starts_again(tmp_path: Path, change:
     assert "ChildFailedError" not in done.text
 
 
+@pytest.mark.slow
 def test_an_error_of_the_users_code_is_told_once_and_the_code_is_1(tmp_path: Path) -> None:
     write_cfg(tmp_path, "def loss(y_pred, y): return y_pred.nonsense\nfields['loss'] = loss")
     done = launch("cfg.py", "--ranks", 2, "--max-restarts", 0, cwd=tmp_path)

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from commands import ROOT, Done, launch, launch_as_typed, lines, result, write_cfg
+from commands import ROOT, Done, launch, lines, result, write_cfg
 
 from disttrain.assemble import loader_of
 from disttrain.backend import connect
@@ -164,7 +164,7 @@ def test_the_page_is_true(tmp_path: Path) -> None:
     (commands,) = re.findall(r"(?ms)^```bash run\n(.*?)^```$", page)
     for line in commands.splitlines():
         ranks = int((re.findall(r"--nproc-per-node (\d)", line) or ["0"])[0])
-        done = launch_as_typed(*line.partition("disttrain.launch ")[2].split(), ranks=ranks, cwd=tmp_path)
+        done = launch(*line.partition("disttrain.launch ")[2].split(), ranks=ranks, cwd=tmp_path)
         assert done.code == 0, done.text
     assert "resuming from step 25 (epoch 2)" in done.out
     assert "dropped" not in done.out
