@@ -55,6 +55,8 @@ class Fetching:
                 prefetch_factor=prefetch_factor,
                 multiprocessing_context=multiprocessing_context,
             )
+        self.took_s = 0.0
+        """Time in which batches were loaded, or waited for, so far."""
         self._iterator: Any = None
         self._process = os.getpid()
 
@@ -83,9 +85,12 @@ class Fetching:
     def take(self, count: int) -> list[Any]:
         """Return the next `count` batches; an error ends the iterator, which has lost its place."""
         here = self._options["num_workers"] == 0
+        began = time.perf_counter()
         try:
             with random_state_kept() if here else nullcontext():
-                return [next(self._iterator) for _ in range(count)]
+                batches = [next(self._iterator) for _ in range(count)]
+            self.took_s += time.perf_counter() - began
+            return batches
         except BaseException as error:
             broken = isinstance(error, WHAT_A_DEAD_WORKER_LEAVES) and not isinstance(error, LoadingError)
             died = broken and self._has_dead_worker()

@@ -89,6 +89,11 @@ class SlotLoader:
         return self.sampler.num_steps
 
     @property
+    def loading_s(self) -> float:
+        """Time in which this rank loaded data, or waited for its workers to, so far."""
+        return self._fetching.took_s
+
+    @property
     def notes(self) -> list[str]:
         """What a person should know of how this data is read."""
         dropped, size = self.sampler.num_dropped, self.sampler.global_batch_size

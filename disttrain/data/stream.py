@@ -82,7 +82,7 @@ class StreamLoader:
         self._first_slots = [unit.slots.start for unit in reader.units]
         self._ranks: Ranks = NoOthers() if ranks is None else ranks
         self._digest = digest
-        fetching = Fetching(reader, self.num_workers, pin_memory, prefetch_factor, multiprocessing_context)
+        self._fetching = fetching = Fetching(reader, self.num_workers, pin_memory, prefetch_factor, multiprocessing_context)
         self._passes = Passes(reader, fetching, self.num_workers, self._ranks, accept_other_data=accept_other_data)
         self._expected: dict[int, str] | None = None
         # Runs when the loader is collected and, before multiprocessing ends what is left, at the interpreter's exit.
@@ -105,6 +105,11 @@ class StreamLoader:
         """Steps that lie before the position, over all passes; None where that is not known."""
         step, began = self.step, self._passes.began
         return None if began is None else began + step
+
+    @property
+    def loading_s(self) -> float:
+        """Time in which this rank read data, or waited for its workers to, so far."""
+        return self._fetching.took_s
 
     @property
     def notes(self) -> list[str]:

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,17 @@ from disttrain.parallel import mean_over_slots
 
 Update = tuple[Tensor | None, str | None]
 """The gradient's norm of one step, where that is known, and why its update was left out, if it was."""
+
+
+
+class Companion(Protocol):
+    """What travels with the losses, so that it costs no collective of its own."""
+
+    def say(self) -> Any:
+        """Return what this rank has to say, of plain values."""
+
+    def hear(self, by_rank: list[Any], /) -> None:
+        """Take what all ranks said, on every rank."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,7 @@ class LossLog:
         update: Callable[[], Update] = lambda: (None, None),
         bad_steps: BadSteps | None = None,
         fetched: Callable[[list[dict[str, Any]], Pace], None],
+        companion: Companion | None = None,
     ) -> None:
         self.backend = backend
         self.optimizer = optimizer
@@ -61,6 +73,7 @@ class LossLog:
         self.update = update
         self.bad_steps = bad_steps
         self.fetched = fetched
+        self.companion = companion
         self._pending: list[list[Tensor]] = []
         self._updates: list[Update] = []
         self._rates: list[float] = []
@@ -99,8 +112,10 @@ class LossLog:
         mine = [None if norm is None else next(found) for norm, _ in self._updates]
         reasons, rates = [reason for _, reason in self._updates], self._rates[: len(local)]
         self._pending, self._updates, self._rates = [], [], []
-        by_rank = self.backend.all_gather((local, mine))
-        slots = [[x for losses, _ in by_rank for x in losses[i]] for i in range(len(local))]
+        by_rank = self.backend.all_gather((local, mine, None if self.companion is None else self.companion.say()))
+        if self.companion is not None:
+            self.companion.hear([said for _, _, said in by_rank])
+        slots = [[x for losses, _, _ in by_rank for x in losses[i]] for i in range(len(local))]
         means = [mean_over_slots(losses) if losses else None for losses in slots]
 
         now = time.perf_counter()

@@ -3,12 +3,14 @@
 from disttrain.observe.compare import Comparison, Difference, compare_runs, first_difference, read_ledger
 from disttrain.observe.hashes import batch_hash, state_tensors, tensor_hashes
 from disttrain.observe.ledger import Ledger
+from disttrain.observe.stragglers import Stragglers
 from disttrain.observe.watchdog import Watchdog
 
 __all__ = [
     "Comparison",
     "Difference",
     "Ledger",
+    "Stragglers",
     "Watchdog",
     "batch_hash",
     "compare_runs",
