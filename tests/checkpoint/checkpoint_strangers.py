@@ -14,8 +14,10 @@ from typing import Any
 from checkpoint_states import marked
 from hypothesis import strategies as st
 
-from disttrain.checkpoint import load, save, survey, tensors_of
-from disttrain.checkpoint.manifest import MANIFEST, SUMS, TENSORS
+from disttrain.checkpoint import About, load, save, survey, tensors_of
+from disttrain.checkpoint.local import LocalPlace
+from disttrain.checkpoint.manifest import MANIFEST, SUMS, Cut, Table, describe, part_name
+from disttrain.checkpoint.tree import flatten
 from disttrain.errors import CheckpointError
 
 
@@ -70,6 +72,23 @@ def victim(root: Path) -> Path:
     return save(root, 1, marked(1, size=4) | {"pair": (1, 2**80), "keys": {1: 2.5}})
 
 
+def victim_in_two(root: Path) -> Path:
+    """Save one whose tensors lie in two files, as two ranks would write it: one of each is whole, two are cut."""
+    place, state = LocalPlace(root), marked(1, size=4)
+    flat = flatten(state)
+    table: Table = {"model.0.weight": Cut(dim=0, chunks=[[2, 3, 1], [1, 0, 3]]), "model.1.weight": 1, "count": 2}
+    table["model.2.weight"] = Cut(dim=0, chunks=[[1, 0, 2], [2, 2, 2]])
+    parts: list[dict[str, Any]] = [{}, {}]
+    for name, where in table.items():
+        for number, start, length in [[where, 0, None]] if isinstance(where, int) else where.chunks:
+            tensor = flat.tensors[name]
+            parts[number - 1][name] = tensor if length is None else tensor[start : start + length]
+    upload = place.begin(1)
+    names = [part_name(number, 2) for number in (1, 2)]
+    files = {name: place.write_part(upload, name, part) for name, part in zip(names, parts, strict=True)}
+    return root / place.commit(upload, describe(1, flat.tree, About(), 2, files, table))
+
+
 def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Return the paths to all values of a JSON tree."""
     inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
@@ -115,30 +134,48 @@ def any_bytes(directory: Path, draw: Callable[..., Any]) -> None:
     write_manifest(directory, draw(st.binary(max_size=300)))
 
 
+def change_the_chunks(directory: Path, draw: Callable[..., Any]) -> None:
+    """Say that the tensors lie elsewhere: other files, other places, chunks twice, none, too many."""
+    table = json.loads((directory / MANIFEST).read_text())["tensors"]
+    for _ in range(draw(st.integers(1, 3))):
+        name = draw(st.sampled_from(sorted(table)))
+        number = st.integers(-1, 5) | st.sampled_from([2**31, 2**63, 2**200])
+        chunks = st.lists(st.tuples(number, number, number).map(list), max_size=4)
+        table[name] = draw(number | st.fixed_dictionaries({"dim": number, "chunks": chunks}) | st.just(table[name]))
+        if isinstance(table[name], dict) and draw(st.booleans()):
+            table[name]["dim"] = 0
+    rewrite(directory, tensors=table)
+
+
+def tensor_file(directory: Path) -> Path:
+    return sorted(directory.glob("tensors*.safetensors"))[-1]
+
+
 def change_the_tensors(directory: Path, draw: Callable[..., Any]) -> None:
     """Put other bytes into the tensor file, its header most of all."""
-    data = (directory / TENSORS).read_bytes()
+    data = tensor_file(directory).read_bytes()
     start = draw(st.integers(0, len(data)) | st.integers(0, min(len(data), 400)))
     end = draw(st.integers(start, min(len(data), start + 40)))
-    rewrite(directory, files={TENSORS: data[:start] + draw(st.binary(max_size=12)) + data[end:]})
+    rewrite(directory, files={tensor_file(directory).name: data[:start] + draw(st.binary(max_size=12)) + data[end:]})
 
 
 def change_the_header(directory: Path, draw: Callable[..., Any]) -> None:
     """Put any value in the place of any other in the tensor file's header."""
-    data = (directory / TENSORS).read_bytes()
+    data = tensor_file(directory).read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     text = json.dumps(put(header, draw(st.sampled_from(places(header))), draw(ANY))).encode()
     length = draw(st.sampled_from([len(text), len(text), len(text), len(text) + 1, 0, 2**63, 2**64 - 1, 100_000_001]))
-    rewrite(directory, files={TENSORS: length.to_bytes(8, "little") + text + data[8 + size :]})
+    rewrite(directory, files={tensor_file(directory).name: length.to_bytes(8, "little") + text + data[8 + size :]})
 
 
+ATTACKS_ON_TWO = (change_the_chunks, change_a_value, change_the_header)
 ATTACKS = (change_a_value, change_the_text, any_bytes, change_the_tensors, change_the_header)
 
 
 def attack(directory: Path, how: Callable[[Path, Callable[..., Any]], None], draw: Callable[..., Any]) -> None:
     """Change the victim, load it, and put it right again."""
-    good = {name: (directory / name).read_bytes() for name in (MANIFEST, SUMS, TENSORS)}
+    good = {path.name: path.read_bytes() for path in directory.iterdir()}
     try:
         how(directory, draw)
         load_or_refuse(directory)

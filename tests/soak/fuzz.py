@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
 
-from checkpoint_strangers import ATTACKS, attack, victim
+from checkpoint_strangers import ATTACKS, ATTACKS_ON_TWO, attack, victim, victim_in_two
 
 EXAMPLES_A_TURN = 100
 
@@ -29,9 +29,9 @@ def main() -> int:
     end = time.monotonic() + options.seconds
     number = options.seed
     with tempfile.TemporaryDirectory(prefix="disttrain-fuzz-") as folder:
-        attacked = victim(Path(folder))
+        one, two = victim(Path(folder) / "one"), victim_in_two(Path(folder) / "two")
         while time.monotonic() < end:
-            for how in ATTACKS:
+            for how, attacked in [(how, one) for how in ATTACKS] + [(how, two) for how in ATTACKS_ON_TWO]:
 
                 @seed(number)
                 @settings(
@@ -42,14 +42,15 @@ def main() -> int:
                 )
                 @given(data=st.data())
                 def once(data: st.DataObject) -> None:
-                    counts[how.__name__] += 1  # noqa: B023 - it is called before the loop goes on
+                    # It is called before the loop goes on, which is why B023 is none.
+                    counts[f"{how.__name__}, {'one file' if attacked == one else 'two files'}"] += 1  # noqa: B023
                     attack(attacked, how, data.draw)  # noqa: B023
 
                 once()
             number += 1
     print(f"fuzz: seeds {options.seed} to {number - 1}, {options.seconds:.0f} s, only clean errors")
     for name, count in sorted(counts.items()):
-        print(f"  {name:20} {count:7,} checkpoints")
+        print(f"  {name:31} {count:7,} checkpoints")
     return 0
 
 
