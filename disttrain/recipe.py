@@ -152,7 +152,8 @@ def take(directory: RunDirectory, backend: Backend, console: Console, *, fresh: 
 
 def restore(made: Run, console: Console) -> int:
     """Take the newest good checkpoint, if there is one; return its step, 0 without. Loud where one is damaged."""
-    found = load_newest(kept.place_to_load(made), made.backend)
+    cuts = made.layout.cuts(made.model, made.optimizer)
+    found = load_newest(kept.place_to_load(made), made.backend, cuts)
     warn_of_kernels(made, {} if found is None else found.manifest.position, console)
     step = 0
     if found is not None:

@@ -6,13 +6,16 @@ than what this rank holds asks the layout, so that nobody else has to know the s
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+Cuts = Callable[[str, tuple[int, ...]], Any]
+"""(path in a checkpoint's state, shape) -> (device mesh, placements) of the DTensor; None for a whole tensor."""
 
 
 class Layout(Protocol):
@@ -34,7 +37,10 @@ class Layout(Protocol):
         """Return a context in which the model can be called without a collective, as often as each rank likes."""
 
     def stateful(self, part: Any) -> Any:
-        """Return the model, or its optimizer, as what a checkpoint saves and loads: states of whole tensors."""
+        """Return the model, or its optimizer, as what a checkpoint saves and loads."""
+
+    def cuts(self, model: nn.Module, optimizer: Optimizer) -> Cuts | None:
+        """Return which tensors of a checkpoint are to be loaded as DTensors, and how cut; None: none of them."""
 
 
 class Replicated:
@@ -57,6 +63,9 @@ class Replicated:
 
     def stateful(self, part: Any) -> Any:
         return part
+
+    def cuts(self, model: nn.Module, optimizer: Optimizer) -> Cuts | None:
+        return None
 
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:

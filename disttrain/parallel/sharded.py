@@ -11,7 +11,8 @@ collective: all ranks ask for the same in the same order.
 tensor. `whole` gathers one tensor on all.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
@@ -163,58 +164,22 @@ class Sharded:
         return {index: torch.cat(found) for index, found in parts.items()}
 
     def stateful(self, part: Any) -> Any:
-        return WholeState(self, part)
+        return part  # its state is made of DTensors, of which each rank saves and loads its part
 
+    def cuts(self, model: nn.Module, optimizer: Optimizer) -> Callable[[str, tuple[int, ...]], Any]:
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        by_index = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-class WholeState:
-    """The model, or its optimizer, with a state of whole tensors: what a run on any number of ranks saves and loads.
+        def cut(path: str, shape: tuple[int, ...]) -> Any:
+            part, _, name = path.partition(".")
+            parameter: Any = parameters.get(name) if part == "model" else None
+            if part == "optimizer" and (found := re.match(r"state\.(\d+)\.", name)):
+                parameter = by_index[int(found[1])] if int(found[1]) < len(by_index) else None
+            if parameter is None or parameter.shape != shape:
+                return None
+            return parameter.device_mesh, parameter.placements
 
-    *Cost*: rank 0 holds the whole state while it is saved, the others one tensor at a time.
-    """
-
-    def __init__(self, layout: Sharded, part: Any) -> None:
-        self._layout = layout
-        self._part = part
-
-    def state_dict(self) -> Any:
-        keep = self._layout.process_group.rank() == 0
-
-        def gather(value: Tensor) -> Tensor:
-            whole = self._layout.whole(value.detach())
-            return whole.cpu() if keep else whole.new_empty(0)
-
-        return mapped(self._part.state_dict(), gather)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take this rank's parts of the tensors in `state`, which every rank has whole."""
-        if isinstance(self._part, Optimizer):
-            parameters = [parameter for group in self._part.param_groups for parameter in group["params"]]
-            indices = [index for group in state["param_groups"] for index in group["params"]]
-            places = dict(zip(indices, parameters, strict=False))
-            cut = {index: self._cut_alike(values, places.get(index)) for index, values in state["state"].items()}
-            self._part.load_state_dict({**state, "state": cut})
-            return
-        mine = self._part.state_dict()
-        self._part.load_state_dict({name: _cut(value, mine.get(name)) for name, value in state.items()})
-
-    def _cut_alike(self, values: Any, parameter: Tensor | None) -> Any:
-        if parameter is None:
-            return values
-        return mapped(values, lambda value: _cut(value, parameter) if value.shape == parameter.shape else value)
-
-
-def mapped(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return nested dicts, lists and tuples with `change` called on each tensor in them, in their order."""
-    if isinstance(state, Tensor):
-        return change(state)
-    if isinstance(state, dict):
-        same = type(state)((key, mapped(value, change)) for key, value in state.items())
-        if hasattr(state, "_metadata"):  # a module's state_dict carries the versions of its submodules there
-            same._metadata = state._metadata  # type: ignore[attr-defined]
-        return same
-    if isinstance(state, list | tuple):
-        return type(state)(mapped(value, change) for value in state)
-    return state
+        return cut
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -226,13 +191,3 @@ def _rows(num_rows: int, rank: int, world_size: int) -> int:
     """Return how many of a tensor's rows a rank holds: as `torch.chunk` cuts them."""
     each = -(-num_rows // world_size)
     return max(0, min(num_rows, each * (rank + 1)) - each * rank)
-
-
-def _cut(value: Any, like: Any) -> Any:
-    """Return a whole tensor cut like a parameter, without asking other ranks."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if not (isinstance(value, Tensor) and isinstance(like, DTensor) and value.shape == like.shape):
-        return value
-    there = value.to(like.device)
-    return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)

@@ -103,6 +103,9 @@ class Spread(Replicated):
     def stateful(self, part: Any) -> Any:
         return _SavedWhole(part, self)
 
+    def cuts(self, model: nn.Module, optimizer: Optimizer) -> None:
+        return None
+
     def _mark(self, tensor: Tensor, dimension: int | None) -> None:
         if not self._annotation(tensor):
             cuts = tuple(AXIS if i == dimension else None for i in range(tensor.ndim))
