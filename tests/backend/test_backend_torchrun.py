@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from ranks import Ranks
 
 from disttrain.backend import Backend, connect
@@ -28,10 +29,22 @@ sys.stdout.write(f"rank {backend.rank} restarts {backend.restarts} sum {int(valu
 """
 
 
-def test_torchrun_restarts_workers_when_one_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "rendezvous",
+    ["standalone", pytest.param("c10d", marks=pytest.mark.slow), pytest.param("static", marks=pytest.mark.slow)],
+)
+def test_torchrun_restarts_workers_when_one_is_killed(rendezvous: str, tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    meets = {
+        "standalone": ["--standalone"],
+        "c10d": ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "7"],
+        "static": ["--rdzv-backend", "static", "--rdzv-endpoint", endpoint, "--node-rank", "0"],
+    }
+    launch = ["-m", "torch.distributed.run", *meets[rendezvous], "--nproc-per-node", "2", "--max-restarts", "3"]
     variables = {"RES_OPTIONS": "timeout:1 attempts:1", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, *launch, "--monitor-interval", "0.1", str(script)],
