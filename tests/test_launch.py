@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from disttrain import launch
+from disttrain.config import load_config
 from disttrain.errors import BackendError
 
 
@@ -26,3 +27,18 @@ def test_cublas_has_its_workspace_before_connecting_starts_cuda(
     assert launch.main([str(Path(__file__).parents[1] / "examples" / "digits.py")]) == launch.FAILED
     assert seen == [of_the_users or ":4096:8"]
     assert capsys.readouterr().err == "BackendError: no ranks here\n"
+
+
+@pytest.mark.parametrize(
+    ("fields", "asks"),
+    [
+        ([], False),
+        (["backend=xla", "spmd=true"], True),
+        (["strategy=fsdp"], None),  # on XLA devices, if the backend turns out to be theirs
+        (["strategy=fsdp", "spmd=true"], True),
+    ],
+)
+def test_one_rank_drives_all_xla_devices_where_the_config_asks_for_it(fields: list[str], asks: bool | None) -> None:
+    config = load_config(Path(__file__).parents[1] / "examples" / "digits.py", fields)
+    assert launch.asks_spmd(config) is asks
+    assert launch.asks_spmd(None) is False

@@ -44,6 +44,8 @@ def test_xla_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
         connect("xla")
     with pytest.raises(BackendError, match="'xla' expected torch_xla"):
         connect("xla", device="xla")
+    with pytest.raises(BackendError, match="'xla' expected torch_xla"):
+        connect("xla", spmd=True)
     monkeypatch.setenv("PJRT_DEVICE", "TPU")
     with connect("auto") as backend:
         assert backend.name == "single"
@@ -52,6 +54,15 @@ def test_xla_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_xla_runs_on_its_own_devices_alone() -> None:
     with pytest.raises(ConfigError, match="runs on 'xla', got device='cpu'"):
         connect("xla", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["auto", "single", "gloo"])
+def test_one_rank_on_several_devices_is_for_xla_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PJRT_DEVICE", raising=False)
+    with pytest.raises(ConfigError, match=f"spmd=True expected XLA devices, got backend='{name}'; leave spmd out"):
+        connect(name, spmd=True)
+    with connect(name, spmd=None) as backend:
+        assert backend.num_devices == 1
 
 
 @pytest.mark.parametrize(("device_type", "told"), [("CPU", "train alone as rank 0 of 1"), ("TPU", "--nproc-per-node")])

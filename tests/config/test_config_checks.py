@@ -5,7 +5,7 @@ import torch
 from config_samples import loss, net, sample
 from torch import nn
 
-from disttrain.config import check_slots
+from disttrain.config import check_devices, check_slots
 from disttrain.errors import ConfigError
 
 
@@ -108,3 +108,36 @@ def test_every_suggestion_of_check_slots_is_accepted(batch: int) -> None:
 
 def test_the_sample_is_sound() -> None:
     assert sample().loss is loss
+
+
+def test_only_xla_devices_have_a_mode_in_which_one_rank_drives_all() -> None:
+    assert "spmd: expected False with backend='gloo', got True; use backend='xla'" in refused(spmd=True, backend="gloo")
+    assert all(sample(spmd=True, backend=backend).spmd for backend in ("xla", "auto"))
+
+
+@pytest.mark.parametrize(("size", "slots", "devices"), [(96, 8, 4), (96, 8, 12), (40, 4, 1), (8, 1, 8)])
+def test_devices_that_divide_a_slot_are_taken(size: int, slots: int, devices: int) -> None:
+    check_devices(size, slots, devices)
+
+
+@pytest.mark.parametrize(
+    ("size", "slots", "devices", "advice"),
+    [
+        (
+            40,
+            4,
+            4,
+            "slots of 10 samples, .* over 4 devices equally; use 32 or 48, or in a new run num_slots=1, 2 or 5,",
+        ),
+        (
+            90,
+            3,
+            8,
+            "slots of 30 samples, .* over 8 devices equally; use 72 or 96, or a number of devices .* divides 30",
+        ),
+        (2, 1, 4, "slots of 2 samples, .* over 4 devices equally; use 4, or a number of devices that divides 2"),
+    ],
+)
+def test_a_slot_that_the_devices_cannot_share_names_what_fits(size: int, slots: int, devices: int, advice: str) -> None:
+    with pytest.raises(ConfigError, match=advice):
+        check_devices(size, slots, devices)
