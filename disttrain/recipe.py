@@ -8,7 +8,7 @@ step is over, `StepEnd` (handlers/) fetches losses, validates and saves.
 
 import gc
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -31,7 +31,7 @@ from disttrain.handlers.preemption import Preemption
 from disttrain.handlers.progress import ProgressDisplay, dropping
 from disttrain.handlers.rank_log import RankLog
 from disttrain.handlers.step_end import StepEnd
-from disttrain.observe import Ledger, Watchdog, state_tensors
+from disttrain.observe import Ledger, Stragglers, Watchdog, state_tensors
 from disttrain.rollback import Attempts, go_back
 from disttrain.run import Run
 from disttrain.run_directory import RunDirectory
@@ -245,6 +245,9 @@ def observe(
             display.validated(engine.state.iteration, made.epochs_begun, values)
         return values
 
+    slow = stragglers_of(made, lambda text: display.line(f"WARNING: {text}"))
+    if slow is not None:
+        slow.attach(trainer)
     losses = LossLog(
         backend,
         made.optimizer,
@@ -252,6 +255,7 @@ def observe(
         update=made.take_update,
         bad_steps=made.bad_steps,
         fetched=fetched,
+        companion=slow,
     )
     saver = kept.saver_of(made)
     if isinstance(saver, AsynchronousSaver):
@@ -285,6 +289,22 @@ def observe(
     ledger.attach(trainer)
     end.attach(trainer)
     return end, saver
+
+
+def stragglers_of(made: Run, tell: Callable[[str], object]) -> Stragglers | None:
+    """Return what finds ranks that hold others up; None where there are no others."""
+    if made.backend.world_size == 1:
+        return None
+    meeting = made.meeting
+    knows = meeting is not None and meeting.waited_s is not None
+    return Stragglers(
+        made.backend.rank,
+        len(made.slots.mine),
+        loading_s=lambda: made.loader.loading_s,
+        waited_s=(lambda: (meeting and meeting.waited_s) or 0.0) if knows else None,
+        window_s=made.config.log.every_s,
+        tell=tell,
+    )
 
 
 def ledger_of(made: Run, step: int) -> Ledger:

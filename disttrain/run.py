@@ -16,6 +16,7 @@ from disttrain.handlers.bad_steps import BadSteps
 from disttrain.handlers.evaluation import Evaluation
 from disttrain.handlers.losses import Update
 from disttrain.parallel import Layout, Slots
+from disttrain.parallel.base import Meeting
 from disttrain.precision import Precision
 from disttrain.run_directory import RunDirectory
 
@@ -46,6 +47,8 @@ class Run:
     """Steps, done or still to come, that on_nan=rollback leaves out whole, and what was wrong with each."""
     update_left_out: str | None = None
     """Why the newest step's update was left out; None where it was not."""
+    meeting: Meeting | None = None
+    """How far the newest step's gradients have met; None where that cannot be told."""
     bad_steps: BadSteps | None = None
     """Looks at the losses, except with on_nan=skip."""
     evaluation_due: bool = False

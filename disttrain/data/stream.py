@@ -82,7 +82,9 @@ class StreamLoader:
         self._first_slots = [unit.slots.start for unit in reader.units]
         self._ranks: Ranks = NoOthers() if ranks is None else ranks
         self._digest = digest
-        self._fetching = fetching = Fetching(reader, self.num_workers, pin_memory, prefetch_factor, multiprocessing_context)
+        self._fetching = fetching = Fetching(
+            reader, self.num_workers, pin_memory, prefetch_factor, multiprocessing_context
+        )
         self._passes = Passes(reader, fetching, self.num_workers, self._ranks, accept_other_data=accept_other_data)
         self._expected: dict[int, str] | None = None
         # Runs when the loader is collected and, before multiprocessing ends what is left, at the interpreter's exit.

@@ -26,7 +26,6 @@ Update = tuple[Tensor | None, str | None]
 """The gradient's norm of one step, where that is known, and why its update was left out, if it was."""
 
 
-
 class Companion(Protocol):
     """What travels with the losses, so that it costs no collective of its own."""
 

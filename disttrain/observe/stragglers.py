@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 FACTOR = 1.5
 SHARE = 0.1
+FEWEST_STEPS = 10
+"""A window has at least so many steps, however long they take."""
 LOADING, COMPUTING = "loading its data", "computing"
 
 
@@ -88,7 +90,7 @@ class Stragglers:
         self._named: set[tuple[int, str]] = set()
 
     def attach(self, engine: Engine) -> None:
-        """Attached after what acts at a step's start, and before what acts at its end."""
+        """Attached before whatever may wait for other ranks at a step's end."""
         engine.add_event_handler(Events.ITERATION_STARTED, self._starts)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._ends)
 
@@ -117,8 +119,9 @@ class Stragglers:
         if self._began is None:
             self._began = now
             return
-        self._window = [a + b for a, b in zip(self._window, by_rank, strict=True)] or list(by_rank)
-        if now - self._began < self.window_s:
+        before = self._window
+        self._window = [a + b for a, b in zip(before, by_rank, strict=True)] if before else list(by_rank)
+        if now - self._began < self.window_s or self._window[0].num_steps < FEWEST_STEPS:
             return
         found = stragglers(self._window, now - self._began)
         for straggler in found:
@@ -148,12 +151,12 @@ def stragglers(by_rank: Sequence[Work], window_s: float) -> list[Straggler]:
 
 
 def _text(rank: int, work: Work, what: str, mine: Mapping[str, float], usual: Mapping[str, float]) -> str:
-    def step_ms(slot_s: Mapping[str, float]) -> str:
-        return f"{slot_s[what] * work.num_slots / work.num_steps * 1000:,.1f} ms a step"
+    def ms(slot_s: float) -> str:
+        return f"{slot_s * work.num_slots / work.num_steps * 1000:,.1f} ms"
 
-    times = f"{mine[what] / usual[what]:.1f} times the " if usual[what] > 0 else "the "
-    waits = (sum(mine.values()) - sum(usual.values())) * work.num_slots / work.num_steps * 1000
+    times = f"{mine[what] / usual[what]:.1f} times " if usual[what] > 0 else ""
+    waits = sum(mine.values()) - sum(usual.values())
     return (
-        f"rank {rank} on {work.host} is slow: {what} takes it {step_ms(mine)}, {times}{step_ms(usual)} that the same "
-        f"takes others, who wait {waits:,.1f} ms a step for it"
+        f"rank {rank} on {work.host} is slow: {what} takes {ms(mine[what])} a step, {times}the others' "
+        f"{ms(usual[what])}; they wait {ms(waits)} a step for it"
     )

@@ -8,7 +8,9 @@ communication, merging gradients) happens before and after the yield.
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, Protocol
 
 from torch import nn
@@ -30,6 +32,36 @@ class Gradients(Protocol):
 
     def microbatches(self, batch: Any, iteration: int) -> Iterator[Any]:
         """Yield the microbatches of `batch`; their gradients have met when the generator ends."""
+
+
+@dataclass
+class Meeting:
+    """How far the gradients of the newest step have met, for whoever watches this rank, from any thread."""
+
+    step: int = 0
+    num_buckets: int = 0
+    """Pieces of the gradient that were sent on their way."""
+    over: bool = True
+    waited_s: float | None = 0.0
+    """Time in which this rank's host waited for others' gradients and buffers, in all steps; None: it is not known."""
+
+    def begin(self, step: int) -> None:
+        self.step, self.num_buckets, self.over = step, 0, False
+
+    @contextmanager
+    def waits(self) -> Iterator[None]:
+        """Count the body as waiting."""
+        began = perf_counter()
+        yield
+        if self.waited_s is not None:
+            self.waited_s += perf_counter() - began
+
+    def __str__(self) -> str:
+        if not self.step:
+            return "no gradients yet"
+        if self.over:
+            return f"the gradients of step {self.step} have met"
+        return f"{self.num_buckets} buckets of the gradients of step {self.step} are on their way"
 
 
 class Accumulation:

@@ -36,6 +36,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.errors import ConfigError
+from disttrain.parallel.base import Meeting
 from disttrain.parallel.buffers import SlotBuffers
 from disttrain.parallel.slots import Node, Slots, TreeSum
 from disttrain.parallel.trained import TrainedParameters
@@ -101,6 +102,9 @@ class SlotGradients:
         self._tree = TreeReduce(slots, process_group)
         self._buffers = SlotBuffers(model, slots, process_group)
         self._ddp: DistributedDataParallel | None = None
+        # DDP waits for its own all-reduce where nobody sees it, and on an accelerator nobody waits on the host.
+        on_cpu = all(parameter.device.type == "cpu" for parameter in self._parameters)
+        self.meeting = Meeting(waited_s=0.0 if reduction == "invariant" and on_cpu else None)
         if slots.world_size > 1:
             self.module = self._ddp = wrapped(model, process_group)
             self._ddp.register_comm_hook(None, self._invariant_hook if reduction == "invariant" else self._fast_hook)
@@ -119,6 +123,7 @@ class SlotGradients:
         mine = self.slots.mine
         self.slots.check_batch(batch)
         self._begin()
+        self.meeting.begin(iteration)
         for slot, microbatch in zip(mine, batch, strict=True):
             meets = self._ddp is not None and slot == mine[-1]
             self._buffers.slot_starts(slot)
@@ -133,7 +138,9 @@ class SlotGradients:
         else:
             self._call_hook_for_unused()
         self._sums.parts.clear()
-        self._buffers.step_ends()
+        with self.meeting.waits():
+            self._buffers.step_ends()
+        self.meeting.over = True
         self._trained.warn_of_unused(self._unused, log, iteration=iteration, rank=self.slots.rank)
 
     def _begin(self) -> None:
@@ -210,13 +217,17 @@ class SlotGradients:
         """Start a bucket's reduction, and send what the one before has folded while the backward went on."""
         flat = bucket.buffer()
         reduction = self._tree.start(self._parts(bucket), out=flat, divisor=self.slots.num_slots)
+        self.meeting.num_buckets += 1
         if self._on_their_way:
-            self._on_their_way[-1][0].advance()
+            with self.meeting.waits():
+                self._on_their_way[-1][0].advance()
         future = Future[Tensor](devices=None if flat.device.type == "cpu" else [flat.device])
         self._on_their_way.append((reduction, future))
         if bucket.is_last():
             for reduction, waiting in self._on_their_way:
-                waiting.set_result(reduction.wait())
+                with self.meeting.waits():
+                    met = reduction.wait()
+                waiting.set_result(met)
             self._on_their_way.clear()
         return future
 
@@ -226,6 +237,7 @@ class SlotGradients:
         for part in others:
             first.add_(part)
         flat = torch.div(first, self.slots.num_slots, out=bucket.buffer())
+        self.meeting.num_buckets += 1
         work = dist.all_reduce(flat, group=self._group, async_op=True)
         summed: Future[Tensor] = work.get_future().then(lambda future: future.value()[0])
         return summed
