@@ -242,7 +242,7 @@ def report(error: BaseException, backend: Backend, options: argparse.Namespace) 
         return code_of(error)
     if isinstance(error, RuntimeError) and not isinstance(error, DisttrainError):
         # A collective that broke is not the cause but the news of it: who failed has said why.
-        heard = backend.first_failure(wait_s=2.0)
+        heard = backend.first_failure(wait_s=0.5)
         if heard is not None and heard.rank == backend.rank:
             # Another thread of this process has reported that: the watchdog, which says why and ends the process.
             time.sleep(WATCHDOG_ENDS_WITHIN_S)

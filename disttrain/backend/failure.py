@@ -1,13 +1,14 @@
 """The first failure of a run, posted where every rank hears of it, wherever it is blocked.
 
-*Contract*: the first failure posted wins and is never replaced. `first` asks nobody: what there is to know has
-been brought here by then, so it works after the store's host has gone.
+*Contract*: the first failure posted wins and is never replaced. `first` looks into the store, where that still answers;
+what was brought here before is known also after the store's host has gone.
 
 *How*: rank r's listener, one sleeping thread with a connection of its own, waits for the key `bell/r` in the
 rendezvous store. Who fails posts the failure by compare-and-set and rings every bell. A listener that is rung
 keeps the message, acknowledges it and calls `on_failure`, which breaks this rank's connections: a collective
 that its main thread is blocked in then raises at once. The poster waits for the acknowledgements, so that
-neither the store (rank 0's) nor the launcher's clean-up takes the message away before it is read.
+neither the store (rank 0's) nor the launcher's clean-up takes the message away before it is read; but not for long
+once no more of them come, for a rank that was killed or whose host is lost sends none.
 """
 
 import json
@@ -24,7 +25,10 @@ from disttrain.errors import RemoteError
 logger = logging.getLogger(__name__)
 
 FIRST = "failure/first"
+ACKS = "failure/acks"
 LINGER_S = 5.0
+QUIET_S = 1.5
+"""Without a further acknowledgement for so long no more are waited for."""
 POLL_S = 0.02
 _CLOSING = "closing"
 
@@ -78,6 +82,8 @@ class StoreBoard(Board):
     ) -> None:
         super().__init__(rank)
         self._others = [other for other in range(world_size) if other != rank]
+        self._acks = 0
+        self._once = threading.Lock()
         self._store = connect_store()
         self._on_failure = on_failure
         self._closed = False
@@ -100,6 +106,14 @@ class StoreBoard(Board):
         self._on_failure()
         self._linger()
 
+    def first(self, wait_s: float) -> RemoteError | None:
+        try:
+            if self._failure is None and not self._closed and self._store.check([FIRST]):
+                self.hear(self._store.get(FIRST).decode())
+        except RuntimeError as gone:
+            logger.debug("the store has gone, and what was posted there with it: %s", gone)
+        return super().first(wait_s)
+
     def close(self) -> None:
         """Stop listening, once the others have heard of a failure that this rank knows of."""
         if self._closed:
@@ -108,25 +122,35 @@ class StoreBoard(Board):
             self._linger()
         self._closed = True
         try:
-            self._store.set(f"failure/ack/{self._rank}", _CLOSING)
-            self._store.set(f"failure/bell/{self._rank}", _CLOSING)
+            self._acknowledge(self._store)
+            if self._listener.is_alive():
+                self._store.set(f"failure/bell/{self._rank}", _CLOSING)
         except RuntimeError:
             logger.debug("the store has gone, and the listener with it")
         self._listener.join(LINGER_S)
 
     def _linger(self) -> None:
-        """Wait, once, until every rank has heard."""
+        """Wait, once, until every rank has heard that still can."""
         if self._lingered:
             return
         self._lingered = True
-        keys = [f"failure/ack/{other}" for other in self._others]
-        end = time.monotonic() + LINGER_S
+        began = last = time.monotonic()
         try:
-            self._store.set(f"failure/ack/{self._rank}", "heard")
-            while not self._store.check(keys) and time.monotonic() < end and not self._hurried.wait(POLL_S):
-                pass
+            self._acknowledge(self._store)
+            while self._acks <= len(self._others) and not self._hurried.wait(POLL_S):
+                now, before = time.monotonic(), self._acks
+                self._acks = self._store.add(ACKS, 0)
+                last = now if self._acks > before else last
+                if now - last > QUIET_S or now - began > LINGER_S:
+                    break
         except RuntimeError as gone:
             logger.debug("the store has gone before every rank acknowledged the failure: %s", gone)
+
+    def _acknowledge(self, store: Store) -> None:
+        """Let those that linger know, once, that they need not do it for this rank; note how many have done so."""
+        with self._once:
+            if not self._acks:
+                self._acks = store.add(ACKS, 1)
 
     def _listen(self, store: Store) -> None:
         bell = f"failure/bell/{self._rank}"
@@ -136,7 +160,7 @@ class StoreBoard(Board):
             if posted == _CLOSING:
                 return
             self.hear(posted)
-            store.set(f"failure/ack/{self._rank}", "heard")
+            self._acknowledge(store)
         except RuntimeError as gone:
             logger.debug("rank %s stops listening for failures, the store has gone: %s", self._rank, gone)
         if self._failure is not None:
