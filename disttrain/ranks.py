@@ -7,6 +7,9 @@ from disttrain.backend.torchrun import run_torchrun, torchrun_words
 from disttrain.config import load_config
 from disttrain.errors import ConfigError
 
+PRELOAD = ("disttrain.launch", "torch.nn.parallel", "torch._dynamo.config")
+"""What every rank imports sooner or later; the last is what optimizers and DDP import at their first use."""
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that start ranks."""
@@ -36,7 +39,8 @@ def on_ranks(options: argparse.Namespace) -> int:
         run_id=str(config.name),
         max_restarts=options.max_restarts,
     )
-    module = ["disttrain.launch", options.config, *options.overrides, "--runs", str(options.runs)]
-    module += ["--fresh"] * options.fresh + ["--traceback"] * options.traceback
+    arguments = [options.config, *options.overrides, "--runs", str(options.runs)]
+    arguments += ["--fresh"] * options.fresh + ["--traceback"] * options.traceback
     variables = {"OMP_NUM_THREADS": str(config.cpu_threads), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return run_torchrun(words, module, variables)
+    preload = [*PRELOAD, *["torchmetrics"] * bool(config.metrics)]
+    return run_torchrun(words, "disttrain.launch", arguments, variables, preload)

@@ -82,6 +82,16 @@ class LocalRanks:
         self.kill()
 
 
+def as_if_started_by_hand(method: str) -> None:
+    """Free this process from what it shares with those that the same server has forked; `method` starts its workers."""
+    multiprocessing.set_start_method(method, force=True)
+    # A process that is forked here would share the parent's tracker, which complains at its end of what killed
+    # ranks left; without a connection to it this rank starts one of its own, as one that was started by hand does.
+    tracker: Any = getattr(resource_tracker, "_resource_tracker", None)
+    if tracker is not None:
+        tracker._fd = tracker._pid = None
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
@@ -93,12 +103,7 @@ def _be_rank(
     place: Place, port: int, log: str, method: str, target: Callable[..., int], arguments: tuple[Any, ...]
 ) -> None:
     os.setsid()  # a terminal's Ctrl-C is the parent's alone, which ends its ranks
-    multiprocessing.set_start_method(method, force=True)  # of loader workers: as if this process was started by hand
-    # A process that is forked here would share the parent's tracker, which complains at its end of what killed
-    # ranks left; without a connection to it this rank starts one of its own, as one that was started by hand does.
-    tracker: Any = getattr(resource_tracker, "_resource_tracker", None)
-    if tracker is not None:
-        tracker._fd = tracker._pid = None
+    as_if_started_by_hand(method)
     with open(log, "ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)

@@ -5,20 +5,28 @@ the run's ranks ended with; torchrun itself returns 1 for whatever is not 0. A r
 also lets torchrun take it for well done where to start again would change nothing: after a signal, after a mistake.
 
 *How*: what torchrun writes about a rank that failed is left out, for that rank has said why; a rank that was killed
-could not, so that is said in one line.
+could not, so that is said in one line. Ranks are not started as new interpreters, each of which imports torch and what
+an optimizer and DDP import of it at their first use (4 s of a core): they are forked off one process per host that has
+imported it and has run nothing. That server ends with this process, and its ranks with the server.
 
-*Source*: torch.distributed.run and torch.distributed.elastic.
+*Source*: torch.distributed.run and torch.distributed.elastic; `multiprocessing`, "forkserver"; prctl(2).
 """
 
+import importlib
 import logging
+import multiprocessing
 import os
 import shlex
 import signal
 import sys
 import tempfile
+import uuid
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
+from disttrain.backend.local import as_if_started_by_hand
 from disttrain.errors import Interrupted
 
 CODES = "DISTTRAIN_EXIT_CODES"
@@ -27,7 +35,10 @@ CODES = "DISTTRAIN_EXIT_CODES"
 FINAL = (2, Interrupted.exit_code)
 """Exit codes after which to start again would change nothing."""
 
+RANK_NAME = "disttrain-rank"
+"""What `ps -e` and `top` show of a rank."""
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+_SIGNALS = tuple(signal.Signals[name] for name in SIGNALS.split(","))
 RENDEZVOUS = "last_call_timeout=1,join_timeout=600,close_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3"
 """A lost host is noticed after 3 s and the others go on after 1 s more; torchrun's own settings take 40 s for that."""
 
@@ -48,24 +59,36 @@ def torchrun_words(
     return ["--nnodes", nodes, *words, *meeting]
 
 
-def run_torchrun(words: Sequence[str], module: Sequence[str], variables: Mapping[str, str]) -> int:
-    """Run `torchrun WORDS -m MODULE` here, printed first; return the exit code of its ranks on this host."""
+def run_torchrun(
+    words: Sequence[str], module: str, arguments: Sequence[str], variables: Mapping[str, str], preload: Sequence[str]
+) -> int:
+    """Run `torchrun WORDS -m MODULE ARGUMENTS` here, printed first; return the exit code of its ranks on this host.
+
+    A rank calls the module's `main(arguments)` and exits with what that returns, in a process that has imported the
+    modules `preload` already; an import that has an effect has no place among them.
+    """
+    settings = [f"{name}={os.environ.setdefault(name, value)}" for name, value in variables.items()]
+    print(shlex.join([*settings, "torchrun", *words, "-m", module, *arguments]), flush=True)
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
 
-    settings = [f"{name}={os.environ.setdefault(name, value)}" for name, value in variables.items()]
-    print(shlex.join([*settings, "torchrun", *words, "-m", *module]), flush=True)
     for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
             logging.getLogger(name).addFilter(_keep_off)
+    # What torchrun itself makes of --standalone.
+    alone = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", str(uuid.uuid4())]
+    words = [option for word in words for option in (alone if word == "--standalone" else [word])]
     with tempfile.TemporaryDirectory(prefix="disttrain-") as folder:
         os.environ[CODES] = folder
+        _start_server(preload)  # its environment is what ranks have, and what torchrun adds to it
         signalled = False
         try:
-            main: Callable[[object], None] = torchrun.run
             parse: Callable[[list[str]], object] = torchrun.parse_args
-            main(parse([*words, "-m", *module]))
+            config_of: Callable[[object], tuple[Any, Any, Any]] = torchrun.config_from_args
+            config, _, _ = config_of(parse([*words, "--start-method", "forkserver", "-m", module]))
+            elastic_launch(config, _be_rank)(module, list(arguments), multiprocessing.get_start_method())
         except ChildFailedError as error:
             killed = any(failure.exitcode < 0 for failure in error.failures.values())
             return 1 if killed else _code(Path(folder)) or 1
@@ -75,6 +98,36 @@ def run_torchrun(words: Sequence[str], module: Sequence[str], variables: Mapping
             del os.environ[CODES]
         code = _code(Path(folder))
         return Interrupted.exit_code if code is None and signalled else code or 0
+
+
+def _start_server(preload: Sequence[str]) -> None:
+    """Start the process that ranks are forked off; signals that a whole group of processes gets do not end it."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _be_rank(module: str, arguments: list[str], method: str) -> None:
+    if sys.platform == "linux":
+        Path("/proc/self/comm").write_text(RANK_NAME)  # the command line is its server's
+    as_if_started_by_hand(method)
+    # Ranks would keep their server alive when the launcher is killed; so it ends then, and they with it.
+    server: Any = getattr(forkserver, "_forkserver", None)
+    if server is not None and server._forkserver_alive_fd is not None:
+        os.close(server._forkserver_alive_fd)
+        server._forkserver_alive_fd = None
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    there: Any = importlib.import_module(module)
+    sys.argv = [str(there.__file__), *arguments]
+    code = there.main(arguments)
+    sys.stdout.flush()
+    if code:
+        sys.exit(code)
 
 
 def leave(code: int) -> int:
