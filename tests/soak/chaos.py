@@ -1,0 +1,340 @@
+"""Random faults in an elastic run of three hosts: `python tests/soak/chaos.py [--minutes 20] [--seed 0]`; needs root.
+
+The hosts are namespaces of this machine, joined by a bridge (hosts.py). On each a shell starts `launch/local`'s script
+again whenever it ends before the run has, as systemd or a person would; the store where they meet runs beside them, by
+`launch/local/store.sh`. At random moments a worker, an agent or a whole host is killed, or a link is cut for a while.
+Each time the run must train again by itself; when the time is up it is let go on to its end, and must have the weights
+and the ledger of a run that nobody disturbed. A table says how long it took and how many steps were done again.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+from hosts import SWITCH, Host, Network, kill, obstacle
+from rich.box import MARKDOWN
+from rich.console import Console
+from rich.table import Table
+
+from disttrain.backend.torchrun import RANK_NAME
+from disttrain.observe import compare_runs
+from disttrain.run_directory import RunDirectory
+
+ROOT = Path(__file__).parents[2]
+PORT = 29500
+STEP_S = 0.2
+"""How long a step waits while there are faults; afterwards it waits no more."""
+TIMEOUT_S = 30
+"""The run's timeout_s; a link is cut for up to one and a half times as long."""
+KINDS = ("worker", "agent", "host", "link")
+QUIET_S = 10.0
+"""A fault after which the same ranks have trained for so long has not stopped them."""
+RECOVERS_WITHIN_S = 300.0
+ENDS_WITHIN_S = 900.0
+
+CFG = """
+import os, pathlib, time, uuid
+from functools import partial
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from disttrain import Config
+from disttrain.engine import Events
+
+class Noisy(Dataset):
+    def __len__(self):
+        return 200
+    def __getitem__(self, i):
+        return torch.full((64,), i / 200) + 0.1 * torch.rand(64), i % 10
+
+def net():
+    return nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 10))
+
+def slow_and_told(trainer, run):
+    life, told = uuid.uuid4().hex[:8], os.open("progress", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    def slow():
+        if not os.path.exists("hurry"):
+            time.sleep({step_s})
+    def tell():
+        if run.backend.rank == 0:
+            line = f"{{time.time():.3f}} {{life}} {{trainer.state.iteration}} {{run.backend.world_size}}\\n"
+            os.write(told, line.encode())
+    trainer.add_event_handler(Events.ITERATION_STARTED, slow)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, tell)
+
+config = Config(
+    name="chaos", model=net, train_data=Noisy, loss=nn.CrossEntropyLoss(),
+    optimizer=partial(torch.optim.AdamW, lr=1e-3),
+    global_batch_size=40, num_slots=4, max_steps={num_steps}, handlers=[slow_and_told], timeout_s={timeout_s},
+    log={{"tensorboard": False}}, checkpoint={{"every_steps": 5, "keep": 2}}, ledger={{"every_steps": 5}},
+)
+"""
+SUPERVISOR = """
+until STORE=1 {script} 1:{hosts} {address} 1 cfg.py --runs runs --max-restarts 1000; do
+  echo "--- the agent ended with $? at $(date +%T)"
+  sleep 1
+done
+"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A line that rank 0 has written at a step's end."""
+
+    at: float
+    life: str
+    """Names the process: another one after every restart."""
+    number: int
+    world_size: int
+
+
+@dataclass
+class Fault:
+    """What was done to the run, and what came of it."""
+
+    kind: str
+    host: str
+    at: float
+    life: str
+    """The process that was rank 0 then."""
+    lasts_s: float = 0.0
+    again_s: float | None = None
+    """Seconds until a step was completed again; the longest wait for one where the same ranks went on."""
+    lost: int = 0
+    """Steps that had to be done again."""
+    stopped: bool = True
+
+    def settle(self, steps: list[Step]) -> bool:
+        """See whether the run trains again, by what it has told so far."""
+        after = [step for step in steps if step.at > self.at]
+        others = [step for step in after if step.life != self.life]
+        if others:
+            before = max((step.number for step in steps if step.at < others[0].at), default=0)
+            self.again_s, self.lost = others[0].at - self.at, max(0, before - others[0].number + 1)
+        elif after and after[-1].at > self.at + self.lasts_s + QUIET_S:
+            moments = [self.at, *(step.at for step in after)]
+            self.again_s, self.stopped = max(b - a for a, b in pairwise(moments)), False
+        return self.again_s is not None
+
+
+@dataclass
+class Campaign:
+    """A run, what disturbs it, and what was seen; the seed gives the order, timing does the rest."""
+
+    folder: Path
+    network: Network
+    num_steps: int
+    moments: random.Random
+    kinds: tuple[str, ...] = KINDS
+    say: Callable[[str], None] = print
+    faults: list[Fault] = field(default_factory=list)
+    seconds: float = 0.0
+    _due: list[tuple[float, Callable[[], None]]] = field(default_factory=list)
+    _steps: list[Step] = field(default_factory=list)
+    _read: int = 0
+    _cut: set[str] = field(default_factory=set)
+
+    def run(self, minutes: float) -> None:
+        """Start the hosts, disturb them for so long, and let the run end; AssertionError where it does not."""
+        (self.folder / "cfg.py").write_text(CFG.format(step_s=STEP_S, num_steps=self.num_steps, timeout_s=TIMEOUT_S))
+        began = time.monotonic()
+        store = [str(ROOT / "launch/local/store.sh"), f"{SWITCH}:{PORT}"]
+        self.network.at_switch(store, self.folder / "store.txt", environment())
+        for host in self.network.hosts:
+            self._boot(host)
+        self._until(lambda: bool(self.steps()), RECOVERS_WITHIN_S, "the run to begin")
+        while time.monotonic() - began < 60 * minutes:
+            self._rest(self.moments.uniform(0, 8))
+            if not self._disturb():
+                continue
+            if self.moments.random() < 0.85:
+                self._until(self._settled, RECOVERS_WITHIN_S, "the run to train again")
+        self._until(self._settled, RECOVERS_WITHIN_S, "the run to train again")
+        self._until(lambda: not self._due, RECOVERS_WITHIN_S, "all hosts to be back")
+        (self.folder / "hurry").touch()
+        self._until(self._ended, ENDS_WITHIN_S, "the run to end")
+        self.seconds = time.monotonic() - began
+
+    def steps(self) -> list[Step]:
+        """Return what rank 0 has told so far."""
+        path = self.folder / "progress"
+        if path.exists():
+            with path.open() as file:
+                file.seek(self._read)
+                for line in file:
+                    if line.endswith("\n"):
+                        at, life, number, world_size = line.split()
+                        self._steps.append(Step(float(at), life, int(number), int(world_size)))
+                        self._read += len(line)
+        return self._steps
+
+    def _settled(self) -> bool:
+        steps = self.steps()
+        for fault in self.faults:
+            if fault.again_s is None and fault.settle(steps):
+                how = "went on" if not fault.stopped else f"trained again, {fault.lost} steps lost"
+                self.say(f"    {fault.kind} {fault.host}: {how}, {fault.again_s:.1f} s, world {steps[-1].world_size}")
+        return all(fault.again_s is not None for fault in self.faults)
+
+    def _ended(self) -> bool:
+        result = RunDirectory(self.folder / "runs/chaos").result()
+        return result is not None and result["status"] == "completed" and not any(h.up for h in self.network.hosts)
+
+    def _disturb(self) -> bool:
+        """Do one thing to one host; False where what was drawn is not there to be disturbed."""
+        kind = self.moments.choice(self.kinds)
+        host = self.moments.choice(self.network.hosts)
+        if not host.up or host.name in self._cut:
+            return False
+        fault = Fault(kind, host.name, time.time(), self.steps()[-1].life)
+        if kind == "host":
+            fault.lasts_s = self.moments.uniform(1, 15)
+            host.crash()
+            self._later(fault.lasts_s, lambda: self._boot(host))
+        elif kind == "link":
+            fault.lasts_s = self.moments.uniform(0.5, 1.5 * TIMEOUT_S)
+            host.cut()
+            self._cut.add(host.name)
+            self._later(fault.lasts_s, lambda: self._mend(host))
+        else:
+            there = [pid for pid, name, command in host.processes() if is_a(kind, name, command)]
+            if not there or not kill(self.moments.choice(there)):
+                return False
+        self.faults.append(fault)
+        self.say(f"{time.strftime('%T')} {kind} of {host.name}" + f" for {fault.lasts_s:.1f} s" * (fault.lasts_s > 0))
+        return True
+
+    def _boot(self, host: Host) -> None:
+        script = SUPERVISOR.format(
+            script=ROOT / "launch/local/several_hosts.sh", hosts=len(self.network.hosts), address=f"{SWITCH}:{PORT}"
+        )
+        host.boot(f"cd {self.folder}\n{script}", self.folder / f"{host.name}.txt", environment())
+
+    def _mend(self, host: Host) -> None:
+        host.mend()
+        self._cut.discard(host.name)
+
+    def _later(self, seconds: float, action: Callable[[], None]) -> None:
+        self._due.append((time.monotonic() + seconds, action))
+
+    def _rest(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        self._until(lambda: time.monotonic() >= until, seconds + 60, "a rest to be over")
+
+    def _until(self, holds: Callable[[], bool], within_s: float, what: str) -> None:
+        """Wait for something, doing meanwhile what falls due."""
+        began = time.monotonic()
+        while not holds():
+            for entry in [each for each in self._due if each[0] <= time.monotonic()]:
+                self._due.remove(entry)
+                entry[1]()
+            assert time.monotonic() - began < within_s, f"waited {within_s:.0f} s in vain for {what}"
+            time.sleep(0.05)
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a host: this one's, without what a launcher may have left in it."""
+    hidden = ("TORCHELASTIC", "SLURM", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    return kept | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "eth0"}
+
+
+def is_a(kind: str, name: str, command: str) -> bool:
+    """Return whether a process is a worker (a rank, or the server that ranks are forked off), or an agent."""
+    agent = "-m disttrain.cli launch " in command
+    return agent if kind == "agent" else name == RANK_NAME or "multiprocessing.forkserver" in command
+
+
+def undisturbed(folder: Path) -> RunDirectory:
+    """Run the same config in one process that nobody disturbs."""
+    alone = folder / "undisturbed"
+    alone.mkdir()
+    shutil.copy(folder / "cfg.py", alone)
+    (alone / "hurry").touch()
+    words = [sys.executable, "-m", "disttrain.launch", "cfg.py", "--runs", "runs"]
+    subprocess.run(words, cwd=alone, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    return RunDirectory(alone / "runs/chaos")
+
+
+def table(faults: list[Fault]) -> Table:
+    """Return what was done and what came of it, by kind of fault."""
+    made = Table(box=MARKDOWN)
+    for heading in (
+        "fault",
+        "times",
+        "stopped the run",
+        "s to train again: median",
+        "max",
+        "steps lost: median",
+        "max",
+    ):
+        made.add_column(heading, justify="left" if heading == "fault" else "right")
+    for kind in (*KINDS, "all"):
+        some = [fault for fault in faults if kind in (fault.kind, "all")]
+        stopped = [fault for fault in some if fault.stopped and fault.again_s is not None]
+        took, lost = [fault.again_s or 0.0 for fault in stopped], [fault.lost for fault in stopped]
+        cells = [f"{statistics.median(took):.1f}", f"{max(took):.1f}"] if stopped else ["", ""]
+        cells += [f"{statistics.median(lost):g}", str(max(lost))] if stopped else ["", ""]
+        made.add_row(kind, str(len(some)), str(len(stopped)), *cells)
+    return made
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="the faults to choose from (all)")
+    parser.add_argument("--keep", type=Path, help="a folder for the run and its logs, kept")
+    options = parser.parse_args()
+    if (reason := obstacle()) is not None:
+        print(f"chaos: skipped: {reason}")
+        return 0
+    folder = options.keep or Path(tempfile.mkdtemp(prefix="disttrain-chaos-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    num_steps = int(60 * options.minutes / STEP_S) + 100  # more than there is time for: the end comes after the faults
+    try:
+        with Network(3) as network:
+            campaign = Campaign(
+                folder.absolute(), network, num_steps, random.Random(options.seed), tuple(options.kinds)
+            )
+            campaign.run(options.minutes)
+        same = report(campaign, folder)
+    except AssertionError as error:
+        print(f"chaos: {error}; the logs are in {folder}")
+        return 1
+    if same and options.keep is None:
+        shutil.rmtree(folder)
+    return 0 if same else 1
+
+
+def report(campaign: Campaign, folder: Path) -> bool:
+    """Print the table, and whether the run has the bits of one that nobody disturbed; return that."""
+    ran, whole = RunDirectory(folder / "runs/chaos"), undisturbed(folder)
+    compared = compare_runs(ran, whole)
+    digests = [json.loads(each.result_json.read_text())["params_sha256"] for each in (ran, whole)]
+    same = compared.same and digests[0] == digests[1] and compared.last_steps == (campaign.num_steps,) * 2
+    Console(width=160).print(table(campaign.faults))
+    steps = campaign.steps()
+    print(
+        f"{campaign.seconds:.0f} s, {len({step.life for step in steps})} lives of rank 0, worlds of "
+        f"{', '.join(map(str, sorted({step.world_size for step in steps})))}; {campaign.num_steps} steps, "
+        f"{len(steps) - campaign.num_steps} of them done again. "
+        f"{'The same bits' if same else 'OTHER BITS'}: {digests[0][:12]} and {digests[1][:12]}; "
+        f"{compared.num_steps} ledger lines compared, {compared.num_hashed} with hashes of the whole state."
+    )
+    return same
+
+
+if __name__ == "__main__":
+    sys.exit(main())
