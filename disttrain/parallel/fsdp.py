@@ -202,7 +202,7 @@ class FsdpGradients:
         first, *others = parts.values()
         for part in others:
             first.add_(part)
-        work = dist.reduce_scatter_tensor(
+        work = dist.reduce_scatter_single(
             out, torch.div(first, num_slots).to(out.dtype), group=self._layout.process_group, async_op=True
         )
         return Reduction(out, iter([[work]]))

@@ -53,6 +53,33 @@ def test_every_rank_gets_the_bits_of_one_process(ranks: Ranks, world_size: int) 
     assert ranks(world_size, means_that_differ) == [[]] * world_size
 
 
+def parts_that_differ(backend: Backend) -> list[tuple[int, int, torch.dtype]]:
+    """Reduce so that each rank keeps its part; return the cases whose bits are not those of one process."""
+    differ = []
+    for num_slots in (5, 8):
+        for width in (0, 3, 1000):
+            for dtype in (torch.float32, torch.bfloat16):
+                slots = Slots(num_slots, backend.rank, backend.world_size)
+                tree = TreeReduce(slots, backend.process_group)
+                rows = values(num_slots, width * backend.world_size, dtype).float()
+                expected = (by_one_process(rows, 0, num_slots) / num_slots).to(dtype).view(backend.world_size, width)
+                out = torch.empty(width, dtype=dtype)
+                tree.start_scatter(parts_of(slots, rows), out=out, divisor=num_slots).wait()
+                if not torch.equal(out, expected[backend.rank]):
+                    differ.append((num_slots, width, dtype))
+    return differ
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+def test_every_rank_gets_its_part_in_the_bits_of_one_process(ranks: Ranks, world_size: int) -> None:
+    assert ranks(world_size, parts_that_differ) == [[]] * world_size
+
+
+def test_a_scatter_asks_for_parts_as_long_as_all_results_together() -> None:
+    with pytest.raises(ValueError, match=r"brings the nodes \[\(0, 2\)\] of 1 x 3, got \{\(0, 2\): 4\}"):
+        TreeReduce(Slots(2), None).start_scatter({(0, 2): torch.zeros(4)}, out=torch.zeros(3))
+
+
 def test_the_values_tell_one_order_from_another() -> None:
     rows = values(8, 1000)
     by_rank = [sum(rows[8 * r // 3 : 8 * (r + 1) // 3]) for r in range(3)]
