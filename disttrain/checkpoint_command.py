@@ -1,7 +1,8 @@
-"""`disttrain checkpoint ls | show | verify | prune RUN`: what is kept of a run, whether it is good, and what may go.
+"""`disttrain checkpoint ls | show | verify | prune | export RUN`: what is kept of a run, and what may go.
 
 *Contract*: RUN is a run directory, its folder of checkpoints, or one checkpoint in it. Only `prune --yes` changes
-anything. Exit code 0: done, and all that was looked at is good; 1: something is damaged; 2: it cannot be done so.
+anything there; `export` writes one file elsewhere. Exit code 0: done, and all that was looked at is good; 1: something
+is damaged; 2: it cannot be done so.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from disttrain.checkpoint import (
     DamagedError,
     Manifest,
     Place,
+    export,
     folder_under,
     inspect,
     is_url,
@@ -54,10 +56,10 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     made = argparse.ArgumentParser(
         prog="disttrain checkpoint",
-        description="Look at a run's checkpoints, check them, remove old ones.",
+        description="Look at a run's checkpoints, check them, remove old ones, take the model out of one.",
         epilog="exit codes: 0: all that was looked at is good; 1: something is damaged; 2: it cannot be done so",
     )
-    words = made.add_subparsers(required=True, metavar="ls | show | verify | prune")
+    words = made.add_subparsers(required=True, metavar="ls | show | verify | prune | export")
     ls = words.add_parser("ls", help="list them with step, date, size and state")
     ls.add_argument("--quick", action="store_true", help="do not read the tensors: their state is complete, not good")
     show = words.add_parser("show", help="show what one says about itself, and its tensors")
@@ -66,10 +68,13 @@ def parser() -> argparse.ArgumentParser:
     prune.add_argument("--keep", metavar="N", type=int, default=2, help="how many good ones stay (2), at least 1")
     prune.add_argument("--damaged", action="store_true", help="remove the damaged ones, too")
     prune.add_argument("--yes", action="store_true", help="do it; without this it is only said what would be removed")
-    for word, command in ((ls, list_them), (show, show_one), (verify, verify_them), (prune, prune_them)):
+    model = words.add_parser("export", help="write the model of the newest, or of one, as one safetensors file")
+    commands = ((ls, list_them), (show, show_one), (verify, verify_them), (prune, prune_them), (model, export_one))
+    for word, command in commands:
         word.add_argument("run", metavar="RUN", help="a run directory, a folder of checkpoints, or its URL")
         word.set_defaults(command=command)
-    for word in (show, verify):
+    model.add_argument("file", metavar="FILE", help="the new file, such as model.safetensors")
+    for word in (show, verify, model):
         word.add_argument("--step", metavar="N", type=int, help="the checkpoint of this step")
     return made
 
@@ -156,10 +161,12 @@ def show_one(root: Place, name: str | None, options: argparse.Namespace, console
     console.print(grid, soft_wrap=True)
     tensors = tensors_of(manifest)
     table = Table(title=f"\n{len(tensors)} tensors", title_justify="left", box=None, pad_edge=False)
-    for heading in ("name", "dtype", "shape"):
+    several = ("in file",) if manifest.tensors is not None else ()
+    for heading in ("name", "dtype", "shape", *several):
         table.add_column(heading, overflow="fold")
     for row in tensors:
-        table.add_row(plain(row.name), plain(row.dtype), plain(" x ".join(map(str, row.shape)) or "scalar"))
+        cells = [row.name, row.dtype, " x ".join(map(str, row.shape)) or "scalar", row.where]
+        table.add_row(*map(plain, cells[: 3 + len(several)]))
     console.print(table)
     return GOOD
 
@@ -198,6 +205,18 @@ def prune_them(root: Place, name: str | None, options: argparse.Namespace, conso
             root.discard(entry.name)
     if remove and not options.yes:
         console.print("nothing was removed; add --yes to do it")
+    return GOOD
+
+
+def export_one(root: Place, name: str | None, options: argparse.Namespace, console: Console) -> int:
+    """Write the model in one checkpoint, by default the newest, as one file."""
+    name = name or next(iter(root.committed()), None)
+    if name is None:
+        raise ConfigError(f"there are no checkpoints in {root}")
+    with root.opened(name) as directory:
+        done = export(directory, options.file)
+    what = f"{done.num_tensors} tensors of step {done.step}, {count_bytes(done.size_bytes)}"
+    console.print(f"wrote {options.file}: {what}", soft_wrap=True)
     return GOOD
 
 

@@ -2,12 +2,17 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
-from torch import ones
+from safetensors.torch import load_file
+from torch import arange, ones
 
 from disttrain.checkpoint import About, save
+from disttrain.checkpoint.local import LocalPlace
+from disttrain.checkpoint.manifest import Cut, Table, describe, part_name
+from disttrain.checkpoint.tree import flatten
 from disttrain.checkpoint_command import count_bytes
 from disttrain.cli import main
 
@@ -189,3 +194,49 @@ def test_a_checkpoint_under_a_name_of_ones_own(run: Path, capsys: pytest.Capture
 )
 def test_bytes_as_people_read_them(number: int, text: str) -> None:
     assert count_bytes(number) == text
+
+
+def test_export_writes_the_model_of_one_as_a_file(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "model.safetensors"
+    code, out, _ = said(capsys, "export", run, file, "--step", 20)
+    assert (code, out) == (0, f"wrote {file}: 2 tensors of step 20, {count_bytes(file.stat().st_size)}\n")
+    tensors = load_file(file)
+    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {
+        "0.weight": [[20.0] * 4] * 3,
+        "0.bias": [1.0] * 4,
+    }
+    code, _, err = said(capsys, "export", run, file)
+    assert code == 2
+    assert f"{file} is there already; remove it or choose another name" in err
+    code, _, err = said(capsys, "export", run, tmp_path / "absent" / "file")
+    assert code == 2
+    assert "cannot write" in err
+    empty(run, 30)
+    code, _, err = said(capsys, "export", run, tmp_path / "other")
+    assert code == 1
+    assert "tensors.safetensors has 0 bytes" in err
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_several_ranks_wrote_is_shown_and_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, tensors = tmp_path / "checkpoints", {"model.w": arange(8.0).reshape(4, 2), "model.b": ones(2)}
+    place, flat = LocalPlace(root), flatten({"model": {"w": tensors["model.w"], "b": tensors["model.b"]}})
+    parts = [{"model.w": tensors["model.w"][:3]}, {"model.w": tensors["model.w"][3:], "model.b": tensors["model.b"]}]
+    upload = place.begin(7)
+    names = [part_name(number, 2) for number in (1, 2)]
+    files = {name: place.write_part(upload, name, part) for name, part in zip(names, parts, strict=True)}
+    table: Table = {"model.w": Cut(dim=0, chunks=[[1, 0, 3], [2, 3, 1]]), "model.b": 2}
+    place.commit(upload, describe(7, flat.tree, About(), 2, files, table))
+    code, out, _ = said(capsys, "show", root)
+    assert code == 0
+    assert re.search(r"model\.w +float32 +4 x 2 +1-2 along 0", out)
+    assert re.search(r"model\.b +float32 +2 +2 *\n", out)
+    assert names[1] in out
+    code, _, _ = said(capsys, "export", root, tmp_path / "m.safetensors")
+    assert code == 0
+    found = load_file(tmp_path / "m.safetensors")
+    assert {f"model.{name}": tensor.tolist() for name, tensor in found.items()} == {
+        name: tensor.tolist() for name, tensor in tensors.items()
+    }

@@ -1,13 +1,15 @@
 """WHAT survives: checkpoints that are complete and verified, or not there at all.
 
-A checkpoint is a directory `step-00000040/`: tensors in safetensors, everything else in MANIFEST.json, hashes in
-SHA256SUMS, no pickle. `save` commits it by one rename after everything is flushed; `load_newest` returns the
-newest one whose every byte is what was written. `DirectorySaver` and `DiskSaver` are save handlers for
-`disttrain.handlers.Checkpoint`.
+A checkpoint is a directory `step-00000040/`: tensors in safetensors, in a file of each rank that writes, everything
+else in MANIFEST.json, hashes in SHA256SUMS, no pickle. `save` commits it by one rename after everything is flushed;
+`load_newest` returns the newest one whose every byte is what was written, whole or cut for another number of ranks.
+`DirectorySaver` and `DiskSaver` are save handlers for `disttrain.handlers.Checkpoint`.
 
-The parts: `tree` (nested state to JSON and back), `tensors` (safetensors files), `manifest`, `check` (is it what was
-written), `storage` (names and durable operations), `place` (`local` or `remote`), `write`, `read`, `retention`,
-`listing`, `background` (writing while the training goes on), `agree` (one outcome on every rank), `fingerprint`.
+The parts: `tree` (nested state to JSON and back), `sharded` (DTensors), `plan` (who writes what), `tensors` and
+`stored` (safetensors files, written and read), `state_reader` (tensors out of several files), `manifest`, `check` (is
+it what was written), `storage` (names and durable operations), `place` (`local` or `remote`), `write`, `read`,
+`retention`, `listing`, `exports` (a model's tensors as one file), `background` and `staging` (writing while the
+training goes on), `agree` (one outcome on every rank), `fingerprint`.
 """
 
 from disttrain.checkpoint.agree import on_one_rank
@@ -16,6 +18,7 @@ from disttrain.checkpoint.check import verify
 from disttrain.checkpoint.damage import DamagedError
 from disttrain.checkpoint.directory_saver import DirectorySaver
 from disttrain.checkpoint.disk_saver import DiskSaver, load_file
+from disttrain.checkpoint.exports import Exported, export
 from disttrain.checkpoint.fingerprint import params_sha256
 from disttrain.checkpoint.listing import Entry, inspect, plan_prune, survey, tensors_of
 from disttrain.checkpoint.manifest import MANIFEST, About, FileRecord, Manifest
@@ -34,6 +37,7 @@ __all__ = [
     "DirectorySaver",
     "DiskSaver",
     "Entry",
+    "Exported",
     "FileRecord",
     "Loaded",
     "Manifest",
@@ -41,6 +45,7 @@ __all__ = [
     "checkpoint_name",
     "clean",
     "committed",
+    "export",
     "folder_under",
     "inspect",
     "is_url",

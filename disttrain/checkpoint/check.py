@@ -48,8 +48,9 @@ def cannot_read(path: Path, error: OSError) -> CheckpointError:
 
 def _read_small(path: Path) -> bytes:
     with reading(path) as file:
-        check_small(path.name, os.fstat(file.fileno()).st_size)
-        return file.read(MAX_MANIFEST_BYTES)
+        size = os.fstat(file.fileno()).st_size
+        check_small(path.name, size)
+        return file.read(size)
 
 
 def verify(directory: str | Path, *, rank: int = 0, world_size: int = 1, hashes: bool = True) -> Manifest:

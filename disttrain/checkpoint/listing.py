@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from disttrain.checkpoint.check import verify
 from disttrain.checkpoint.damage import DamagedError
-from disttrain.checkpoint.manifest import Manifest
+from disttrain.checkpoint.manifest import Cut, Manifest
 from disttrain.checkpoint.place import Place, place_of
 from disttrain.checkpoint.storage import step_in
 from disttrain.checkpoint.tree import Json
@@ -70,11 +70,22 @@ class TensorRow(NamedTuple):
     name: str
     dtype: str
     shape: list[int]
+    where: str = ""
+    """Such as "2", or "1-4 along 0": the numbers of the files that hold it, where there are several."""
 
 
 def tensors_of(manifest: Manifest) -> list[TensorRow]:
     """Return the tensors of a checkpoint in the order of its state, one held under two paths once."""
-    return list({row.name: row for row in _tensors(manifest.state)}.values())
+    rows = {row.name: row for row in _tensors(manifest.state)}
+    return [row._replace(where=_where(manifest, row.name)) for row in rows.values()]
+
+
+def _where(manifest: Manifest, name: str) -> str:
+    where = (manifest.tensors or {}).get(name, "")
+    if not isinstance(where, Cut):
+        return str(where)
+    numbers = sorted(number for number, _, _ in where.chunks)
+    return f"{numbers[0]}-{numbers[-1]} along {where.dim}" if numbers else "none"
 
 
 def _tensors(tree: Json) -> Iterator[TensorRow]:

@@ -33,6 +33,18 @@ class Chunk(NamedTuple):
     length: int
 
 
+class Read(NamedTuple):
+    """A box of a chunk, and where it goes."""
+
+    file: str
+    at: int
+    stored: tuple[int, ...]
+    inside: tuple[int, ...]
+    dim: int
+    begin: int
+    length: int
+
+
 def chunks_of(manifest: Manifest, name: str, shape: tuple[int, ...]) -> list[Chunk]:
     """Return where a tensor of `shape` lies, in order; DamagedError where its chunks do not make it up."""
     if manifest.tensors is None:
@@ -92,25 +104,43 @@ class StateReader:
             self._read[key] = self._load(name, dtype, shape, spec)
         return self._read[key]
 
+    def read(self, name: str, dtype: str, shape: tuple[int, ...], into: Tensor) -> Tensor:
+        """Read a whole tensor into memory that is there."""
+        for read in self._reads(name, dtype, shape, shape, (0,) * len(shape)):
+            self._do(read, into)
+        return into
+
     def _load(self, name: str, dtype: str, shape: tuple[int, ...], spec: Spec | None) -> Tensor:
         sizes, offsets = (shape, (0,) * len(shape)) if spec is None else dtensors.part_of(spec, shape)
-        reads = []
-        for chunk in chunks_of(self._manifest, name, shape):
-            stored = (*shape[: chunk.dim], chunk.length, *shape[chunk.dim + 1 :]) if shape else ()
-            first, last = (offsets[chunk.dim], offsets[chunk.dim] + sizes[chunk.dim]) if shape else (0, 1)
-            start, end = max(first, chunk.start), min(last, chunk.start + chunk.length)
-            if start < end or spec is None:
-                at = self._file(chunk.file).find(name, dtype, stored)
-                inside = [*offsets[: chunk.dim], start - chunk.start, *offsets[chunk.dim + 1 :]] if shape else []
-                reads.append((chunk, at, stored, inside, start - first, end - start))
+        reads = self._reads(name, dtype, shape, sizes, offsets)
         # Only now, when files are known to hold at least as much, is memory taken.
         try:
             made = torch.empty(sizes, dtype=dtype_of(dtype))
         except RuntimeError as error:  # such as 0 x 2^62 x 2^62, or no memory left
             raise CheckpointError(f"cannot hold {name}, {dtype} of shape {list(shape)}: {error}") from error
-        for chunk, at, stored, inside, begin, length in reads:
-            self._file(chunk.file).read(at, stored, inside, made.narrow(chunk.dim, begin, length) if shape else made)
+        for read in reads:
+            self._do(read, made)
         return made if spec is None else dtensors.from_part(made, spec, shape)
+
+    def _reads(
+        self, name: str, dtype: str, shape: tuple[int, ...], sizes: tuple[int, ...], offsets: tuple[int, ...]
+    ) -> list[Read]:
+        """Return what is to be read for the box of `sizes` at `offsets` of a tensor."""
+        reads = []
+        for chunk in chunks_of(self._manifest, name, shape):
+            dim = chunk.dim
+            stored = (*shape[:dim], chunk.length, *shape[dim + 1 :]) if shape else ()
+            first, last = (offsets[dim], offsets[dim] + sizes[dim]) if shape else (0, 1)
+            start, end = max(first, chunk.start), min(last, chunk.start + chunk.length)
+            if start < end or sizes == shape:
+                at = self._file(chunk.file).find(name, dtype, stored)
+                inside = (*offsets[:dim], start - chunk.start, *offsets[dim + 1 :]) if shape else ()
+                reads.append(Read(chunk.file, at, stored, inside, dim, start - first, end - start))
+        return reads
+
+    def _do(self, read: Read, into: Tensor) -> None:
+        target = into.narrow(read.dim, read.begin, read.length) if into.ndim else into
+        self._file(read.file).read(read.at, read.stored, read.inside, target)
 
     def _file(self, name: str) -> TensorReader:
         if name not in self._files:

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -121,15 +121,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
     return size, sha256
 
 
-def send_tensors(file: Sink, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
-    """Write `tensors` into an open file of any kind; return the size in bytes and the sha256."""
+def send_tensors(
+    file: Sink, tensors: Mapping[str, Tensor], fetch: Callable[[str], Tensor] | None = None
+) -> tuple[int, str]:
+    """Write `tensors` into an open file of any kind; return the size in bytes and the sha256.
+
+    With `fetch` they only say what there is, and their values are fetched one by one.
+    """
+    fetch = fetch or tensors.__getitem__
     # Widest first keeps each tensor aligned to its own item size, as readers that map the file expect.
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     digest = hashlib.sha256()
     size = 0
     with ThreadPoolExecutor(1) as beside:  # starts its thread at the first large piece
         header = memoryview(_header(tensors, order))
-        for data in chain([header], (little_endian_bytes(tensors[name]) for name in order)):
+        for data in chain([header], (little_endian_bytes(fetch(name)) for name in order)):
             for start in range(0, len(data), PIECE_BYTES):
                 piece = data[start : start + PIECE_BYTES]
                 if len(piece) < WORTH_A_THREAD_BYTES:
