@@ -16,11 +16,15 @@ from disttrain.seeding import seed_for
 
 @dataclass(frozen=True)
 class Life:
-    """One process group of a run: how many ranks and workers, and the step in which one of its ranks is killed."""
+    """One process group of a run: how many ranks and workers, and the step in which one of its ranks is killed.
+
+    `overrides` are for this life alone, such as "strategy=fsdp".
+    """
 
     num_ranks: int
     num_workers: int
     killed_at: int | None = None
+    overrides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class Verification:
         for number, life in enumerate(scenario.lives, start=1):
             logs = place / f"life-{number}"
             logs.mkdir(parents=True)
-            words = [*self._words, f"num_workers={life.num_workers}", "--runs", str(place)]
+            words = [*self._words, f"num_workers={life.num_workers}", *life.overrides, "--runs", str(place)]
             with LocalRanks(life.num_ranks, rank_main, (words, life.killed_at), logs, self._preload) as ranks:
                 codes = ranks.wait()
             if ranks.first_failed != (-signal.SIGKILL if life.killed_at else None):

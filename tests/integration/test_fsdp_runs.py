@@ -1,0 +1,46 @@
+"""Whole runs with sharded parameters, killed, resized and turned into unsharded ones and back: the bits of DDP.
+
+Ranks are real gloo processes that run the launcher; kills are SIGKILLs.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from disttrain.config import load_config
+from disttrain.observe import compare_runs
+from disttrain.run_directory import RunDirectory
+from disttrain.scenarios import Life, Scenario
+from disttrain.verify import PRELOAD, Verification
+
+CONFIGS = Path(__file__).parent / "matrix"
+NUM_STEPS = 20
+FSDP = ("strategy=fsdp", "checkpoint.asynchronous=true")
+SHARDS = (*PRELOAD, "torch.distributed.tensor", "torch.distributed.fsdp")
+
+# Checkpoints lie at every second step; each life begins with what another strategy on other ranks has left.
+SCENARIOS = [
+    Scenario("reference", (Life(2, 0),)),
+    Scenario("sharded", (Life(2, 0, 7, FSDP), Life(3, 1, 14, ("strategy=ddp",)), Life(3, 0, None, FSDP))),
+]
+
+
+@pytest.mark.parametrize("model", ["mlp", pytest.param("gpt", marks=pytest.mark.slow)])
+def test_killed_resized_and_sharded_anew_gives_the_bits_of_ddp(model: str, tmp_path: Path) -> None:
+    cfg = CONFIGS / f"{model}.py"
+    verification = Verification(cfg, load_config(cfg), [], tmp_path, num_slots=8, num_steps=NUM_STEPS, preload=SHARDS)
+    reference, run = (verification.run(scenario) for scenario in SCENARIOS)
+    found = compare_runs(reference, run)
+    assert found.same, found.difference
+    assert (found.num_steps, found.num_hashed) == (NUM_STEPS, NUM_STEPS + 1)
+    for name in ("ledger.jsonl", "metrics/train.jsonl"):
+        assert (run.path / name).read_bytes() == (reference.path / name).read_bytes(), name
+    weights = [(each.result() or {})["params_sha256"] for each in (reference, run)]
+    assert weights[0] == weights[1]
+    assert num_files(reference) == 1
+    assert num_files(run) == 3  # each rank has written its own part
+
+
+def num_files(run: RunDirectory) -> int:
+    newest = max(run.checkpoints.glob("step-*"))
+    return len(list(newest.glob("*.safetensors")))
