@@ -42,6 +42,7 @@ class Staging:
 
 def _copy(into: Tensor, tensor: Tensor) -> None:
     """Copy the values; from CUDA the stream has to be waited for."""
-    if tensor.is_contiguous() and tensor.numel() and tensor.ndim and not (tensor.is_conj() or tensor.is_neg()):
+    dense = tensor.is_contiguous() and tensor.numel() and tensor.ndim and not (tensor.is_conj() or tensor.is_neg())
+    if dense and tensor.device.type != "xla":  # which has no such view: it would copy to the host and back for it
         into, tensor = into.view(torch.uint8), tensor.view(torch.uint8)  # torch 2.9 cannot copy a float4
     into.copy_(tensor, non_blocking=tensor.is_cuda)

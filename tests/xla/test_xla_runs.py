@@ -61,7 +61,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("PJRT_DEVICE", "CPU")
         launch(folder, cfg, "backend=gloo", "name=gloo", ranks=2)
         launch(folder, cfg, "backend=xla", "name=xla")
-        launch(folder, cfg, "backend=xla", "name=bf16", "precision=bf16")
+        launch(folder, cfg, "backend=xla", "name=bf16", "precision=bf16", "checkpoint.asynchronous=true")
     return folder
 
 
