@@ -116,7 +116,10 @@ def attempt(
 
 def watch(made: Run, stack: ExitStack) -> None:
     """From here on stop a rank that makes no progress, in a step, in loading or in an evaluation."""
-    watchdog = stack.enter_context(Watchdog(made.backend, made.config.timeout_s, made.directory.logs))
+    meeting = None if made.meeting is None else made.meeting.__str__
+    watchdog = stack.enter_context(
+        Watchdog(made.backend, made.config.timeout_s, made.directory.logs, meeting=meeting),
+    )
     watchdog.attach(made.trainer)
     if (evaluation := made.evaluation) is not None:
         batches = evaluation.batches

@@ -50,6 +50,23 @@ class Place:
     num_nodes: int = 1
 
 
+@dataclass
+class Contact:
+    """One call of this rank's to the others: the `number`-th since it connected, as `text` tells it."""
+
+    number: int
+    text: str
+    began: float
+    """By `time.monotonic()`; so is `ended`, None while it is under way."""
+    ended: float | None = None
+
+    def words(self, now: float) -> str:
+        """Return it as a person reads it."""
+        since = now - (self.began if self.ended is None else self.ended)
+        how = f"under way for {since:.0f} s" if self.ended is None else f"ended {since:.0f} s ago"
+        return f"{self.text} (call {self.number}), {how}"
+
+
 @dataclass(frozen=True)
 class Programs:
     """What a device's compiler did in this process so far."""
@@ -71,6 +88,8 @@ class Backend(ABC):
     place: Place
     restarts: int
     """How often the launcher has restarted this process's group within this launch."""
+    last_contact: Contact | None = None
+    """The newest of this rank's calls to the others; those of `process_group` are not among them."""
     num_devices: int = 1
     """Devices over which this rank spreads its tensors: several in XLA's SPMD mode, where `device` stands for all."""
 
@@ -169,6 +188,10 @@ class Backend(ABC):
 
         What to ask when a collective of `process_group` broke. None: no rank reported one; it was killed.
         """
+
+    def flight_record(self) -> bytes | None:
+        """Return what torch remembers of the newest collectives of all process groups, as JSON; None where nothing."""
+        return None
 
     def hurry(self) -> None:
         """Wait no longer for what other ranks have to say about a failure: the launcher is ending them.

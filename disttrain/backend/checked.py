@@ -6,6 +6,7 @@ are posted; everything that a caller can see, checks included, is here. So one r
 
 import json
 import pickle
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from disttrain.backend import calls
-from disttrain.backend.base import Backend, Op
+from disttrain.backend.base import Backend, Contact, Op
 from disttrain.backend.calls import ROOM_BYTES, Header, Status, describe
 from disttrain.backend.failure import Board
 from disttrain.backend.folding import check_plain, check_reducible, fold_numbers, fold_tensors
@@ -218,8 +219,11 @@ class CheckedBackend(Backend):
             raise BackendError(f"{text} was called on a backend that is closed; call connect() again")
         if (failure := self.first_failure(0)) is not None:
             raise calls.mark_shared(failure)
+        number = 1 if self.last_contact is None else self.last_contact.number + 1
+        contact = self.last_contact = Contact(number, text, time.monotonic())
         try:
             yield
+            contact.ended = time.monotonic()
         except DisttrainError:
             raise
         except RuntimeError as error:

@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -121,6 +122,12 @@ class NativeBackend(CheckedBackend):
         if self._closed:
             raise BackendError("process_group was asked of a backend that is closed; call connect() again")
         return self._group
+
+    def flight_record(self) -> bytes | None:
+        library: Any = torch._C._distributed_c10d
+        name = "_dump_nccl_trace_json" if self.name == "nccl" else "_dump_fr_trace_json"
+        dump = getattr(library, name, None)  # neither is in every torch
+        return None if dump is None else bytes(dump(includeCollectives=True, onlyActive=False))
 
     def close(self) -> None:
         if self._closed:

@@ -1,9 +1,10 @@
 """A rank that makes no progress is stopped, and named: what it was doing, where, and who waited for it.
 
 *Contract*: progress is loading a batch, computing a step, ending it (with evaluation, batch by batch, and saving). A
-rank that makes none for `timeout_s` writes every thread's stack to `logs/rank-N.stacks.txt`, tells what it knows in
-`logs/rank-N.hang.json`, reads what the others tell there, reports one message to all ranks and ends its process: a
-thread that hangs cannot be woken. What the launcher does then (restart or stop) is what it does when a rank dies.
+rank that makes none for `timeout_s` writes every thread's stack to `logs/rank-N.stacks.txt` and what torch remembers of
+its collectives to `logs/rank-N.collectives.json`, tells what it knows in `logs/rank-N.hang.json`, reads what the others
+tell there, reports one message to all ranks and ends its process: a thread that hangs cannot be woken. What the
+launcher does then (restart or stop) is what it does when a rank dies.
 
 *Errors*: HangError, printed once, by the rank whose report was first.
 
@@ -36,6 +37,8 @@ T = TypeVar("T")
 LOOKS_PER_TIMEOUT = 20
 OTHERS_TELL_WITHIN_S = 2.0
 FAILED = 1
+SHOWN = 8
+"""Of so many ranks the last collective is in the message."""
 WAITS_IN = ("torch/distributed/", "torch/autograd/", "disttrain/backend/", "disttrain/parallel/")
 """What a rank is in that waits for others, inside any code of the user's: a collective, or a backward whose gradients
 travel."""
@@ -53,18 +56,29 @@ class Silence:
     where: str
     waits: bool
     """Whether it seems to wait for other ranks."""
+    collective: str = ""
+    """Its last call to the others, whether that has ended, and how far the gradients of the newest step have met."""
 
 
 class Watchdog:
     """Watches this rank from a thread of its own; a context, which ends the watching.
 
-    `end(code)` ends the process.
+    `meeting()` says how far the gradients have met; `end(code)` ends the process.
     """
 
-    def __init__(self, backend: Backend, timeout_s: float, logs: Path, *, end: Callable[[int], Any] = os._exit) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        timeout_s: float,
+        logs: Path,
+        *,
+        meeting: Callable[[], str] | None = None,
+        end: Callable[[int], Any] = os._exit,
+    ) -> None:
         self.backend = backend
         self.timeout_s = timeout_s
         self.logs = logs
+        self._meeting = meeting
         self._end = end
         self._watched = threading.get_ident()
         self._doing, self._since = "starting", time.monotonic()
@@ -72,7 +86,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="disttrain-watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
-        for name in ("hang.json", "stacks.txt"):
+        for name in ("hang.json", "stacks.txt", "collectives.json"):
             self._file(self.backend.rank, name).unlink(missing_ok=True)
         self.progress("starting")
         self._thread.start()
@@ -116,6 +130,8 @@ class Watchdog:
     def _stop(self, silent_s: float) -> None:
         """Tell, hear the others, report, and end this process."""
         mine = self._silence(silent_s)
+        recording = threading.Thread(target=self._record, name="disttrain-flight-record", daemon=True)
+        recording.start()  # beside: a library that hangs may not answer
         try:
             with self._file(mine.rank, "stacks.txt").open("w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
@@ -131,7 +147,15 @@ class Watchdog:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(OTHERS_TELL_WITHIN_S)  # the reporter may need this rank, which may keep the store, for its words
+        recording.join(OTHERS_TELL_WITHIN_S)
         self._end(FAILED)
+
+    def _record(self) -> None:
+        try:
+            if (record := self.backend.flight_record()) is not None:
+                self._file(self.backend.rank, "collectives.json").write_bytes(record)
+        except (OSError, RuntimeError) as refused:
+            logger.warning("what torch remembers of its collectives cannot be written: %s", refused)
 
     def _silence(self, silent_s: float) -> Silence:
         frames = list(_from_inside(sys._current_frames().get(self._watched)))
@@ -141,7 +165,11 @@ class Watchdog:
         inside = [f.f_code.co_filename.replace(os.sep, "/") for f in frames[:theirs]]
         waits = any(part in name for name in inside for part in WAITS_IN)
         name = socket.gethostname()
-        return Silence(self.backend.rank, name, os.getpid(), self._doing, round(silent_s, 1), place, waits)
+        last, met = self.backend.last_contact, "" if self._meeting is None else self._meeting()
+        said = [part for part in ("" if last is None else last.words(time.monotonic()), met) if part]
+        return Silence(
+            self.backend.rank, name, os.getpid(), self._doing, round(silent_s, 1), place, waits, "; ".join(said)
+        )
 
     def _told(self, mine: Silence) -> list[Silence]:
         """Return what all ranks tell, by rank, after a moment for those that are as silent as this one."""
@@ -173,8 +201,11 @@ def report(told: Sequence[Silence], world_size: int, silent_s: float, logs: Path
     elif waiting:
         doing = "; ".join(dict.fromkeys(f"{s.doing}, at {s.where}" for s in waiting))
         parts.append(f"all ranks wait for each other ({doing}): do all call the same collectives?")
+    last = [f"rank {s.rank}: {s.collective}" for s in told if s.collective and world_size > 1]
+    more = [f"and {len(last) - SHOWN} more in {logs}/rank-*.hang.json"] if len(last) > SHOWN else []
+    calls = f" Last collectives: {'. '.join(last[:SHOWN] + more)}." if last else ""
     return (
-        f"no progress for {silent_s:.0f} s: {'; '.join(parts)}. All stacks are in {logs}/rank-*.stacks.txt; "
+        f"no progress for {silent_s:.0f} s: {'; '.join(parts)}.{calls} All stacks are in {logs}/rank-*.stacks.txt; "
         "if it only needs longer, raise timeout_s"
     )
 

@@ -36,6 +36,10 @@ def test_a_rank_that_hangs_while_loading_is_named(tmp_path: Path) -> None:
     assert "is loading the batch of step 6, at " in said
     assert "cfg.py:" in said
     assert "in __getitem__; rank 0 waits for it." in said
+    assert "Last collectives: rank 0: " in said
+    assert ". rank 1: " in said
+    assert "the gradients of step 5 have met" in said  # on rank 1, which loads for step 6
+    assert "the gradients of step 6 are on their way" in said  # on rank 0
     assert "Traceback" not in said
     assert "frame #" not in said
     assert "time.sleep" in (tmp_path / "cfg.py").read_text()

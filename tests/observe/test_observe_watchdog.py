@@ -1,6 +1,7 @@
 """A rank that stands still is named by what it was doing and where, once, and all ranks end."""
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def hang_on(backend: Backend, logs: Path, hanging: int) -> tuple[int | None, str
     """One rank stands still, the others wait for it in a collective; return the exit code and what broke that."""
     end = Code()
     broken = ""
-    with Watchdog(backend, 1.0, logs, end=end) as watchdog:
+    with Watchdog(backend, 1.0, logs, meeting=lambda: "bucket 3 is on its way", end=end) as watchdog:
         for step in range(1, 4):
             watchdog.progress(f"computing step {step}")
             if step == 2 and backend.rank == hanging:
@@ -95,10 +96,17 @@ def test_who_hangs_and_who_waits_is_told_once(ranks: Ranks, tmp_path: Path, hang
     assert [(t["rank"], t["waits"]) for t in told] == [(0, hanging != 0), (1, hanging != 1)]
     assert all(t["doing"] == "computing step 2" for t in told)
     assert "in stand_still" in told[hanging]["where"]
+    call = r"all_reduce\(int, op='sum'\) \(call \d+\), "
+    assert re.fullmatch(call + r"under way for \d s; bucket 3 is on its way", told[1 - hanging]["collective"])
+    assert re.fullmatch(call + r"ended \d s ago; bucket 3 is on its way", told[hanging]["collective"])
+    for rank in (0, 1):
+        remembered = json.loads((tmp_path / f"rank-{rank}.collectives.json").read_text())
+        assert {entry["profiling_name"] for entry in remembered["entries"]} >= {"gloo:all_gather"}
 
 
-def silence(rank: int, waits: bool) -> Silence:
-    return Silence(rank, f"host-{rank}", 100 + rank, f"computing step {rank + 5}", 31.0, f"cfg.py:{rank} in f", waits)
+def silence(rank: int, waits: bool, collective: str = "") -> Silence:
+    doing, where = f"computing step {rank + 5}", f"cfg.py:{rank} in f"
+    return Silence(rank, f"host-{rank}", 100 + rank, doing, 31.0, where, waits, collective)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +122,16 @@ def silence(rank: int, waits: bool) -> Silence:
             [silence(0, True), silence(1, True)],
             2,
             "all ranks wait for each other (computing step 5, at cfg.py:0 in f; ",
+        ),
+        (
+            [silence(0, True, "barrier() (call 8), ended 31 s ago"), silence(1, False, "agree('x')")],
+            2,
+            "rank 0 waits for it. Last collectives: rank 0: barrier() (call 8), ended 31 s ago. rank 1: agree('x'). ",
+        ),
+        (
+            [silence(rank, True, "x") for rank in range(99)],
+            99,
+            "rank 7: x. and 91 more in runs/x/logs/rank-*.hang.json.",
         ),
         ([silence(0, False)], 1, "rank 0 (process 100 on host-0) is computing step 5, at cfg.py:0 in f."),
     ],

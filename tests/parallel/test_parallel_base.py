@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.backend.base import Backend
 from disttrain.parallel import Accumulation, Gradients
+from disttrain.parallel.base import Meeting
 
 
 def test_an_update_opens_at_its_first_iteration_and_closes_at_its_last() -> None:
@@ -40,3 +41,16 @@ def gradients_after_each_iteration(backend: Backend) -> list[float]:
 
 def test_ranks_meet_only_where_an_update_closes(ranks: Ranks) -> None:
     assert ranks(2, gradients_after_each_iteration) == [[10.0, 31.0], [11.0, 31.0]]
+
+
+def test_a_meeting_is_told_in_words() -> None:
+    meeting = Meeting()
+    assert str(meeting) == "no gradients yet"
+    meeting.begin(7)
+    meeting.num_buckets = 2
+    assert str(meeting) == "the gradients of step 7 are on their way, in 2 buckets so far"
+    with meeting.waits():
+        meeting.over = True
+    assert str(meeting) == "the gradients of step 7 have met"
+    assert meeting.waited_s is not None
+    assert meeting.waited_s >= 0
