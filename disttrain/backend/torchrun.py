@@ -20,6 +20,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
@@ -35,6 +36,8 @@ CODES = "DISTTRAIN_EXIT_CODES"
 FINAL = (2, Interrupted.exit_code)
 """Exit codes after which to start again would change nothing."""
 
+OTHERS_STOP_WITHIN_S = 2.0
+"""After a rank was stopped by a signal: those of its host get the same answer at the same step."""
 RANK_NAME = "disttrain-rank"
 """What `ps -e` and `top` show of a rank."""
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
@@ -128,6 +131,19 @@ def _be_rank(module: str, arguments: list[str], method: str) -> None:
     sys.stdout.flush()
     if code:
         sys.exit(code)
+    if _said() == Interrupted.exit_code:
+        # What follows waits until all ranks of this host have ended. But an agent that sent the signal, because hosts
+        # came, waits for the end of this process, for 30 s.
+        leaves = threading.Timer(OTHERS_STOP_WITHIN_S, os._exit, [Interrupted.exit_code])
+        leaves.daemon = True
+        leaves.start()
+
+
+def _said() -> int | None:
+    """Return the exit code that this rank has left word of."""
+    folder = os.environ.get(CODES)
+    word = Path(folder, os.environ["LOCAL_RANK"]) if folder is not None else None
+    return int(word.read_text()) if word is not None and word.exists() else None
 
 
 def leave(code: int) -> int:
