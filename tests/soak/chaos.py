@@ -2,9 +2,10 @@
 
 The hosts are namespaces of this machine, joined by a bridge (hosts.py). On each a shell starts `launch/local`'s script
 again whenever it ends before the run has, as systemd or a person would; the store where they meet runs beside them, by
-`launch/local/store.sh`. At random moments a worker, an agent or a whole host is killed, or a link is cut for a while.
-Each time the run must train again by itself; when the time is up it is let go on to its end, and must have the weights
-and the ledger of a run that nobody disturbed. A table says how long it took and how many steps were done again.
+`launch/local/store.sh`. At random moments a worker, the server that it was forked off, an agent or a whole host is
+killed, or a link is cut for a while. Each time the run must train again by itself; when the time is up it is let go on
+to its end, and must have the weights and the ledger of a run that nobody disturbed. A table says how long it took and
+how many steps were done again.
 """
 
 import argparse
@@ -37,7 +38,7 @@ STEP_S = 0.2
 """How long a step waits while there are faults; afterwards it waits no more."""
 TIMEOUT_S = 30
 """The run's timeout_s; a link is cut for up to one and a half times as long."""
-KINDS = ("worker", "agent", "host", "link")
+KINDS = ("worker", "server", "agent", "host", "link")
 QUIET_S = 10.0
 """A fault after which the same ranks have trained for so long has not stopped them."""
 RECOVERS_WITHIN_S = 300.0
@@ -251,9 +252,10 @@ def environment() -> dict[str, str]:
 
 
 def is_a(kind: str, name: str, command: str) -> bool:
-    """Return whether a process is a worker (a rank, or the server that ranks are forked off), or an agent."""
-    agent = "-m disttrain.cli launch " in command
-    return agent if kind == "agent" else name == RANK_NAME or "multiprocessing.forkserver" in command
+    """Return whether a process is a worker (a rank), the server that ranks are forked off, or an agent."""
+    if kind == "agent":
+        return "-m disttrain.cli launch " in command
+    return "multiprocessing.forkserver" in command and (name == RANK_NAME) == (kind == "worker")
 
 
 def undisturbed(folder: Path) -> RunDirectory:
