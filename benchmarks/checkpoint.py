@@ -1,11 +1,12 @@
 """How long does a save hold the training up, synchronously and asynchronously, and how fast does it write?
 
-Rank 0 of `--ranks` saves a state of `--mb` through the save handlers that a run uses, in turns. Held up: the time of
-the call, on the slowest rank, of which an asynchronous one copies. Written: bytes over the time until the
-checkpoint is committed, beside `dd conv=fsync` of as many bytes in the same turns. The training goes on meanwhile as a
-loop of matrix products on every rank, unless --idle: one save at a time is waited for before the next.
+The `--ranks` save a state of `--mb`, which each of them holds, through the save handlers that a run uses, in turns:
+each writes its part, or with --alone rank 0 all of it. Held up: the time of the call, on the slowest rank, of which an
+asynchronous one copies. Written: bytes over the time until the checkpoint is committed, beside `dd conv=fsync` of as
+many bytes in the same turns. The training goes on meanwhile as a loop of matrix products on every rank, unless --idle:
+one save at a time is waited for before the next.
 
-    python benchmarks/checkpoint.py [--mb 1000] [--ranks 2] [--rounds 5] [--dir /tmp] [--json FILE]
+    python benchmarks/checkpoint.py [--mb 1000] [--ranks 2] [--rounds 5] [--idle] [--alone] [--dir /tmp] [--json FILE]
 """
 
 import argparse
@@ -66,9 +67,11 @@ def dd(path: Path, num_bytes: int) -> float:
     return seconds
 
 
-def measure(backend: Backend, folder: Path, num_bytes: int, rounds: int, idle: bool) -> list[dict[str, float]]:
+def measure(
+    backend: Backend, folder: Path, num_bytes: int, rounds: int, idle: bool, alone: bool
+) -> list[dict[str, float]]:
     """Return what each turn took."""
-    state = state_of(num_bytes) if backend.rank == 0 else {}
+    state = state_of(num_bytes) if backend.rank == 0 or not alone else {}
     weights = None if idle else torch.rand(256, 256)
     found = []
     savers = {
@@ -93,10 +96,10 @@ def measure(backend: Backend, folder: Path, num_bytes: int, rounds: int, idle: b
 
 
 def rank_main(words: Sequence[Any]) -> int:
-    folder, num_bytes, rounds, idle = words
+    folder, num_bytes, rounds, idle, alone = words
     torch.set_num_threads(1)
     with connect("auto", timeout_s=300) as backend:
-        found = measure(backend, Path(folder), num_bytes, rounds, idle)
+        found = measure(backend, Path(folder), num_bytes, rounds, idle, alone)
         if backend.rank == 0:
             (Path(folder) / "found.json").write_text(json.dumps(found))
     return 0
@@ -108,12 +111,13 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--idle", action="store_true", help="compute nothing while a save is under way")
+    parser.add_argument("--alone", action="store_true", help="let rank 0 hold and write the state alone")
     parser.add_argument("--dir", type=Path, help="where to write; the disk that is measured")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="disttrain-benchmark-", dir=options.dir))
     try:
-        words = (str(folder), options.mb * MB, options.rounds, options.idle)
+        words = (str(folder), options.mb * MB, options.rounds, options.idle, options.alone)
         with LocalRanks(options.ranks, rank_main, (words,), folder, ["disttrain.checkpoint"]) as ranks:
             if any(ranks.wait()):
                 print(ranks.logs[0].read_text(), file=sys.stderr)
@@ -128,7 +132,8 @@ def main() -> int:
         for name in ("synchronous", "asynchronous")
     }
     what = "idle meanwhile" if options.idle else "computing meanwhile"
-    print(f"{options.mb} MB, {options.ranks} ranks, {what}, {os.cpu_count()} cores; median (least, most)")
+    who = "rank 0 writes" if options.alone else "each rank writes its part"
+    print(f"{options.mb} MB, {options.ranks} ranks, {who}, {what}, {os.cpu_count()} cores; median (least, most)")
     for name in middle:
         values = [turn[name] for turn in turns]
         print(f"  {name:28} {middle[name]:7.3f} ({min(values):.3f}, {max(values):.3f})")

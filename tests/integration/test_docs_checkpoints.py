@@ -7,8 +7,12 @@ from pathlib import Path
 
 import torch
 from commands import ROOT, launch_as_typed
+from ranks import Ranks
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
 
-from disttrain.checkpoint import committed, load_newest
+from disttrain.backend import Backend
+from disttrain.checkpoint import committed, load_newest, save
 from disttrain.cli import main
 
 PAGE = (ROOT / "docs" / "checkpoints.md").read_text()
@@ -27,7 +31,9 @@ def test_its_commands_train_and_what_they_leave_is_where_it_says(tmp_path: Path)
     assert len(committed(tmp_path / "kept" / "digits")) == 1
     assert (tmp_path / "runs-1" / "digits" / "checkpoints" / "elsewhere.txt").read_text() == f"{tmp_path}/kept/digits\n"
     for word in re.findall(r"`disttrain checkpoint (\w+) RUN", PAGE):
-        assert main(["checkpoint", word, str(tmp_path / "kept" / "digits")]) == 0
+        more = [str(tmp_path / "model.safetensors")] if word == "export" else []
+        assert main(["checkpoint", word, str(tmp_path / "kept" / "digits"), *more]) == 0
+    assert (tmp_path / "model.safetensors").exists()
 
 
 def test_its_code_saves_and_loads(tmp_path: Path) -> None:
@@ -40,6 +46,23 @@ def test_its_code_saves_and_loads(tmp_path: Path) -> None:
     found = load_newest(tmp_path / "c")
     assert found is not None
     assert torch.equal(found.state["model"]["weight"], model.weight)
+
+
+def load_shards(backend: Backend, root: Path) -> list[int]:
+    """Run the page's lines on sharded loading; return the shape of what this rank holds."""
+    [code] = re.findall(r"(?ms)^```python shards\n(.*?)^```$", PAGE)
+    assert backend.process_group is not None
+    save(root, 5, {"model": {"0.weight": torch.ones(16, 8)}, "step": torch.tensor(5)}, backend=backend)
+    mesh = DeviceMesh.from_group(backend.process_group, "cpu")
+    names = {"mesh": mesh, "Shard": Shard, "backend": backend, "load_newest": load_newest}
+    exec(code.replace('"checkpoints"', repr(str(root))), names)  # noqa: S102 - the page's own
+    state = names["found"].state  # type: ignore[attr-defined]
+    assert state["step"] == 5
+    return list(state["model"]["0.weight"].to_local().shape)
+
+
+def test_each_rank_loads_the_part_that_it_asks_for(ranks: Ranks, tmp_path: Path) -> None:
+    assert ranks(2, load_shards, tmp_path) == [[8, 8], [8, 8]]
 
 
 def test_every_option_of_the_command_that_it_names_exists(capsys) -> None:

@@ -106,7 +106,7 @@ class Campaign:
         asynchronous: bool = False,
         seed: int = 0,
         num_steps: int = 200,
-        width: int = 2000,
+        width: int = 4000,  # 3.6 MB: worth a file of each of two ranks
     ) -> None:
         self.folder = folder
         self.ranks = ranks
