@@ -8,7 +8,7 @@ step is over, `StepEnd` (handlers/) fetches losses, validates and saves.
 
 import gc
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,20 +18,21 @@ from rich.console import Console
 from disttrain import kept
 from disttrain.assemble import assemble
 from disttrain.backend import Backend, make_deterministic, refused_operations_named, set_tf32
-from disttrain.checkpoint import AsynchronousSaver, DirectorySaver, checkpoint_name, load_newest, params_sha256
-from disttrain.config import Config, to_json
-from disttrain.data import SlotLoader, StreamLoader
+from disttrain.checkpoint import AsynchronousSaver, DirectorySaver, checkpoint_name, params_sha256
+from disttrain.config import Config
+from disttrain.data import SlotLoader
 from disttrain.engine import Engine, Events
-from disttrain.errors import ConfigError, DataError, DisttrainError, NonFiniteError
+from disttrain.errors import DisttrainError, NonFiniteError
 from disttrain.handlers.checkpoint import Checkpoint
 from disttrain.handlers.compilations import Compilations
 from disttrain.handlers.curves import Curves
 from disttrain.handlers.losses import LossLog, Pace
 from disttrain.handlers.preemption import Preemption
-from disttrain.handlers.progress import ProgressDisplay, dropping
+from disttrain.handlers.progress import ProgressDisplay
 from disttrain.handlers.rank_log import RankLog
 from disttrain.handlers.step_end import StepEnd
 from disttrain.observe import Ledger, Stragglers, Watchdog, state_tensors
+from disttrain.resume import restore, to_save
 from disttrain.rollback import Attempts, go_back
 from disttrain.run import Run
 from disttrain.run_directory import RunDirectory
@@ -126,21 +127,6 @@ def watch(made: Run, stack: ExitStack) -> None:
         evaluation.batches = lambda: watchdog.watched(batches(), "evaluating")
 
 
-def to_save(made: Run) -> dict[str, Any]:
-    """Return everything that a checkpoint holds, by name."""
-    parts = {
-        "model": made.layout.stateful(made.model),
-        "optimizer": made.layout.stateful(made.optimizer),
-        "trainer": made.trainer,
-        "precision": made.precision,
-    }
-    if made.schedule is not None:
-        parts["schedule"] = made.schedule
-    if isinstance(made.loader, StreamLoader):
-        parts["data"] = made.loader
-    return parts
-
-
 def take(directory: RunDirectory, backend: Backend, console: Console, *, fresh: bool, stack: ExitStack) -> None:
     """Open the run directory on rank 0, and on every rank its log."""
     with backend.agree("opening the run directory"):
@@ -151,67 +137,6 @@ def take(directory: RunDirectory, backend: Backend, console: Console, *, fresh: 
                 console.print(f"the old run is kept as {old}", soft_wrap=True)
     with backend.agree("opening the logs"):
         stack.enter_context(RankLog(directory.logs, backend.rank))
-
-
-def restore(made: Run, console: Console) -> int:
-    """Take the newest good checkpoint, if there is one; return its step, 0 without. Loud where one is damaged."""
-    cuts = made.layout.cuts(made.model, made.optimizer)
-    found = load_newest(kept.place_to_load(made), made.backend, cuts)
-    warn_of_kernels(made, {} if found is None else found.manifest.position, console)
-    step = 0
-    if found is not None:
-        step, position = found.manifest.step, found.manifest.position
-        for name, reason in found.skipped:
-            console.print(f"WARNING: checkpoint {name} is damaged: {reason}", style="bold yellow", soft_wrap=True)
-        kept.check_run(made, found)
-        there = {name: position.get(name) for name in made.data}
-        if there != made.data and not made.config.accept_other_data:
-            raise DataError(
-                f"the training data has changed since the run began: expected {there}, got {made.data}; "
-                "restore it, start anew with --fresh, or go on all the same with accept_other_data=true"
-            )
-        if step > made.total_steps:
-            raise ConfigError(
-                f"the run stands at step {step}, beyond the {made.total_steps} steps that the config asks for; "
-                "ask for more, or start anew with --fresh"
-            )
-        with made.backend.agree("loading the checkpoint"):
-            parts = to_save(made)
-            if "data" not in found.state:
-                parts.pop("data", None)  # other data, which is accepted: the run began over samples with indices
-            Checkpoint.load_objects(parts, {**found.state, "trainer": lengthened(made, found.state["trainer"])})
-        made.stands(position)
-        place(made, step, console)
-        console.print(f"resuming from step {step} (epoch {made.loader.epoch + 1})")
-    with made.backend.agree("describing the run"):
-        if made.backend.rank == 0 and (origin := made.config.origin) is not None:
-            made.directory.describe(to_json(made.config), origin.file, origin.overrides)
-    return step
-
-
-def warn_of_kernels(made: Run, saved: Mapping[str, Any], console: Console) -> None:
-    """Say so where ranks, or what went before, compute with other kernels: nothing is promised then."""
-    by_rank = made.backend.all_gather(made.kernels)
-    kinds = sorted({*by_rank, str(saved.get("kernels", by_rank[0]))})
-    if len(kinds) > 1:
-        said = f"expected one kind of kernels for a run, got {'; '.join(kinds)}"
-        console.print(f"WARNING: the same bits are not promised: {said}", style="bold yellow", soft_wrap=True)
-
-
-def lengthened(made: Run, trainer: dict[str, Any]) -> dict[str, Any]:
-    """Return the trainer's saved state with the length that the config has now: a resumed run may have another."""
-    same = {key: value for key, value in trainer.items() if key not in ("max_epochs", "max_iters", "epoch_length")}
-    return {**same, **made.maximum, "epoch_length": made.epoch_length}
-
-
-def place(made: Run, step: int, console: Console) -> None:
-    """Bring the training data to where the run stands, and the trainer's epoch with it."""
-    loader = made.loader
-    loader.seek(*divmod(step, made.epoch_length or step + 1))
-    if isinstance(loader, StreamLoader) and step < made.total_steps:
-        with dropping(console, line_every_s=made.config.log.every_s) as show:
-            loader.catch_up(show)
-    made.trainer.state.epoch = loader.epoch
 
 
 def observe(

@@ -20,6 +20,7 @@ FLOORS = [
         "run",
         "assemble",
         "kept",
+        "resume",
         "rollback",
         "recipe",
         "summary",
