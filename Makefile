@@ -31,11 +31,12 @@ test: setup  ## run the test suite (about 10 minutes on 2 cores)
 slow: setup  ## run the long tests, which test leaves out
 	$(BIN)/python -m pytest -m slow --timeout 900 -n 2 --dist loadfile
 
-soak: setup  ## kill runs 400 times, cut the power 80 times (root), fuzz checkpoints for a minute; prints tables (20 minutes)
+soak: setup  ## kill runs 400 times, cut the power 80 times (root), disturb three hosts for 20 minutes (root), fuzz checkpoints (45 minutes)
 	$(BIN)/python tests/soak/fuzz.py --seconds 60
 	$(BIN)/python tests/soak/power.py --losses 40
 	$(BIN)/python tests/soak/kills.py --kills 200
 	$(BIN)/python tests/soak/kills.py --kills 200 --asynchronous
+	$(BIN)/python tests/soak/chaos.py --minutes 20
 
 test-xla: $(XLA_STAMP)  ## run the XLA backend and the suite's core on torch 2.9, in .venv-xla (6 GB, made in 3 minutes)
 	$(XLA_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/xla

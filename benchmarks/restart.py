@@ -1,8 +1,12 @@
-"""How long from a killed worker until a run trains again, beside a bare script that imports torch?
+"""How long from a killed worker until a run trains again, beside bare scripts?
 
-A rank is ended by SIGKILL under `torchrun --max-restarts 1`, in turns: one that only imports torch and meets the others
-in a group, and one of disttrain's, which also loads its checkpoint and does a step. Measured is the time from the
-kill until rank 0 is through: the group's first collective, or the first step.
+A rank is ended by SIGKILL, in turns; what is measured is the time from the kill until rank 0 is through with what it
+does first: a collective, or a step.
+
+- `import torch`: a script under torchrun that only imports torch and meets the others in a group;
+- `bare DDP step`: such a script with DistributedDataParallel, an optimizer and one step, and nothing else;
+- `torchrun -m`: a run of disttrain under the same torchrun, which also loads its checkpoint;
+- `launch --ranks`: the same run, started by `disttrain launch --ranks`, whose ranks need not import torch.
 
     python benchmarks/restart.py [--ranks 2] [--rounds 3] [--json FILE]
 """
@@ -23,7 +27,7 @@ import torch
 import torch.distributed as dist
 first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
 dist.init_process_group("gloo")
-dist.all_reduce(torch.ones(1))
+{work}
 if first and dist.get_rank() == 1:
     pathlib.Path("killed").write_text(str(time.time()))
     os.kill(os.getpid(), signal.SIGKILL)
@@ -33,7 +37,13 @@ if dist.get_rank() == 0:
     pathlib.Path("again").write_text(str(time.time()))
 dist.destroy_process_group()
 """
-
+COLLECTIVE = "dist.all_reduce(torch.ones(1))"
+STEP = """
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(32, 1))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+torch.nn.functional.mse_loss(model(torch.randn(8, 32)), torch.randn(8, 1)).backward()
+optimizer.step()
+"""
 OURS = """
 import os, pathlib, signal, time
 from functools import partial
@@ -60,13 +70,24 @@ config = Config(
 """
 
 
-def restart_s(words: Sequence[str], ranks: int, folder: Path) -> float:
-    """Return the seconds from the kill to training again."""
+def commands(ranks: int) -> dict[str, tuple[str, list[str]]]:
+    """Return what is started, by name: the script, and the command."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    torchrun += ["--max-restarts", "1", "--monitor-interval", "0.1"]
+    torchrun += ["--max-restarts", "1", "--monitor-interval", "0.2"]
+    launch = [sys.executable, "-m", "disttrain.cli", "launch", "--ranks", str(ranks)]
+    return {
+        "import torch": (BARE.format(work=COLLECTIVE), torchrun),
+        "bare DDP step": (BARE.format(work=STEP), torchrun),
+        "torchrun -m": (OURS, [*torchrun, "-m", "disttrain.launch"]),
+        "launch --ranks": (OURS, launch),
+    }
+
+
+def restart_s(words: Sequence[str], folder: Path) -> float:
+    """Return the seconds from the kill to training again."""
     # The agent's store outlives its ranks, which a bare script does not survive without this variable.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    subprocess.run([*torchrun, *words], cwd=folder, env=environment, check=True, capture_output=True, timeout=300)
+    subprocess.run([*words, "script.py"], cwd=folder, env=environment, check=True, capture_output=True, timeout=300)
     return float((folder / "again").read_text()) - float((folder / "killed").read_text())
 
 
@@ -77,21 +98,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    times: dict[str, list[float]] = {"bare": [], "disttrain": []}
+    times: dict[str, list[float]] = {name: [] for name in commands(options.ranks)}
     for _ in range(options.rounds):
-        for name, text, words in (
-            ("bare", BARE, ["script.py"]),
-            ("disttrain", OURS, ["-m", "disttrain.launch", "script.py"]),
-        ):
+        for name, (text, words) in commands(options.ranks).items():
             with tempfile.TemporaryDirectory() as folder:
                 Path(folder, "script.py").write_text(text)
-                times[name].append(restart_s(words, options.ranks, Path(folder)))
+                times[name].append(restart_s(words, Path(folder)))
+    bare = statistics.median(times["import torch"])
     for name, seconds in times.items():
-        print(f"{name:<10} {statistics.median(seconds):5.2f} s   ({', '.join(f'{s:.2f}' for s in seconds)})")
-    more = statistics.median(times["disttrain"]) - statistics.median(times["bare"])
-    print(f"{'more':<10} {more:5.2f} s   of 1.00 s")
+        middle = statistics.median(seconds)
+        said = f"{middle - bare:+6.2f} s" if name != "import torch" else " " * 8
+        print(f"{name:<15} {middle:6.2f} s {said}   ({', '.join(f'{s:.2f}' for s in seconds)})", flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"ranks": options.ranks, "seconds": times, "more_s": more}, indent=2) + "\n")
+        options.json.write_text(json.dumps({"ranks": options.ranks, "seconds": times}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

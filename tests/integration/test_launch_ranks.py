@@ -1,5 +1,6 @@
 """`disttrain launch --ranks N`: torchrun's ranks, the run's own exit code, and one message where something is wrong."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -77,29 +78,65 @@ def test_an_error_of_the_users_code_is_told_once_and_the_code_is_1(tmp_path: Pat
     assert "ChildFailedError" not in done.text
 
 
-@pytest.mark.slow
-def test_a_signal_is_passed_on_and_the_code_is_75(tmp_path: Path) -> None:
-    write_cfg(
-        tmp_path,
-        """
-        import pathlib, time
-        from disttrain.engine import Events
-        def slow(trainer, run):
-            def wait():
-                pathlib.Path("begun").touch()
-                time.sleep(0.3)
-            trainer.add_event_handler(Events.ITERATION_STARTED, wait)
-        fields["handlers"] = [slow]
-        """,
-    )
-    process = subprocess.Popen([*MAIN, "--ranks", "2", "cfg.py", "max_epochs=100"], cwd=tmp_path, env=environment())
-    while not (tmp_path / "begun").exists() and process.poll() is None:
+SLOW = """
+import pathlib, time
+from disttrain.engine import Events
+def slow(trainer, run):
+    def wait():
+        pathlib.Path("begun").touch()
+        time.sleep(0.3)
+    trainer.add_event_handler(Events.ITERATION_STARTED, wait)
+fields["handlers"] = [slow]
+"""
+
+
+def begun(cwd: Path) -> subprocess.Popen[bytes]:
+    """Start a slow run of two ranks in a session of its own and wait for its first step."""
+    write_cfg(cwd, SLOW)
+    words = [*MAIN, "--ranks", "2", "cfg.py", "max_epochs=100"]
+    process = subprocess.Popen(words, cwd=cwd, env=environment(), start_new_session=True)
+    while not (cwd / "begun").exists() and process.poll() is None:
         time.sleep(0.05)
-    process.send_signal(signal.SIGUSR1)
+    return process
+
+
+def of_session(session: int) -> list[str]:
+    """Return the command lines of a session's processes that have not ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _parent, _group, its_session = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(its_session) == session and state not in "ZX":
+                found.append((stat.parent / "cmdline").read_text())
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to_all", [False, True], ids=["to the launcher", "to all its processes"])
+def test_a_signal_is_passed_on_and_the_code_is_75(tmp_path: Path, to_all: bool) -> None:
+    process = begun(tmp_path)
+    if to_all:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    else:
+        process.send_signal(signal.SIGUSR1)
     assert process.wait(60) == 75
     ended = result(tmp_path / "runs/small")
     assert ended["status"] == "interrupted"
     assert checkpoints(tmp_path / "runs/small")[-1] == ended["step"]
+
+
+@pytest.mark.slow
+def test_nothing_is_left_of_a_launch_that_is_killed(tmp_path: Path) -> None:
+    process = begun(tmp_path)
+    assert len(of_session(process.pid)) >= 4  # the launcher, the server that forks, two ranks
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while left := of_session(process.pid):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
 
 
 def test_options_that_do_not_fit_together(tmp_path: Path) -> None:
