@@ -31,6 +31,8 @@ CAUSES = {
     "global generators of python, numpy or torch instead, which are seeded for each microbatch.",
     "loss": "So the forward pass or the loss depends on something else: a generator of its own, the clock, the rank or "
     "number of ranks, state that no checkpoint holds, or a kernel that is not deterministic.",
+    "left_out": "One run left the step out after it had gone back for it (on_nan=rollback): there the loss or gradient "
+    "was bad, and in the other run it was not, or was let be.",
     "grad_norm": "The losses were the same, so the backward pass is not deterministic, or a hook changes gradients.",
     "learning_rate": "The schedule depends on something else than the number of steps.",
     "model": "The gradient's norm was the same, but not the update: something changes the weights or buffers besides "
@@ -64,6 +66,7 @@ class Difference:
             "order": "the choice of samples",
             "batch": "what was loaded",
             "loss": "the loss",
+            "left_out": "whether the step was left out",
             "grad_norm": "the gradient's norm",
             "learning_rate": "the learning rate",
             "model": "the weights or buffers after the step",
@@ -162,6 +165,9 @@ def _parts(step: int, left: Line, right: Line) -> Iterator[tuple[str, str, list[
     detailed = "slots" in left and "slots" in right
     if detailed:
         yield _slot_part("batch", "what was loaded", left, right)
+    if (found := _values(_left_out(left), _left_out(right))) is not None:
+        yield "left_out", "whether it was left out", [], found
+    if detailed:
         part = _slot_part("loss", "the loss of every slot", left, right)
         if part[3] is not None:
             yield part
@@ -171,6 +177,11 @@ def _parts(step: int, left: Line, right: Line) -> Iterator[tuple[str, str, list[
     if "state" in left and "state" in right:
         yield _state_part("model", "the weights", "model.", left, right)
         yield _state_part("optimizer", "the optimizer's state", "", left, right)
+
+
+def _left_out(line: Line) -> str:
+    """Return why a step was left out whole; one whose update alone was left out has a loss, and is told by its norm."""
+    return "no" if line["loss"] is not None else str(line.get("left_out", "yes"))
 
 
 def _values(left: Any, right: Any) -> tuple[str, str] | None:

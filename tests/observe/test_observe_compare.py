@@ -89,6 +89,17 @@ def test_a_headline_names_the_place_and_both_values(what: str, headline: str) ->
     assert found.headline == f"first difference at step 5: {headline}"
 
 
+def test_a_step_that_only_one_run_left_out_is_told_by_that() -> None:
+    right = ledger()
+    right[5].update(loss=None, grad_norm=None, left_out="the loss became nan")
+    right[5]["slots"]["loss"] = []
+    found = first_difference(ledger(), right)
+    assert found is not None
+    assert found.headline == "first difference at step 5: whether the step was left out: no and the loss became nan"
+    assert "on_nan=rollback" in found.explanation
+    assert first_difference(right, right) is None
+
+
 def test_a_state_that_was_other_from_the_beginning_is_said_so() -> None:
     right = ledger()
     right[0]["state"]["model.a"] = "z"
