@@ -71,6 +71,7 @@ class Sharded:
         self.groups: list[Any] = groups_of(model)
         """The modules that are gathered as one, each an FSDPModule."""
         for group in self.groups:
+            group.register_forward_hook(_with_memory_of_its_own)
             fully_shard(group, mesh=self._mesh, reshard_after_forward=self._reshards(group))
 
     def _reshards(self, group: nn.Module) -> bool:
@@ -180,6 +181,21 @@ class Sharded:
             return parameter.device_mesh, parameter.placements
 
         return cut
+
+
+def _with_memory_of_its_own(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """Return a module's output with views copied: FSDP2 loses sight of a view that is then changed in place (`x += y`).
+
+    It would not gather the module's parameters for its backward. A linear layer's output often is a view.
+    """
+    if isinstance(output, Tensor):
+        return output.clone() if output._base is not None and output.requires_grad else output
+    if type(output) in (list, tuple):
+        return type(output)(_with_memory_of_its_own(module, inputs, part) for part in output)
+    if isinstance(output, dict):
+        for key, part in output.items():
+            output[key] = _with_memory_of_its_own(module, inputs, part)
+    return output
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -58,11 +58,28 @@ class Odd(nn.Module):
         return self.head(self.frozen(self.dropout(self.norm(hidden))).tanh())
 
 
+class Inplace(nn.Module):
+    """Linear layers of three-dimensional inputs, whose outputs are views, changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, 11) for width in (1, 11, 11))
+        self.head = nn.Linear(11, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unsqueeze(-1)
+        for layer in self.layers:
+            x = layer(x)
+            x += 0.5
+            x = x.tanh()
+        return self.head(x.mean(1))
+
+
 def stack() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 31), nn.GELU(), nn.Dropout(0.2), nn.Linear(31, 17), nn.Tanh(), nn.Linear(17, 10))
 
 
-MODELS = {"odd": Odd, "stack": stack, "bf16": stack, "fast": stack}
+MODELS = {"odd": Odd, "inplace": Inplace, "stack": stack, "bf16": stack, "fast": stack}
 
 
 def layout_of(
@@ -137,7 +154,7 @@ def of_one_process(ranks: Ranks, names: tuple[str, ...], num_slots: int) -> list
     [(1, 8), (2, 8), (3, 8), (3, 3), *(pytest.param(size, 8, marks=pytest.mark.slow) for size in (4, 5, 8))],
 )
 def test_every_bit_is_that_of_one_process_without_shards(ranks: Ranks, world_size: int, num_slots: int) -> None:
-    names = ("odd", "stack", "bf16")
+    names = ("odd", "inplace", "stack", "bf16")
     alone = of_one_process(ranks, names, num_slots)
     assert len({one["2 norm"] for one in alone}) == len(names)
     for by_model in ranks(world_size, trained, names, num_slots, "fsdp"):
