@@ -61,7 +61,7 @@ class Meeting:
             return "no gradients yet"
         if self.over:
             return f"the gradients of step {self.step} have met"
-        return f"the gradients of step {self.step} are on their way, in {self.num_buckets} buckets so far"
+        return f"the gradients of step {self.step} are on their way (buckets so far: {self.num_buckets})"
 
 
 class Accumulation:

@@ -48,7 +48,7 @@ def test_a_meeting_is_told_in_words() -> None:
     assert str(meeting) == "no gradients yet"
     meeting.begin(7)
     meeting.num_buckets = 2
-    assert str(meeting) == "the gradients of step 7 are on their way, in 2 buckets so far"
+    assert str(meeting) == "the gradients of step 7 are on their way (buckets so far: 2)"
     with meeting.waits():
         meeting.over = True
     assert str(meeting) == "the gradients of step 7 have met"
