@@ -20,7 +20,6 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 
 from disttrain.backend.environment import Launch
 from disttrain.backend.stores import Store, connect_store, open_store
@@ -67,11 +66,9 @@ def _host(launch: Launch, timeout_s: float) -> Meeting:
     store.set("nonce", nonce)
     desk.set(_POSTED, json.dumps([_own_addresses(launch), store.port, nonce]))
     keys = [f"{nonce}/join/{rank}" for rank in range(1, launch.place.world_size)]
-    absent: list[int] = []
-    try:
-        desk.wait(keys, timedelta(seconds=timeout_s))
-    except RuntimeError:
-        absent = [rank for rank, key in enumerate(keys, start=1) if not desk.check([key])]
+    # Not `desk.wait`: in there a signal, such as torchrun's when the hosts have changed meanwhile, is not heard.
+    everybody = any(desk.check(keys) for _ in _attempts(timeout_s, longest_rest_s=0.05))
+    absent = [] if everybody else [rank for rank, key in enumerate(keys, start=1) if not desk.check([key])]
     tokens = [desk.get(key).decode() for rank, key in enumerate(keys, start=1) if rank not in absent]
     desk.set(f"{nonce}/answer", json.dumps([tokens, absent]))
     if absent:
@@ -156,13 +153,13 @@ def _own_addresses(launch: Launch) -> list[str]:
         return [launch.address]
 
 
-def _attempts(limit_s: float) -> Iterator[None]:
-    """Yield until the time is over, resting 5 ms at first and half a second in the end."""
+def _attempts(limit_s: float, longest_rest_s: float = 0.5) -> Iterator[None]:
+    """Yield until the time is over, resting 5 ms at first and `longest_rest_s` in the end."""
     deadline, rest_s = time.monotonic() + limit_s, 0.005
     while time.monotonic() < deadline:
         yield
         time.sleep(rest_s)
-        rest_s = min(0.5, rest_s * 1.3)
+        rest_s = min(longest_rest_s, rest_s * 1.3)
 
 
 def _absent(ranks: list[int], world_size: int, timeout_s: float) -> BackendError:
