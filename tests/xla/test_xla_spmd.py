@@ -5,6 +5,7 @@ A process that is in this mode stays in it, so everything here runs in processes
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -217,6 +218,11 @@ told["is close"] = bool(torch.allclose(y.cpu(), expected, atol=1e-6))
 weight = on_device.rows.weight
 whole = spread.whole(weight)
 told["whole"] = [str(whole.device), bool(torch.equal(whole, weight.cpu())), parts(weight)]
+linear = nn.Linear(16, 24).to("xla")
+rows = Spread(linear, 4, shards=True).cut(torch.randn(8, 16).to("xla"))
+torch_xla.sync(wait=True)
+linear(rows).square().sum().backward()
+told["gradient"] = parts(linear.weight.grad)
 told["last batch"] = parts(spread.cut(torch.randn(6, 8).to("xla")))
 told["laid out twice"] = refused(lambda: Spread(on_device, 4, shards=False))
 print(json.dumps(told))
@@ -226,7 +232,8 @@ print(json.dumps(told))
 def test_where_tensors_lie_and_what_is_refused(tmp_path: Path) -> None:
     cfg = write_cfg(tmp_path, PLAIN)
     program = [sys.executable, "-c", IN_SPMD_MODE, str(cfg)]
-    done = subprocess.run(program, capture_output=True, text=True, env=os.environ, cwd=tmp_path, check=False)
+    env = {**os.environ, "XLA_FLAGS": f"--xla_dump_to={tmp_path / 'programs'} --xla_dump_hlo_as_text"}
+    done = subprocess.run(program, capture_output=True, text=True, env=env, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["launch"] == 2
@@ -238,5 +245,10 @@ def test_where_tensors_lie_and_what_is_refused(tmp_path: Path) -> None:
     assert told["output"] == [[4, 8, 8]] * 4
     assert told["is close"]
     assert told["whole"] == ["cpu", True, [[2, 8]] * 4]
+    assert told["gradient"] == [[6, 16]] * 4
+    compiled = "".join(path.read_text() for path in (tmp_path / "programs").glob("*after_optimizations.txt"))
+    gathered = set(re.findall(r"= (\w+\[[\d,]*\])\S* all-gather\(", compiled))
+    assert gathered & {"f32[24,16]", "f32[16,24]"}  # the linear layer's weight, and neither what goes in nor what comes out
+    assert not gathered & {"f32[8,16]", "f32[8,24]", "f32[16,8]", "f32[24,8]"}
     assert told["last batch"] == [[6, 8]] * 4
     assert "got the parameter rows.weight annotated with" in told["laid out twice"]
