@@ -83,7 +83,8 @@ def steps(folder: Path) -> list[int]:
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_killed_at_random_moments_while_it_saves_constantly(tmp_path: Path, asynchronous: bool) -> None:
-    report = Campaign(tmp_path, ranks=2, asynchronous=asynchronous, num_steps=40, width=500).run(3)
+    # 2.7 MB of state: each rank writes a file.
+    report = Campaign(tmp_path, ranks=2, asynchronous=asynchronous, num_steps=40, width=3000).run(3)
     assert report.good, report
     assert report.kills == 3
     assert report.same_bits >= 1
