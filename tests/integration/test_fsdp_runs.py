@@ -14,14 +14,14 @@ from disttrain.scenarios import Life, Scenario
 from disttrain.verify import PRELOAD, Verification
 
 CONFIGS = Path(__file__).parent / "matrix"
-NUM_STEPS = 20
+NUM_STEPS = 12
 FSDP = ("strategy=fsdp", "checkpoint.asynchronous=true")
 SHARDS = (*PRELOAD, "torch.distributed.tensor", "torch.distributed.fsdp")
 
-# Checkpoints lie at every second step; each life begins with what another strategy on other ranks has left.
+# Checkpoints lie at every step; each life begins with what another strategy on other ranks has left.
 SCENARIOS = [
     Scenario("reference", (Life(2, 0),)),
-    Scenario("sharded", (Life(2, 0, 7, FSDP), Life(3, 1, 14, ("strategy=ddp",)), Life(3, 0, None, FSDP))),
+    Scenario("sharded", (Life(2, 0, 5, FSDP), Life(3, 1, 9, ("strategy=ddp",)), Life(3, 0, None, FSDP))),
 ]
 
 

@@ -279,6 +279,32 @@ def test_what_cannot_be_cut_is_refused_on_one_rank_too(build: Any, message: str)
     assert message in str(caught.value)
 
 
+ELEMENTWISE = ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Adamax", "ASGD", "Rprop"]
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_optimizers_that_docs_name_step_a_part_as_a_part_of_the_whole(name: str) -> None:
+    """Kernels treat the last elements of a tensor apart: a cut moves that place, and must not show."""
+    options = {"momentum": 0.9} if name in ("SGD", "RMSprop") else {}
+    generator = torch.Generator().manual_seed(5)
+    whole = torch.randn(41, 3, generator=generator)
+    gradients = [torch.randn(41, 3, generator=generator) * 10.0 ** (step - 2) for step in range(4)]
+
+    def after_steps(cuts: list[slice]) -> Tensor:
+        parts = [nn.Parameter(whole[cut].clone()) for cut in cuts]
+        optimizer = getattr(torch.optim, name)(parts, **options)
+        for gradient in gradients:
+            for part, cut in zip(parts, cuts, strict=True):
+                part.grad = gradient[cut].clone()
+            optimizer.step()
+        return torch.cat([part.detach() for part in parts])
+
+    expected = after_steps([slice(0, 41)])
+    assert not torch.equal(expected, whole)
+    for rows in (1, 7, 14, 21):
+        assert torch.equal(after_steps([slice(i, min(41, i + rows)) for i in range(0, 41, rows)]), expected)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
