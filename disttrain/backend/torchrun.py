@@ -117,7 +117,9 @@ def _be_rank(module: str, arguments: list[str], method: str) -> None:
     if sys.platform == "linux":
         Path("/proc/self/comm").write_text(RANK_NAME)  # the command line is its server's
     as_if_started_by_hand(method)
-    # Ranks would keep their server alive when the launcher is killed; so it ends then, and they with it.
+    threading.Thread(target=_end_with_launcher, name="disttrain-launcher-watch", daemon=True).start()
+    # Ranks would keep their server alive when the launcher is killed; so it ends too, some seconds later, and takes
+    # along a rank in which no thread gets to run.
     server: Any = getattr(forkserver, "_forkserver", None)
     if server is not None and server._forkserver_alive_fd is not None:
         os.close(server._forkserver_alive_fd)
@@ -137,6 +139,14 @@ def _be_rank(module: str, arguments: list[str], method: str) -> None:
         leaves = threading.Timer(OTHERS_STOP_WITHIN_S, os._exit, [Interrupted.exit_code])
         leaves.daemon = True
         leaves.start()
+
+
+def _end_with_launcher() -> None:
+    """End this process, whatever it does, when the launcher is gone: others take up its run."""
+    launcher = multiprocessing.parent_process()
+    if launcher is not None:
+        launcher.join()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _said() -> int | None:
