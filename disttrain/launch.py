@@ -105,9 +105,9 @@ def train(options: argparse.Namespace, handlers: Sequence[Callable[[Any, Any], o
 
 def asks_spmd(config: Config | None) -> bool | None:
     """Return whether one rank is to drive all XLA devices; None: where there are XLA devices."""
-    if config is None or config.spmd:
-        return config is not None
-    return None if config.strategy == "fsdp" else False
+    if config is None or config.spmd or config.strategy != "fsdp":
+        return config is not None and config.spmd
+    return None
 
 
 def parser() -> argparse.ArgumentParser:

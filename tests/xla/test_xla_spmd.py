@@ -5,7 +5,6 @@ A process that is in this mode stays in it, so everything here runs in processes
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -171,7 +170,8 @@ def test_two_processes_on_the_cpu_device_are_refused() -> None:
 
 # Prints what is refused, and then what lies where, as JSON.
 IN_SPMD_MODE = """
-import json, sys
+import json, os, re, sys
+from pathlib import Path
 import torch
 from torch import nn
 from disttrain import launch
@@ -219,10 +219,23 @@ weight = on_device.rows.weight
 whole = spread.whole(weight)
 told["whole"] = [str(whole.device), bool(torch.equal(whole, weight.cpu())), parts(weight)]
 linear = nn.Linear(16, 24).to("xla")
-rows = Spread(linear, 4, shards=True).cut(torch.randn(8, 16).to("xla"))
+spread = Spread(linear, 4, shards=True)
+rows = spread.cut(torch.randn(8, 16).to("xla"))
 torch_xla.sync(wait=True)
 linear(rows).square().sum().backward()
 told["gradient"] = parts(linear.weight.grad)
+def shapes(form):
+    programs = list(Path(os.environ["PROGRAMS"]).glob("*after_optimizations.txt"))
+    found = set(re.findall(form, "".join(path.read_text() for path in programs)))
+    for path in programs:
+        path.unlink()
+    return sorted(found)
+told["gathered"] = shapes(r"= (\\w+\\[[\\d,]*\\])\\S* all-gather\\(")
+held = spread.stateful(linear)
+saved = {name: value + 1 for name, value in held.state_dict().items()}
+held.load_state_dict(saved)
+told["loaded"] = [bool(torch.equal(held.state_dict()["weight"], saved["weight"])), parts(linear.weight)]
+told["load programs"] = shapes(r"f32\\[[\\d,]+\\]")
 told["last batch"] = parts(spread.cut(torch.randn(6, 8).to("xla")))
 told["laid out twice"] = refused(lambda: Spread(on_device, 4, shards=False))
 print(json.dumps(told))
@@ -232,7 +245,9 @@ print(json.dumps(told))
 def test_where_tensors_lie_and_what_is_refused(tmp_path: Path) -> None:
     cfg = write_cfg(tmp_path, PLAIN)
     program = [sys.executable, "-c", IN_SPMD_MODE, str(cfg)]
-    env = {**os.environ, "XLA_FLAGS": f"--xla_dump_to={tmp_path / 'programs'} --xla_dump_hlo_as_text"}
+    programs = tmp_path / "programs"
+    flags = f"--xla_dump_to={programs} --xla_dump_hlo_as_text"
+    env = {**os.environ, "XLA_FLAGS": flags, "PROGRAMS": str(programs)}
     done = subprocess.run(program, capture_output=True, text=True, env=env, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
@@ -246,9 +261,14 @@ def test_where_tensors_lie_and_what_is_refused(tmp_path: Path) -> None:
     assert told["is close"]
     assert told["whole"] == ["cpu", True, [[2, 8]] * 4]
     assert told["gradient"] == [[6, 16]] * 4
-    compiled = "".join(path.read_text() for path in (tmp_path / "programs").glob("*after_optimizations.txt"))
-    gathered = set(re.findall(r"= (\w+\[[\d,]*\])\S* all-gather\(", compiled))
-    assert gathered & {"f32[24,16]", "f32[16,24]"}  # the linear layer's weight, and neither what goes in nor what comes out
+    gathered = set(told["gathered"])
+    assert gathered & {
+        "f32[24,16]",
+        "f32[16,24]",
+    }  # the linear layer's weight, and neither what goes in nor what comes out
     assert not gathered & {"f32[8,16]", "f32[8,24]", "f32[16,8]", "f32[24,8]"}
+    assert told["loaded"] == [True, [[6, 16]] * 4]
+    assert "f32[6,16]" in told["load programs"]
+    assert "f32[24,16]" not in told["load programs"]  # no device has held more than its part
     assert told["last batch"] == [[6, 8]] * 4
     assert "got the parameter rows.weight annotated with" in told["laid out twice"]
