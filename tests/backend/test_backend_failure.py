@@ -3,6 +3,7 @@
 The groups' timeout is 60 s in all of these: who answers within 20 s was woken, not timed out.
 """
 
+import json
 import os
 import signal
 import threading
@@ -16,7 +17,8 @@ from ranks import Died, Err, Ok, Ranks
 from torch import nn
 
 from disttrain.backend import Backend
-from disttrain.backend.failure import Board
+from disttrain.backend.failure import FIRST, Board, StoreBoard
+from disttrain.backend.stores import HashStore
 from disttrain.errors import BackendError, RemoteError
 
 WOKEN_S = 20.0
@@ -191,3 +193,13 @@ def test_a_rank_that_is_hurried_waits_for_nobody() -> None:
     assert board.first(wait_s=3600) is None
     board.publish(ValueError("all the same"))
     assert "all the same" in str(board.first(wait_s=3600))
+
+
+def test_what_was_posted_is_found_before_the_bell_rings_and_a_rank_that_is_gone_is_not_waited_for() -> None:
+    store = HashStore()
+    board = StoreBoard(0, 3, lambda: store, lambda: None)
+    assert board.first(0) is None
+    store.set(FIRST, json.dumps([1, "OSError: out of memory"]))
+    assert str(board.first(0)) == "rank 1 failed: OSError: out of memory"
+    board.close()  # nobody ever acknowledges it
+    assert str(board.first(0)) == "rank 1 failed: OSError: out of memory"

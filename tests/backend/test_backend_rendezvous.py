@@ -1,5 +1,6 @@
 """Ranks find their contemporaries: past what earlier attempts left, or with an error that names who is absent."""
 
+import signal
 import socket
 import threading
 import time
@@ -120,3 +121,20 @@ def test_no_agent() -> None:
 def test_a_port_in_use_is_named(agent: dist.TCPStore) -> None:  # type: ignore[name-defined]
     with pytest.raises(BackendError, match=rf"port {agent.port} \(MASTER_PORT\) of this host to be free"):
         meet(launch(0, 2, agent.port, has_agent_store=False), 0.2)
+
+
+class Heard(Exception):
+    """Raised by a signal's handler."""
+
+
+def test_rank_0_hears_signals_while_it_waits_for_the_others(agent: dist.TCPStore) -> None:  # type: ignore[name-defined]
+    def hear(*_: object) -> None:
+        raise Heard
+
+    before = signal.signal(signal.SIGALRM, hear)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(Heard):
+            meet(launch(0, 2, agent.port), 3600.0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
