@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from disttrain.parallel.base import Meeting
 from disttrain.parallel.buffers import SlotBuffers
 from disttrain.parallel.sharded import Sharded
 from disttrain.parallel.slots import Node, Slots, TreeSum
@@ -88,6 +89,7 @@ class FsdpGradients:
     ) -> None:
         self.slots = slots
         self.module = model
+        self.meeting = Meeting(waited_s=None)  # FSDP2 itself waits for parameters
         self._layout = layout
         self._seed = seed
         self._invariant = reduction == "invariant"
@@ -127,6 +129,7 @@ class FsdpGradients:
         """Yield the microbatches of this rank's slots; `batch` holds one for each, in slot order."""
         self.slots.check_batch(batch)
         self._begin()
+        self.meeting.begin(iteration)
         with self._layout.gathered() if self._layout.stays_gathered else nullcontext():
             for slot, microbatch in zip(self.slots.mine, batch, strict=True):
                 self._buffers.slot_starts(slot)
@@ -139,6 +142,7 @@ class FsdpGradients:
             if self._layout.stays_gathered:
                 self._meet()
         self._buffers.step_ends()
+        self.meeting.over = True
         self._trained.warn_of_unused(self._unused, log, iteration=iteration, rank=self.slots.rank)
 
     def _begin(self) -> None:
@@ -197,6 +201,7 @@ class FsdpGradients:
     def _start(self, parts: dict[Node, Tensor], out: Tensor) -> Reduction:
         """Send a group's sums to the ranks that keep them."""
         num_slots = self.slots.num_slots
+        self.meeting.num_buckets += 1
         if self._invariant:
             return self._tree.start_scatter(parts, out=out, divisor=num_slots)
         first, *others = parts.values()

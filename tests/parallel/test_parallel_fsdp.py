@@ -235,9 +235,11 @@ def without_backward(backend: Backend) -> str:
         device=CPU,
         layout=layout_of(model, slots, backend),
     )
+    assert str(gradients.meeting) == "no gradients yet"
     with pytest.raises(RuntimeError) as caught:
         for x, _ in gradients.microbatches([microbatch("mlp", 0, slots.rank)], 1):
             gradients.module(x)
+    assert "of step 1 are on their way" in str(gradients.meeting)
     return str(caught.value)
 
 
