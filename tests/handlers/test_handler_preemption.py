@@ -108,6 +108,7 @@ def blocked_while_starting(backend: Backend) -> str:
                 threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1)).start()
                 backend.barrier()
         except Interrupted as error:
+            backend.fail(error)  # as who leaves the backend's context by it does
             return str(error)
         except RemoteError as error:
             return error.message if error.interrupted else "failed"
