@@ -7,7 +7,7 @@ from disttrain.backend.torchrun import run_torchrun, torchrun_words
 from disttrain.config import load_config
 from disttrain.errors import ConfigError
 
-PRELOAD = ("disttrain.launch", "torch.nn.parallel", "torch._dynamo.config")
+PRELOAD = ("disttrain.launch", "disttrain.cli", "torch.nn.parallel", "torch._dynamo.config")
 """What every rank imports sooner or later; the last is what optimizers and DDP import at their first use."""
 
 

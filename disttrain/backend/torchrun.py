@@ -91,6 +91,7 @@ def run_torchrun(
             parse: Callable[[list[str]], object] = torchrun.parse_args
             config_of: Callable[[object], tuple[Any, Any, Any]] = torchrun.config_from_args
             config, _, _ = config_of(parse([*words, "--start-method", "forkserver", "-m", module]))
+            _wait_for_server()
             elastic_launch(config, _be_rank)(module, list(arguments), multiprocessing.get_start_method())
         except ChildFailedError as error:
             killed = any(failure.exitcode < 0 for failure in error.failures.values())
@@ -111,6 +112,17 @@ def _start_server(preload: Sequence[str]) -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _wait_for_server() -> None:
+    """Return when the server has imported all: hosts that train already go on until this one is of use to them."""
+    first = multiprocessing.get_context("forkserver").Process(target=_nothing)
+    first.start()
+    first.join()
+
+
+def _nothing() -> None:
+    return
 
 
 def _be_rank(module: str, arguments: list[str], method: str) -> None:
