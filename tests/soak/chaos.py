@@ -13,20 +13,17 @@ import json
 import os
 import random
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
+from faults import KINDS, Fault, Step, table
 from hosts import SWITCH, Host, Network, kill, obstacle
-from rich.box import MARKDOWN
 from rich.console import Console
-from rich.table import Table
 
 from disttrain.backend.torchrun import RANK_NAME
 from disttrain.observe import compare_runs
@@ -38,9 +35,6 @@ STEP_S = 0.2
 """How long a step waits while there are faults; afterwards it waits no more."""
 TIMEOUT_S = 30
 """The run's timeout_s; a link is cut for up to one and a half times as long."""
-KINDS = ("worker", "server", "agent", "host", "link")
-QUIET_S = 10.0
-"""A fault after which the same ranks have trained for so long has not stopped them."""
 RECOVERS_WITHIN_S = 300.0
 ENDS_WITHIN_S = 900.0
 
@@ -87,46 +81,6 @@ until STORE=1 {script} 1:{hosts} {address} 1 cfg.py --runs runs --max-restarts 1
   sleep 1
 done
 """
-
-
-@dataclass(frozen=True)
-class Step:
-    """A line that rank 0 has written at a step's end."""
-
-    at: float
-    life: str
-    """Names the process: another one after every restart."""
-    number: int
-    world_size: int
-
-
-@dataclass
-class Fault:
-    """What was done to the run, and what came of it."""
-
-    kind: str
-    host: str
-    at: float
-    life: str
-    """The process that was rank 0 then."""
-    lasts_s: float = 0.0
-    again_s: float | None = None
-    """Seconds until a step was completed again; the longest wait for one where the same ranks went on."""
-    lost: int = 0
-    """Steps that had to be done again."""
-    stopped: bool = True
-
-    def settle(self, steps: list[Step]) -> bool:
-        """See whether the run trains again, by what it has told so far."""
-        after = [step for step in steps if step.at > self.at]
-        others = [step for step in after if step.life != self.life]
-        if others:
-            before = max((step.number for step in steps if step.at < others[0].at), default=0)
-            self.again_s, self.lost = others[0].at - self.at, max(0, before - others[0].number + 1)
-        elif after and after[-1].at > self.at + self.lasts_s + QUIET_S:
-            moments = [self.at, *(step.at for step in after)]
-            self.again_s, self.stopped = max(b - a for a, b in pairwise(moments)), False
-        return self.again_s is not None
 
 
 @dataclass
@@ -267,29 +221,6 @@ def undisturbed(folder: Path) -> RunDirectory:
     words = [sys.executable, "-m", "disttrain.launch", "cfg.py", "--runs", "runs"]
     subprocess.run(words, cwd=alone, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
     return RunDirectory(alone / "runs/chaos")
-
-
-def table(faults: list[Fault]) -> Table:
-    """Return what was done and what came of it, by kind of fault."""
-    made = Table(box=MARKDOWN)
-    for heading in (
-        "fault",
-        "times",
-        "stopped the run",
-        "s to train again: median",
-        "max",
-        "steps lost: median",
-        "max",
-    ):
-        made.add_column(heading, justify="left" if heading == "fault" else "right")
-    for kind in (*KINDS, "all"):
-        some = [fault for fault in faults if kind in (fault.kind, "all")]
-        stopped = [fault for fault in some if fault.stopped and fault.again_s is not None]
-        took, lost = [fault.again_s or 0.0 for fault in stopped], [fault.lost for fault in stopped]
-        cells = [f"{statistics.median(took):.1f}", f"{max(took):.1f}"] if stopped else ["", ""]
-        cells += [f"{statistics.median(lost):g}", str(max(lost))] if stopped else ["", ""]
-        made.add_row(kind, str(len(some)), str(len(stopped)), *cells)
-    return made
 
 
 def main() -> int:
