@@ -10,7 +10,7 @@ from ranks import Ranks
 
 from disttrain.backend import Backend
 from disttrain.checkpoint import DamagedError, committed, load_newest, on_one_rank, save
-from disttrain.checkpoint.agree import on_every_rank
+from disttrain.checkpoint.agree import by_rank, on_every_rank
 from disttrain.errors import CheckpointError, RemoteError
 
 
@@ -103,6 +103,12 @@ def share_outcomes(backend: Backend) -> None:
         on_every_rank(backend, lambda: fail(mixed))
     assert type(caught.value) is CheckpointError
     assert on_every_rank(backend, lambda: backend.rank) == backend.rank
+    assert by_rank(backend, lambda: backend.rank * 10) == [0, 10]
+    for wrong, kind in ((CheckpointError("mine"), CheckpointError), (ValueError("mine"), RemoteError)):
+        with pytest.raises(type(wrong) if backend.rank else kind, match="mine"):
+            by_rank(backend, lambda wrong=wrong: fail(wrong) if backend.rank else None)
+    with pytest.raises(CheckpointError, match=r"^0$"):  # the lowest rank's, where several fail
+        by_rank(backend, lambda: fail(CheckpointError(str(backend.rank))))
 
 
 def test_an_outcome_is_every_ranks(ranks: Ranks) -> None:
@@ -111,4 +117,5 @@ def test_an_outcome_is_every_ranks(ranks: Ranks) -> None:
 
 def test_alone_an_outcome_is_ones_own() -> None:
     assert on_one_rank(None, lambda: 5) == 5
+    assert by_rank(None, lambda: 5) == [5]
     assert torch.equal(on_every_rank(None, lambda: torch.ones(2)), torch.ones(2))
