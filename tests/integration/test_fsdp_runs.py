@@ -25,7 +25,7 @@ SCENARIOS = [
 ]
 
 
-@pytest.mark.parametrize("model", ["mlp", pytest.param("gpt", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", ["sharded", pytest.param("gpt", marks=pytest.mark.slow)])
 def test_killed_resized_and_sharded_anew_gives_the_bits_of_ddp(model: str, tmp_path: Path) -> None:
     cfg = CONFIGS / f"{model}.py"
     verification = Verification(cfg, load_config(cfg), [], tmp_path, num_slots=8, num_steps=NUM_STEPS, preload=SHARDS)
@@ -33,8 +33,9 @@ def test_killed_resized_and_sharded_anew_gives_the_bits_of_ddp(model: str, tmp_p
     found = compare_runs(reference, run)
     assert found.same, found.difference
     assert (found.num_steps, found.num_hashed) == (NUM_STEPS, NUM_STEPS + 1)
-    for name in ("ledger.jsonl", "metrics/train.jsonl"):
+    for name in ("ledger.jsonl", "metrics/train.jsonl", "metrics/valid.jsonl"):
         assert (run.path / name).read_bytes() == (reference.path / name).read_bytes(), name
+    assert bool((run.path / "metrics/valid.jsonl").read_text()) == (model == "sharded")
     weights = [(each.result() or {})["params_sha256"] for each in (reference, run)]
     assert weights[0] == weights[1]
     assert num_files(reference) == 1
