@@ -119,7 +119,7 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory) -> Run:
         config, backend, directory, slots, model, layout, optimizer, None, precision, loader, trainer, None, data
     )
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: note_left_out(made))
-    made.meeting = getattr(gradients, "meeting", None)
+    made.gradients = gradients
     if config.on_nan != "skip":
         made.bad_steps = BadSteps(config.spike_factor)
     with backend.agree("building the schedule, the metrics and the handlers"):

@@ -80,7 +80,7 @@ def attempt(
     with ExitStack() as stack:
         made = assemble(config, backend, directory)
         made.left_out = attempts.left_out
-        stack.callback(made.loader.close)
+        stack.callback(made.close)
         if fresh:
             kept.refuse_fresh(config, directory, backend)
         take(directory, backend, console, fresh=fresh, stack=stack)

@@ -15,7 +15,7 @@ from disttrain.engine import Engine
 from disttrain.handlers.bad_steps import BadSteps
 from disttrain.handlers.evaluation import Evaluation
 from disttrain.handlers.losses import Update
-from disttrain.parallel import Layout, Slots
+from disttrain.parallel import FsdpGradients, Gradients, Layout, SlotGradients, Slots
 from disttrain.parallel.base import Meeting
 from disttrain.precision import Precision
 from disttrain.run_directory import RunDirectory
@@ -47,8 +47,8 @@ class Run:
     """Steps, done or still to come, that on_nan=rollback leaves out whole, and what was wrong with each."""
     update_left_out: str | None = None
     """Why the newest step's update was left out; None where it was not."""
-    meeting: Meeting | None = None
-    """How far the newest step's gradients have met; None where that cannot be told."""
+    gradients: Gradients | None = None
+    """How gradients meet."""
     bad_steps: BadSteps | None = None
     """Looks at the losses, except with on_nan=skip."""
     evaluation_due: bool = False
@@ -84,6 +84,17 @@ class Run:
     def epochs_begun(self) -> int:
         """Epochs of which at least one step is done."""
         return self.loader.epoch + (self.loader.step > 0)
+
+    @property
+    def meeting(self) -> Meeting | None:
+        """How far the newest step's gradients have met; None where that cannot be told."""
+        return getattr(self.gradients, "meeting", None)
+
+    def close(self) -> None:
+        """End what works for the run, and let its model go."""
+        self.loader.close()
+        if isinstance(self.gradients, SlotGradients | FsdpGradients):
+            self.gradients.close()
 
     def take_update(self) -> Update:
         """Return the norm of the newest step's gradient and why its update was left out; once, for each step's own."""

@@ -143,6 +143,11 @@ class SlotGradients:
         self.meeting.over = True
         self._trained.warn_of_unused(self._unused, log, iteration=iteration, rank=self.slots.rank)
 
+    def close(self) -> None:
+        """Let the model go: DDP's C++ holds this object, where Python's garbage collector does not see it."""
+        self._ddp = None
+        self.module = nn.Identity()
+
     def _begin(self) -> None:
         """Forget the step before, whatever became of it."""
         for parameter in self._parameters:

@@ -104,15 +104,23 @@ class FsdpGradients:
             group.set_reduce_scatter_unused_params(True, recurse=False)
         self._begin()
 
+    def close(self) -> None:
+        """Let the model go: its parameters hold this object in C++, where Python's garbage collector is blind."""
+        for hook in self._hooks:
+            hook.remove()
+        self.module = nn.Identity()
+
     def _watch_use(self) -> None:
         """Find which groups hold something to train, and note from now on which parameters a backward has reached."""
         self._members: dict[int, list[nn.Parameter]] = {}
+        self._hooks: list[Any] = []
         for index, group in enumerate(self._layout.groups):
             group.unshard()
             for i, name in enumerate(self._trained.names):
                 here = self.module.get_parameter(name)
                 if here is not self._trained.tensors[i]:
-                    here.register_post_accumulate_grad_hook(self._noting(i))  # type: ignore[no-untyped-call]
+                    hook = here.register_post_accumulate_grad_hook(self._noting(i))  # type: ignore[no-untyped-call]
+                    self._hooks.append(hook)
                     self._members.setdefault(index, []).append(self._trained.tensors[i])
             group.reshard()
 

@@ -15,9 +15,12 @@ from disttrain.rollback import MAX_ROLLBACKS
 
 POISONED, SEED = 17, 5
 DIES = """
-import os, signal
+import os, signal, weakref
 from disttrain.engine import Events
+models = []
 def dies(trainer, run):
+    assert not any(model() for model in models), "the model of an earlier attempt is still in memory"
+    models.append(weakref.ref(run.model))
     def die():  # at the step that is left out: nothing says so yet, neither a checkpoint nor a line of the ledger
         if run.backend.rank == 0 and trainer.state.iteration in run.left_out and os.path.exists("die"):
             os.rename("die", "died")
