@@ -77,6 +77,9 @@ def run_torchrun(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
+    from disttrain.backend import elastic  # imports torchrun's parts
+
+    elastic.register()
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
             logging.getLogger(name).addFilter(_keep_off)
@@ -91,6 +94,7 @@ def run_torchrun(
             parse: Callable[[list[str]], object] = torchrun.parse_args
             config_of: Callable[[object], tuple[Any, Any, Any]] = torchrun.config_from_args
             config, _, _ = config_of(parse([*words, "--start-method", "forkserver", "-m", module]))
+            config.rdzv_backend = elastic.NAME
             _wait_for_server()
             elastic_launch(config, _be_rank)(module, list(arguments), multiprocessing.get_start_method())
         except ChildFailedError as error:
