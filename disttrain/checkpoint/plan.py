@@ -1,8 +1,9 @@
 """Who writes what: a state taken apart on every rank, and the share of it that is this rank's to write.
 
-*Contract*: what DTensors hold is written by the ranks that hold it, and once; whole tensors, which every rank has, are
-spread over the ranks so that each writes about as much. The tree of plain values is rank 0's. A share is a pure
-function of what `agree` says of every rank, so all have the same table.
+*Contract*: what DTensors hold is written by the ranks that hold it, and once; whole tensors, which every rank has
+alike, are spread over the ranks so that each writes about as much. The tree of plain values is rank 0's, and so are
+small tensors, among which are those that may differ (states of random number generators). A share is a pure function
+of what `all_gather` says of every rank, so all have the same table.
 
 DCP plans where there are DTensors: `DefaultSavePlanner` says which chunks a rank has, drops duplicates and balances.
 Its own collectives would go around the backend's, where a rank that fails makes the others wait; the plans travel by
@@ -26,6 +27,10 @@ from disttrain.errors import CheckpointError
 
 WORTH_A_FILE_BYTES = 2**20
 """Whole tensors are spread over fewer ranks than there are, rather than in files smaller than this."""
+
+
+SMALL_BYTES = 2**16
+"""A whole tensor smaller than this is rank 0's."""
 
 
 class Share(NamedTuple):
@@ -87,8 +92,11 @@ class Planner:
 
     def _table(self, tensors: dict[str, Tensor], num_writers: int, *, any_spread: bool, key: Any) -> Table:
         if self._known is None or self._known[0] != key:
-            table = self._planned_by_dcp(tensors) if any_spread else _spread(tensors, num_writers)
-            self._known = (key, table)
+            small = {name for name, t in tensors.items() if t.nbytes < SMALL_BYTES and not sharded.is_sharded(t)}
+            large = {name: tensor for name, tensor in tensors.items() if name not in small}
+            table = self._planned_by_dcp(large) if any_spread else _spread(large, num_writers)
+            table |= dict.fromkeys(small, 1)
+            self._known = (key, {name: table[name] for name in tensors})
         return self._known[1]
 
     def _planned_by_dcp(self, tensors: dict[str, Tensor]) -> Table:
@@ -137,7 +145,7 @@ def _spread(tensors: dict[str, Tensor], num_writers: int) -> Table:
         least = loads.index(min(loads))
         loads[least] += tensors[name].nbytes
         table[name] = least + 1
-    return {name: table[name] for name in tensors}
+    return table
 
 
 def _where(shape: tuple[int, ...], chunks: list[tuple[int, Any]]) -> int | Cut:

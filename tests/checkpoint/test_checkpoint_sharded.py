@@ -93,14 +93,19 @@ def test_what_some_ranks_save_any_others_load(ranks: Ranks, tmp_path: Path) -> N
 
 def big(step: int) -> dict[str, Any]:
     """Return a state of whole tensors that is worth two or three files."""
-    return {"model": {name: torch.full((100_000 + i,), float(step)) for i, name in enumerate("uvwxyz")}, "step": step}
+    return {
+        "model": {name: torch.full((100_000 + i,), float(step)) for i, name in enumerate("uvwxyz")},
+        "step": step,
+        "drawn": torch.tensor([0] * 600),
+    }
 
 
 def save_whole(backend: Backend, root: Path) -> None:
     saver = DirectorySaver(root, backend=backend)
     for step in (1, 2):
-        # What is no tensor is rank 0's to say, and may differ.
-        saver({**big(step), "step": step if backend.rank == 0 else -1}, f"step-{step:08d}", {})
+        # What is no tensor, or a small one, is rank 0's to say, and may differ.
+        own = {"step": step - backend.rank, "drawn": torch.tensor([backend.rank] * 600)}
+        saver({**big(step), **own}, f"step-{step:08d}", {})
 
 
 def read_share(backend: Backend, root: Path) -> int:
@@ -133,7 +138,7 @@ def test_whole_tensors_are_spread_over_the_files_and_each_rank_reads_only_its_pa
     assert max(sizes) < 1.01 * min(sizes)
     assert same(load(path).state, big(2))
     shares = ranks(2, read_share, tmp_path)
-    assert sum(shares) == 4 * sum(100_000 + i for i in range(6))
+    assert sum(shares) == 4 * sum(100_000 + i for i in range(6)) + 8 * 600
     assert max(shares) < 0.51 * sum(shares)
 
 
