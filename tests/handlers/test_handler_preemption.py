@@ -72,6 +72,20 @@ def timed_saves(backend: Backend) -> list[int]:
     return agreed
 
 
+def test_what_was_asked_in_a_step_that_broke_off_is_forgotten_and_a_signal_is_not() -> None:
+    with connect("single") as backend, Preemption(backend) as preemption:
+        preemption.ask()
+        preemption.forget()
+        assert preemption.agreed() == NOTHING
+        signal.raise_signal(signal.SIGTERM)
+        while not preemption.asked():
+            time.sleep(0.001)
+        preemption.ask()
+        preemption.forget()
+        preemption.ask()
+        assert preemption.agreed() == STOP
+
+
 def test_rank_0_alone_says_when_it_is_time_to_save(ranks: Ranks) -> None:
     first, second = ranks(2, timed_saves)
     assert first == second
