@@ -197,6 +197,42 @@ def test_a_rank_holds_its_part_of_parameters_and_optimizer_states(ranks: Ranks) 
     assert ranks(2, sizes) == [(whole // 2, whole, [(64, 16), (64,), (16, 64), (16,)])] * 2
 
 
+def whole_parameters(backend: Backend, num_slots: int) -> list[list[bool]]:
+    """Return which layers' weights are there whole: before, in the midst of and after a forward, and after the step."""
+    model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 10))
+    slots = slots_of(backend, num_slots)
+    gradients = slot_gradients(
+        model,
+        slots,
+        seed=0,
+        process_group=backend.process_group,
+        gather=backend.gather_recorded,
+        reduction="invariant",
+        device=CPU,
+        layout=layout_of(model, slots, backend),
+    )
+    seen: list[list[bool]] = []
+
+    def look(*_: Any) -> None:
+        seen.append([not hasattr(layer.weight, "to_local") for layer in model])
+
+    look()
+    model[1].register_forward_hook(look)  # runs when FSDP2's own hooks have, which came first
+    batch = [microbatch("mlp", 0, slot) for slot in slots.mine]
+    for x, y in gradients.microbatches(batch, 1):
+        loss = cross_entropy(gradients.module(x), y)
+        look()
+        loss.backward()
+    look()
+    return seen
+
+
+def test_parameters_are_gathered_group_by_group_or_for_a_step_of_several_slots(ranks: Ranks) -> None:
+    none, every = [False] * 3, [True] * 3
+    assert ranks(2, whole_parameters, 2) == [[none, none, none, none]] * 2
+    assert ranks(2, whole_parameters, 4) == [[none, *[every] * 4, none]] * 2
+
+
 def overflow(backend: Backend, where: int) -> list[Any]:
     """Scale gradients of which one element, on one rank, is not finite; return what came of each of two updates."""
     model = nn.Sequential(nn.Linear(4, 8, bias=False))
