@@ -9,6 +9,7 @@ batch script, or `srun --pty bash`, is one process.
 *Source*: torch.distributed.run's page "Environment Variables"; srun(1), "OUTPUT ENVIRONMENT VARIABLES".
 """
 
+import multiprocessing
 import os
 import re
 import socket
@@ -70,10 +71,12 @@ def launch_marks(environ: Mapping[str, str] = os.environ) -> dict[str, bool]:
 
 
 def _parent() -> str:
-    """Return the parent's process id and when it was started: ids are used again."""
-    stat = Path(f"/proc/{os.getppid()}/stat")
+    """Return the process id of who started this process, and when that was started: ids are used again."""
+    launcher = multiprocessing.parent_process()  # not the server that this one may be forked off, which may be another
+    pid = os.getppid() if launcher is None else launcher.pid
+    stat = Path(f"/proc/{pid}/stat")
     started = stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else "?"
-    return f"process {os.getppid()} of tick {started}"
+    return f"process {pid} of tick {started}"
 
 
 def set_default(name: str, value: str) -> str:
