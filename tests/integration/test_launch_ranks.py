@@ -90,24 +90,24 @@ fields["handlers"] = [slow]
 """
 
 
-def begun(cwd: Path) -> subprocess.Popen[bytes]:
+def begun(cwd: Path, *more: str) -> subprocess.Popen[bytes]:
     """Start a slow run of two ranks in a session of its own and wait for its first step."""
     write_cfg(cwd, SLOW)
-    words = [*MAIN, "--ranks", "2", "cfg.py", "max_epochs=100"]
+    words = [*MAIN, "--ranks", "2", "cfg.py", "max_epochs=100", *more]
     process = subprocess.Popen(words, cwd=cwd, env=environment(), start_new_session=True)
     while not (cwd / "begun").exists() and process.poll() is None:
         time.sleep(0.05)
     return process
 
 
-def of_session(session: int) -> list[str]:
-    """Return the command lines of a session's processes that have not ended."""
-    found = []
+def of_session(session: int) -> dict[int, str]:
+    """Return the command lines of a session's processes that have not ended, by process id."""
+    found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _parent, _group, its_session = stat.read_text().rpartition(")")[2].split()[:4]
             if int(its_session) == session and state not in "ZX":
-                found.append((stat.parent / "cmdline").read_text())
+                found[int(stat.parent.name)] = (stat.parent / "cmdline").read_text()
         except OSError:
             continue
     return found
@@ -137,6 +137,21 @@ def test_nothing_is_left_of_a_launch_that_is_killed(tmp_path: Path) -> None:
     while left := of_session(process.pid):
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_ranks_whose_server_is_killed_go_on_with_what_this_launch_began(tmp_path: Path) -> None:
+    process = begun(tmp_path, "--fresh", "checkpoint.every_steps=1")
+    while not checkpoints(tmp_path / "runs/small"):
+        time.sleep(0.05)
+    forks = [pid for pid, command in of_session(process.pid).items() if "multiprocessing.forkserver" in command]
+    os.kill(min(forks), signal.SIGKILL)  # the server came before the ranks
+    (tmp_path / "begun").unlink()
+    while not (tmp_path / "begun").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["small"]
 
 
 def test_options_that_do_not_fit_together(tmp_path: Path) -> None:
