@@ -39,7 +39,9 @@ PATIENCE_S = 600.0
 """How long rank 0's thread waits at least for the others' parts, once its own, which is as large, is written."""
 HURRY_S = 10.0
 """How long once the training has failed: a rank may have died."""
-LOOKED_EVERY_S = 0.02
+LOOKED_AFTER_S = 0.02
+LOOKED_EVERY_S = 0.5
+"""Rank 0's thread looks for word of the others soon, then ever more seldom: a store is asked by requests."""
 TOLD_EVERY_S = 5.0
 """How often the ranks that wait for a save hear that it is still under way, so that none takes it for a hang."""
 
@@ -238,26 +240,34 @@ def write_and_commit(
     """Write rank 0's part, wait for word of the others', and commit; leave nothing where one has failed."""
     try:
         began = time.monotonic()
-        records = {0: FileRecord.model_validate(write_mine(place, upload, share, 0))}
-        took_s = time.monotonic() - began
-        began = time.monotonic()
-        while len(records) < share.num_files:
-            for number, text in place.notes(upload).items():
-                records[number] = _noted(text)
-            if job.others is not None:
-                raise CheckpointError(job.others)
-            if len(records) < share.num_files:
-                if time.monotonic() - began > max(job.patience_s, 10 * took_s if job.patience_s > HURRY_S else 0.0):
-                    missing = sorted(set(range(share.num_files)) - set(records))
-                    raise CheckpointError(
-                        f"no word of the parts that the ranks {missing} write of step {step}, "
-                        f"{time.monotonic() - began:.0f} s after rank 0's was written; see their logs"
-                    )
-                time.sleep(LOOKED_EVERY_S)
-        commit(place, upload, step, share, about, world_size, [records[number] for number in sorted(records)])
+        own = FileRecord.model_validate(write_mine(place, upload, share, 0))
+        patient_s = 10 * (time.monotonic() - began)  # the others' parts are as large
+        others = _word_of_others(place, upload, share.num_files, patient_s, job)
+        commit(place, upload, step, share, about, world_size, [own, *others])
     except BaseException:
         place.abandon(upload)
         raise
+
+
+def _word_of_others(place: Place, upload: str, num_files: int, patient_s: float, job: Job) -> list[FileRecord]:
+    """Return what the other ranks have written, as they say; CheckpointError where one has failed or says nothing."""
+    began, pause_s = time.monotonic(), LOOKED_AFTER_S
+    while True:
+        notes = place.notes(upload)
+        records = {number: _noted(text) for number, text in notes.items()}
+        missing = [number for number in range(1, num_files) if number not in records]
+        if not missing:
+            return [records[number] for number in range(1, num_files)]
+        if job.others is not None:
+            raise CheckpointError(job.others)
+        waited_s = time.monotonic() - began
+        if waited_s > (job.patience_s if job.patience_s <= HURRY_S else max(job.patience_s, patient_s)):
+            raise CheckpointError(
+                f"no word of the parts that the ranks {missing} write, {waited_s:.0f} s after rank 0's was written; "
+                "see their logs"
+            )
+        time.sleep(pause_s)
+        pause_s = min(1.5 * pause_s, LOOKED_EVERY_S)
 
 
 def _noted(text: str) -> FileRecord:

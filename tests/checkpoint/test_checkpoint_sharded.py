@@ -249,7 +249,7 @@ def test_a_part_of_which_no_word_comes_is_an_error_after_a_while(tmp_path: Path)
 
     job = Job(work, fail)
     assert job.ended(60)
-    assert "no word of the parts that the ranks [1] write of step 1" in str(job.failure)
+    assert "no word of the parts that the ranks [1] write" in str(job.failure)
     assert os.listdir(tmp_path) == []
 
 
