@@ -31,6 +31,7 @@ from disttrain.scenarios import Death, Scenario, counted, plan
 SAME, DIFFERENT, USAGE = 0, 1, 2
 PRELOAD = ("disttrain.launch", "torch.nn.parallel", "torch._dynamo.config", "torchmetrics")
 """What every rank imports sooner or later, DDP's constructor the third of these, which takes seconds."""
+PRELOAD_FSDP = ("torch.distributed.tensor", "torch.distributed.fsdp")
 NUM_QUOTED_LINES = 20
 
 
@@ -59,7 +60,7 @@ class Verification:
     ) -> None:
         self.folder = folder
         self.num_steps = num_steps
-        self._preload = preload
+        self._preload = (*preload, *PRELOAD_FSDP) if config.strategy == "fsdp" else preload
         self._name = str(config.name)
         self._words = [
             str(cfg),

@@ -11,12 +11,12 @@ from disttrain.config import load_config
 from disttrain.observe import compare_runs
 from disttrain.run_directory import RunDirectory
 from disttrain.scenarios import Life, Scenario
-from disttrain.verify import PRELOAD, Verification
+from disttrain.verify import PRELOAD, PRELOAD_FSDP, Verification
 
 CONFIGS = Path(__file__).parent / "matrix"
 NUM_STEPS = 12
 FSDP = ("strategy=fsdp", "checkpoint.asynchronous=true")
-SHARDS = (*PRELOAD, "torch.distributed.tensor", "torch.distributed.fsdp")
+SHARDS = (*PRELOAD, *PRELOAD_FSDP)
 
 # Checkpoints lie at every step; each life begins with what another strategy on other ranks has left.
 SCENARIOS = [
