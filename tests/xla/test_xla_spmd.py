@@ -55,6 +55,7 @@ def look(trainer, run):
         trainer.add_event_handler(Events.ITERATION_COMPLETED(once=20), lambda: write(json.dumps(parts_of(run))))
 fields.update(handlers=[look])
 """
+pytestmark = pytest.mark.timeout(400)  # the first test waits for four launches
 SPMD = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4"}
 
 
