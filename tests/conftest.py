@@ -1,9 +1,13 @@
-"""What all tests share: the pool of ranks."""
+"""What all tests share: the pool of ranks, and that no test depends on the machine being quick."""
 
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 from ranks import Ranks
+
+settings.register_profile("any-machine", deadline=None)
+settings.load_profile("any-machine")
 
 
 @pytest.fixture(scope="session")
