@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import weakref
 from functools import lru_cache
 from typing import Any
 
@@ -250,6 +251,40 @@ def test_parameters_are_gathered_group_by_group_or_for_a_step_of_several_slots(r
     none, every = [False] * 3, [True] * 3
     assert ranks(2, whole_parameters, 2) == [[none, none, none, none]] * 2
     assert ranks(2, whole_parameters, 4) == [[none, *[every] * 4, none]] * 2
+
+
+def whole_gradients(backend: Backend, num_slots: int) -> int:
+    """Return how many groups' whole gradients were there at once, at most, in a step."""
+    model = nn.Sequential(*[nn.Linear(12, 12) for _ in range(5)])
+    slots = slots_of(backend, num_slots)
+    gradients: Any = slot_gradients(
+        model,
+        slots,
+        seed=0,
+        process_group=backend.process_group,
+        gather=backend.gather_recorded,
+        reduction="invariant",
+        device=CPU,
+        layout=layout_of(model, slots, backend),
+    )
+    arrived, seen, most = gradients.arrived, [], 0
+
+    def watched(index: int, gradient: Tensor, out: Tensor) -> None:
+        nonlocal most
+        seen.append(weakref.ref(gradient))
+        most = max(most, sum(one() is not None for one in seen))
+        arrived(index, gradient, out)
+
+    gradients.arrived = watched
+    for x, y in gradients.microbatches([microbatch("mlp", 0, slot) for slot in slots.mine], 1):
+        cross_entropy(gradients.module(x), y).backward()
+    assert len(seen) == 5 * len(slots.mine)
+    return most
+
+
+def test_whole_gradients_go_as_soon_as_they_are_sent(ranks: Ranks) -> None:
+    assert max(ranks(2, whole_gradients, 2)) <= 2  # FSDP2 keeps one while it sends the next
+    assert ranks(2, whole_gradients, 4) == [10, 10]  # those of the slot before wait for their sum
 
 
 def overflow(backend: Backend, where: int) -> list[Any]:
