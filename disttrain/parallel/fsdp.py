@@ -173,9 +173,7 @@ class FsdpGradients:
             for parameter in self._members[index] if again else ():
                 assert parameter.grad is not None, "FSDP2 adds to what it gave the parameter before"
                 _adding(parameter.grad.to_local())  # type: ignore[attr-defined]
-            gradient = (
-                out  # which is all that is kept: the whole gradients of all groups would fill what sharding spares
-            )
+            gradient = out  # nothing more is kept: the whole gradients of all groups would fill what sharding spares
         elif again:
             gradient, out = _adding(again[0]).add_(gradient), again[1]
         self._here[index] = gradient, out
