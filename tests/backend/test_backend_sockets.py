@@ -99,7 +99,11 @@ def all_are_asked(backend: Backend) -> list[int]:
     kinds = (socket.AF_INET, socket.AF_INET6)
     asked = []
     for descriptor in open_sockets():
-        with socket.socket(fileno=os.dup(descriptor)) as each:
+        try:
+            copy = os.dup(descriptor)
+        except OSError:  # a connection that was just closed
+            continue
+        with socket.socket(fileno=copy) as each:
             if each.family in kinds and not each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 asked.append(each.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
     return asked

@@ -188,13 +188,14 @@ def test_a_signal_saves_and_stops_at_the_next_step(
     whole: Path, tmp_path: Path, ranks: int, number: signal.Signals
 ) -> None:
     change = f"""
-    import os
+    import os, time
     from disttrain.engine import Events
     def asked_to_stop(trainer, run):
         def ask():
             if run.backend.rank == 0 and not os.path.exists("asked"):
                 open("asked", "w").close()
                 os.kill(os.getpid(), {int(number)})
+                time.sleep(1)  # steps take a millisecond, and a thread has to hear it
         trainer.add_event_handler(Events.ITERATION_STARTED(once=7), ask)
     fields["handlers"] = [asked_to_stop]
     """
