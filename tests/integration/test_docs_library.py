@@ -135,6 +135,7 @@ def test_killed_on_eight_ranks_then_three_then_five(lives: Lives, alone: object,
     assert same(weights(tmp_path), alone)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_it(alone: object, tmp_path: Path) -> None:
     (line,) = blocks("bash")
     assert line == "torchrun --standalone --nproc-per-node 3 ranks.py\n"

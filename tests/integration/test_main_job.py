@@ -99,9 +99,8 @@ def test_params_sha256_is_that_of_the_saved_weights(whole: Path) -> None:
     assert len(result(run)["params_sha256"]) == hashlib.sha256().digest_size * 2
 
 
-@pytest.mark.parametrize(
-    "ranks", [pytest.param(1, marks=slow), 2, pytest.param(3, marks=slow), pytest.param(4, marks=slow)]
-)
+@slow  # two ranks, one of which dies, are in test_torchrun_restarts_a_rank_that_dies
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_any_number_of_ranks_gives_the_same_bits(whole: Path, tmp_path: Path, ranks: int) -> None:
     write_cfg(tmp_path)
     done = launch_as_typed("cfg.py", ranks=ranks, cwd=tmp_path)
