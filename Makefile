@@ -32,6 +32,7 @@ slow: setup  ## run the long tests, which test leaves out
 	$(BIN)/python -m pytest -m slow --timeout 900 -n 2 --dist loadfile
 
 soak: setup  ## kill runs 400 times, cut the power 80 times (root), disturb three hosts for 20 minutes (root), fuzz checkpoints (45 minutes)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --hypothesis-profile explore tests/properties tests/checkpoint tests/config
 	$(BIN)/python tests/soak/fuzz.py --seconds 60
 	$(BIN)/python tests/soak/power.py --losses 40
 	$(BIN)/python tests/soak/kills.py --kills 200

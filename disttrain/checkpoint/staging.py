@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from disttrain.checkpoint.tensors import as_copied
+
 COPYING_THREADS = 4
 
 
@@ -44,5 +46,7 @@ def _copy(into: Tensor, tensor: Tensor) -> None:
     """Copy the values; from CUDA the stream has to be waited for."""
     dense = tensor.is_contiguous() and tensor.numel() and tensor.ndim and not (tensor.is_conj() or tensor.is_neg())
     if dense and tensor.device.type != "xla":  # which has no such view: it would copy to the host and back for it
-        into, tensor = into.view(torch.uint8), tensor.view(torch.uint8)  # torch 2.9 cannot copy a float4
+        into, tensor = into.view(torch.uint8), tensor.view(torch.uint8)
+    elif tensor.device.type == "cpu":
+        into, tensor = as_copied(into), as_copied(tensor)
     into.copy_(tensor, non_blocking=tensor.is_cuda)

@@ -70,12 +70,18 @@ class Sink(Protocol):
 
 def little_endian_bytes(tensor: Tensor, byteorder: str = sys.byteorder) -> memoryview:
     """Return the tensor's values in row-major order as little-endian bytes; a copy only where one is needed."""
-    dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    there = tensor.detach().cpu().resolve_conj().resolve_neg()
+    dense = as_copied(there).contiguous()
     flat = dense.as_strided((dense.numel(),), (1,))  # where there is at most one element, its strides may be odd
     raw = flat.view(torch.uint8)
     if byteorder == "big":
-        raw = swapped(raw, flat.dtype)
+        raw = swapped(raw, tensor.dtype)
     return raw.numpy().data
+
+
+def as_copied(tensor: Tensor) -> Tensor:
+    """Return a tensor on the CPU as one that any torch can copy: numbers of one byte as bytes (2.9 has no float4's)."""
+    return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
 
 
 def swapped(raw: Tensor, dtype: torch.dtype) -> Tensor:

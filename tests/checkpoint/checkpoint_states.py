@@ -28,6 +28,8 @@ def tensor_of(dtype: torch.dtype, shape: list[int], seed: int = 0) -> torch.Tens
 def raw_bytes(tensor: torch.Tensor) -> bytes:
     if tensor.numel() == 0:
         return b""
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.view(torch.uint8)  # torch 2.9 cannot copy a float4
     return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy().tobytes()
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_states import STATES, same, training_state
-from hypothesis import given, settings
+from checkpoint_states import STATES, same, tensor_of, training_state
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -40,6 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(state=STATES)
+@example(state=tensor_of(torch.float4_e2m1fn_x2, [1]).expand(2))  # torch 2.9 copies no such numbers
 @settings(max_examples=100, deadline=None)
 @pytest.mark.filterwarnings("ignore:ComplexHalf support")
 def test_any_state_comes_back_the_same(state: Any, folder: Path) -> None:
