@@ -21,8 +21,11 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,8 @@ CODES = "DISTTRAIN_EXIT_CODES"
 FINAL = (2, Interrupted.exit_code)
 """Exit codes after which to start again would change nothing."""
 
+RANKS_END_WITHIN_S = 30.0
+"""After a signal; torchrun's own --shutdown-timeout."""
 OTHERS_STOP_WITHIN_S = 2.0
 """After a rank was stopped by a signal: those of its host get the same answer at the same step."""
 RANK_NAME = "disttrain-rank"
@@ -95,17 +100,47 @@ def run_torchrun(
             config_of: Callable[[object], tuple[Any, Any, Any]] = torchrun.config_from_args
             config, _, _ = config_of(parse([*words, "--start-method", "forkserver", "-m", module]))
             config.rdzv_backend = elastic.NAME
-            _wait_for_server()
-            elastic_launch(config, _be_rank)(module, list(arguments), multiprocessing.get_start_method())
+            with _no_main_module():
+                _wait_for_server()
+                elastic_launch(config, _be_rank)(module, list(arguments), multiprocessing.get_start_method())
         except ChildFailedError as error:
             killed = any(failure.exitcode < 0 for failure in error.failures.values())
             return 1 if killed else _code(Path(folder)) or 1
         except (SignalException, KeyboardInterrupt):
             signalled = True
+            _see_ranks_end()
         finally:
             del os.environ[CODES]
         code = _code(Path(folder))
         return Interrupted.exit_code if code is None and signalled else code or 0
+
+
+@contextmanager
+def _no_main_module() -> Iterator[None]:
+    """Let processes start without this program's main module, which would be run again in each, with a warning.
+
+    `multiprocessing.spawn` does that for all but those that are called so.
+    """
+    main = sys.modules["__main__"]
+    spec, main.__spec__ = main.__spec__, ModuleSpec("disttrain.__main__", None)
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
+
+
+def _see_ranks_end() -> None:
+    """Give ranks that save the time that torchrun gives them: a second signal breaks off its own waiting.
+
+    Batch systems send one to every process and one more by way of srun, and ranks do not outlive this process.
+    """
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    end = time.monotonic() + RANKS_END_WITHIN_S
+    for rank in multiprocessing.active_children():
+        rank.terminate()  # where the second signal came before torchrun had passed on the first
+        rank.join(max(0.0, end - time.monotonic()))
+        rank.kill()
 
 
 def _start_server(preload: Sequence[str]) -> None:

@@ -114,12 +114,15 @@ def of_session(session: int) -> dict[int, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to_all", [False, True], ids=["to the launcher", "to all its processes"])
-def test_a_signal_is_passed_on_and_the_code_is_75(tmp_path: Path, to_all: bool) -> None:
+@pytest.mark.parametrize("how", ["to the launcher", "to the launcher, twice", "to all its processes"])
+def test_a_signal_is_passed_on_and_the_code_is_75(tmp_path: Path, how: str) -> None:
     process = begun(tmp_path)
-    if to_all:
+    if how == "to all its processes":
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     else:
+        process.send_signal(signal.SIGUSR1)
+    if how == "to the launcher, twice":
+        time.sleep(0.1)  # as Slurm does: once to every process of a job, and once more by way of srun
         process.send_signal(signal.SIGUSR1)
     assert process.wait(60) == 75
     ended = result(tmp_path / "runs/small")
