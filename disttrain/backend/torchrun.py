@@ -26,7 +26,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,7 @@ def _see_ranks_end() -> None:
 def _start_server(preload: Sequence[str]) -> None:
     """Start the process that ranks are forked off; signals that a whole group of processes gets do not end it."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
+    resource_tracker.ensure_running()  # first: starting it unblocks SIGTERM, and the server starts it where it is not
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         forkserver.ensure_running()

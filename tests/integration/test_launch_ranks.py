@@ -114,11 +114,11 @@ def of_session(session: int) -> dict[int, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["to the launcher", "to the launcher, twice", "to all its processes"])
+@pytest.mark.parametrize("how", ["to the launcher", "to the launcher, twice", "SIGINT", "SIGTERM"])
 def test_a_signal_is_passed_on_and_the_code_is_75(tmp_path: Path, how: str) -> None:
     process = begun(tmp_path)
-    if how == "to all its processes":
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    if how.startswith("SIG"):
+        os.killpg(process.pid, signal.Signals[how])  # to all its processes, as a terminal does, or Slurm
     else:
         process.send_signal(signal.SIGUSR1)
     if how == "to the launcher, twice":
