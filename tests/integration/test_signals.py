@@ -125,7 +125,8 @@ def test_a_signal_in_any_phase(
     if phase == "step":
         assert saved[-1] in (7, 8)
     if phase == "loading":
-        assert saved[-1] == 8  # 7 was the step before it
+        # 7 was the step before it, which another rank may still have been loading when rank 0 was in it.
+        assert saved[-1] == 8 or (ranks and saved[-1] == 7)
     if phase == "evaluation":
         assert saved == [5]
         assert lines(run / "metrics/valid.jsonl") == []
