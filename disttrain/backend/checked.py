@@ -217,7 +217,7 @@ class CheckedBackend(Backend):
         """Turn a broken connection into the error behind it: a peer's failure, or its silence."""
         if self._closed:
             raise BackendError(f"{text} was called on a backend that is closed; call connect() again")
-        if (failure := self.first_failure(0)) is not None:
+        if (failure := self._board.known()) is not None:  # not `first_failure`, which asks the store
             raise calls.mark_shared(failure)
         number = 1 if self.last_contact is None else self.last_contact.number + 1
         contact = self.last_contact = Contact(number, text, time.monotonic())

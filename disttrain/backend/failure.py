@@ -56,6 +56,10 @@ class Board:
         while not self._hurried.is_set() and not self._heard.wait(min(POLL_S, max(0.0, end - time.monotonic()))):
             if time.monotonic() >= end:
                 break
+        return self.known()
+
+    def known(self) -> RemoteError | None:
+        """Return the first failure if it has been brought here; asks nobody, so it may be called in every step."""
         failure = self._failure
         return None if failure is None else RemoteError(failure.rank, failure.message)
 
