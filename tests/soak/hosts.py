@@ -46,6 +46,20 @@ def obstacle() -> str | None:
     return None
 
 
+def started(words: list[str], log: Path, environment: dict[str, str] | None) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own that prints into `log` and ends with this one."""
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            words,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
+        )
+
+
 class Host:
     """One host, with an address of its own and a link to the switch."""
 
@@ -70,16 +84,7 @@ class Host:
         first = f"mount --bind {self._network.names} /etc/hosts && hostname {self.name}\n"
         words = ["nsenter", f"--net=/run/netns/{self.space}", "unshare", "--uts", "--mount", "--pid", "--fork"]
         words += ["--kill-child", "--mount-proc", "bash", "-c", first + script]
-        with log.open("ab") as file:
-            self.process = subprocess.Popen(
-                words,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=environment,
-                start_new_session=True,
-                preexec_fn=lambda: _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
-            )
+        self.process = started(words, log, environment)
         return self.process
 
     def crash(self) -> None:
@@ -130,16 +135,7 @@ class Network:
 
     def at_switch(self, command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
         """Start a process beside the hosts, on a machine that stays; it ends with the network."""
-        with log.open("ab") as file:
-            return subprocess.Popen(
-                ["ip", "netns", "exec", self.switch, *command],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=environment,
-                start_new_session=True,
-                preexec_fn=lambda: _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
-            )
+        return started(["ip", "netns", "exec", self.switch, *command], log, environment)
 
     def __exit__(self, *error: object) -> None:
         for host in self.hosts:
