@@ -108,6 +108,20 @@ def layout_of(
     return shard(model, strategy, slots, process_group=backend.process_group, reduction=reduction, device=CPU)
 
 
+def sharded_gradients(model: nn.Module, slots: Slots, backend: Backend) -> Any:
+    """Return the gradients of a model that is sharded here."""
+    return slot_gradients(
+        model,
+        slots,
+        seed=0,
+        process_group=backend.process_group,
+        gather=backend.gather_recorded,
+        reduction="invariant",
+        device=CPU,
+        layout=layout_of(model, slots, backend),
+    )
+
+
 def bits(tensor: Tensor) -> str:
     """Hash every bit of a tensor, the sign of a zero included."""
     return hashlib.sha256(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:12]
@@ -221,16 +235,7 @@ def whole_parameters(backend: Backend, num_slots: int) -> list[list[bool]]:
     """Return which layers' weights are there whole: before, in the midst of and after a forward, and after the step."""
     model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 10))
     slots = slots_of(backend, num_slots)
-    gradients = slot_gradients(
-        model,
-        slots,
-        seed=0,
-        process_group=backend.process_group,
-        gather=backend.gather_recorded,
-        reduction="invariant",
-        device=CPU,
-        layout=layout_of(model, slots, backend),
-    )
+    gradients = sharded_gradients(model, slots, backend)
     seen: list[list[bool]] = []
 
     def look(*_: Any) -> None:
@@ -257,16 +262,7 @@ def whole_gradients(backend: Backend, num_slots: int) -> int:
     """Return how many groups' whole gradients were there at once, at most, in a step."""
     model = nn.Sequential(*[nn.Linear(12, 12) for _ in range(5)])
     slots = slots_of(backend, num_slots)
-    gradients: Any = slot_gradients(
-        model,
-        slots,
-        seed=0,
-        process_group=backend.process_group,
-        gather=backend.gather_recorded,
-        reduction="invariant",
-        device=CPU,
-        layout=layout_of(model, slots, backend),
-    )
+    gradients = sharded_gradients(model, slots, backend)
     arrived, seen, most = gradients.arrived, [], 0
 
     def watched(index: int, gradient: Tensor, out: Tensor) -> None:
@@ -315,16 +311,7 @@ def test_an_overflow_in_one_shard_skips_the_update_on_all_ranks(ranks: Ranks, wh
 def without_backward(backend: Backend) -> str:
     model = stack()
     slots = slots_of(backend, 2)
-    gradients = slot_gradients(
-        model,
-        slots,
-        seed=0,
-        process_group=backend.process_group,
-        gather=backend.gather_recorded,
-        reduction="invariant",
-        device=CPU,
-        layout=layout_of(model, slots, backend),
-    )
+    gradients = sharded_gradients(model, slots, backend)
     assert str(gradients.meeting) == "no gradients yet"
     with pytest.raises(RuntimeError) as caught:
         for x, _ in gradients.microbatches([microbatch("mlp", 0, slots.rank)], 1):
