@@ -59,8 +59,9 @@ class NativeBackend(CheckedBackend):
         try:
             self._open_groups(meeting)
             self._board = self._open_board(meeting)
-            notice_lost_hosts({fd: inode for fd, inode in open_sockets().items() if before.get(fd) != inode})
             self._check_devices()
+            self.barrier()  # which none passes before all have opened their connections to rank 0's store
+            notice_lost_hosts({fd: inode for fd, inode in open_sockets().items() if before.get(fd) != inode})
         except BaseException:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -183,8 +184,9 @@ class NativeBackend(CheckedBackend):
                 work.wait(LOOK_UP_EVERY) if group is self._control else work.wait()
                 return
             except RuntimeError:
-                if work.is_completed():
-                    raise
+                if work.is_completed():  # by an error, or while this wait gave up
+                    work.wait()
+                    return
                 if self._broken:
                     self._stuck = True
                     raise

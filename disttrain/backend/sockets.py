@@ -6,7 +6,8 @@ descriptor's own socket, checked by inode, and closes nothing: gloo still does t
 
 A host that loses its power or its link says goodbye to nobody: its peers would wait until the group's timeout. So the
 kernel is told to ask the other end of a silent connection whether it is there. A process that is busy, stopped or
-hangs still answers, through its kernel.
+hangs still answers, through its kernel; but one that is stopped while it receives answers that it has no room, and
+that counts as no answer. So connections within a host, which cannot be lost without this process, are not asked.
 
 *Contract*: Linux only (/proc); elsewhere nothing is found, nothing is shut down, and peers hear when the process ends.
 
@@ -16,6 +17,7 @@ hangs still answers, through its kernel.
 import os
 import socket
 from collections.abc import Mapping
+from typing import Any
 
 LOST_AFTER_S = 3
 """Seconds without an answer after which a connection counts as broken; torchrun's agents wait as long for another."""
@@ -41,9 +43,9 @@ def open_sockets(except_port: int | None = None) -> dict[int, str]:
 
 
 def notice_lost_hosts(sockets: Mapping[int, str]) -> None:
-    """Let those connections break when the other end's host has not answered for `LOST_AFTER_S`."""
+    """Let those connections break when the other end is another host, and has not answered for `LOST_AFTER_S`."""
     for descriptor, inode in sockets.items():
-        if _target(descriptor) == inode:
+        if _target(descriptor) == inode and not _within_this_host(descriptor):
             _ask_the_other_end(descriptor)
 
 
@@ -75,14 +77,22 @@ def _target(descriptor: int) -> str:
         return ""
 
 
+def _within_this_host(descriptor: int) -> bool:
+    return len({address for address, *_ in _ends(descriptor)}) == 1
+
+
 def _ports(descriptor: int) -> set[int]:
-    """Return the ports at the two ends of a connection, empty for what is none."""
+    return {port for _, port, *_ in _ends(descriptor)}
+
+
+def _ends(descriptor: int) -> list[tuple[Any, ...]]:
+    """Return address and port of the two ends of a connection, nothing for what is none."""
     try:
         with socket.socket(fileno=os.dup(descriptor)) as connection:
             ends = connection.getsockname(), connection.getpeername()
     except OSError:
-        return set()
-    return {end[1] for end in ends if isinstance(end, tuple)}
+        return []
+    return [end for end in ends if isinstance(end, tuple)]
 
 
 def _break(descriptor: int) -> bool:

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from ranks import Died, Err, Ok, Ranks
 from torch import nn
 
-from disttrain.backend import Backend
+from disttrain.backend import Backend, native
 from disttrain.backend.failure import FIRST, Board, StoreBoard
 from disttrain.backend.stores import HashStore
 from disttrain.errors import BackendError, RemoteError
@@ -203,3 +204,18 @@ def test_what_was_posted_is_found_before_the_bell_rings_and_a_rank_that_is_gone_
     assert str(board.first(0)) == "rank 1 failed: OSError: out of memory"
     board.close()  # nobody ever acknowledges it
     assert str(board.first(0)) == "rank 1 failed: OSError: out of memory"
+
+
+def wait_and_give_up(backend: Backend) -> list[int]:
+    """Collectives whose waits give up again and again, some in the moment in which the last rank comes."""
+    sums = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "LOOK_UP_EVERY", timedelta(milliseconds=1))
+        for late in range(400):
+            time.sleep(backend.rank * late * 1e-5)
+            sums.append(backend.all_reduce(late))
+    return sums
+
+
+def test_a_rank_that_comes_late_is_waited_for(ranks: Ranks) -> None:
+    assert ranks(2, wait_and_give_up) == [[2 * late for late in range(400)]] * 2

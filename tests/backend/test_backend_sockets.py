@@ -7,7 +7,7 @@ import sys
 import pytest
 from ranks import Ranks
 
-from disttrain.backend import Backend
+from disttrain.backend import Backend, connect, sockets
 from disttrain.backend.sockets import LOST_AFTER_S, loopback_name, notice_lost_hosts, open_sockets, shut_down
 
 
@@ -79,37 +79,59 @@ def test_the_loopback_is_known_here() -> None:
     assert loopback_name() == {"linux": "lo", "darwin": "lo0"}[sys.platform]
 
 
-def test_a_silent_connection_is_asked_whether_its_other_end_is_there(connected: Connected) -> None:
-    server, client, _accepted = connected
-    pair = socket.socketpair()  # which has no host at its other end
+def between_two_addresses() -> Connected:
+    """Connect two addresses of the loopback, as unlike as those of two hosts."""
+    server = socket.create_server(("127.0.0.1", 0))
+    client = socket.create_connection(server.getsockname(), source_address=("127.0.0.2", 0))
+    accepted, _ = server.accept()
+    return server, client, accepted
+
+
+def test_a_silent_connection_to_another_host_is_asked_whether_its_other_end_is_there() -> None:
+    connected = server, client, _accepted = between_two_addresses()
     found = open_sockets()
-    notice_lost_hosts({fd: found[fd] for fd in (server.fileno(), client.fileno(), pair[0].fileno())})
+    notice_lost_hosts({fd: found[fd] for fd in (server.fileno(), client.fileno())})
     notice_lost_hosts({10**6: "socket:[1]"})
     assert client.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
     assert client.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1000 * LOST_AFTER_S
     asked = [client.getsockopt(socket.IPPROTO_TCP, name) for name in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL)]
     assert asked[0] + asked[1] * client.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) <= LOST_AFTER_S
-    assert pair[0].getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0
     close(connected)
-    for each in pair:
+
+
+def test_what_stays_within_this_host_is_not_asked(connected: Connected) -> None:
+    _server, client, accepted = connected
+    pair = socket.socketpair()
+    notice_lost_hosts(open_sockets())
+    for each in (client, accepted, *pair):
+        assert each.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0
         each.close()
+    close(connected)
 
 
-def all_are_asked(backend: Backend) -> list[int]:
-    kinds = (socket.AF_INET, socket.AF_INET6)
-    asked = []
-    for descriptor in open_sockets():
-        try:
-            copy = os.dup(descriptor)
-        except OSError:  # a connection that was just closed
-            continue
-        with socket.socket(fileno=copy) as each:
-            if each.family in kinds and not each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                asked.append(each.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
-    return asked
+def kept_alive(descriptor: int) -> int | None:
+    """Return whether the other end of a connection is asked, None for what is no connection."""
+    try:
+        copy = os.dup(descriptor)
+    except OSError:  # closed since it was listed
+        return None
+    with socket.socket(fileno=copy) as each:
+        if each.family == socket.AF_UNIX or each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return None
+        return each.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
 
-def test_all_connections_of_a_rank_are_asked(ranks: Ranks) -> None:
-    for asked in ranks(2, all_are_asked):
+def as_on_several_hosts(backend: Backend) -> list[int | None]:
+    backend.close()
+    before = open_sockets()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sockets, "_within_this_host", lambda _descriptor: False)
+        with connect("gloo", timeout_s=30):
+            return [kept_alive(fd) for fd, inode in open_sockets().items() if before.get(fd) != inode]
+
+
+def test_all_connections_of_a_rank_to_other_hosts_are_asked(ranks: Ranks) -> None:
+    for answers in ranks(2, as_on_several_hosts):
+        asked = [answer for answer in answers if answer is not None]
         assert len(asked) >= 4  # two groups, the store, the board
         assert set(asked) == {1}
