@@ -31,6 +31,7 @@ from disttrain.engine import Events, create_supervised_trainer
 from disttrain.engine.parts import prepare_batch, to_device
 from disttrain.errors import ConfigError, DisttrainError
 from disttrain.handlers.bad_steps import BadSteps
+from disttrain.handlers.best import Best, mode_of
 from disttrain.handlers.evaluation import Evaluation
 from disttrain.observe import batch_hash
 from disttrain.parallel import Layout, Slots, Spread, shard, slot_gradients
@@ -127,6 +128,8 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory) -> Run:
             made.schedule = build("schedule", config.schedule, optimizer, made.total_steps)
         if valid is not None:
             made.evaluation = evaluation_of(made, valid)
+            if (monitor := config.checkpoint.monitor) is not None:
+                made.best = Best(monitor, mode_of(config.checkpoint.mode, monitor, made.evaluation.metrics))
         for handler in config.handlers:
             build(f"handler {getattr(handler, '__name__', handler)}", handler, trainer, made)
     return made

@@ -18,6 +18,7 @@ from disttrain.checkpoint import (
     DamagedError,
     Manifest,
     Place,
+    best_of,
     export,
     folder_under,
     inspect,
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         place, name = find(options.run, getattr(options, "step", None))
+        if getattr(options, "best", False):
+            name = best_name(place)
         code: int = options.command(place, name, options, console)
         return code
     except DisttrainError as error:
@@ -64,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     ls.add_argument("--quick", action="store_true", help="do not read the tensors: their state is complete, not good")
     show = words.add_parser("show", help="show what one says about itself, and its tensors")
     verify = words.add_parser("verify", help="hash every file of all, or of one")
-    prune = words.add_parser("prune", help="remove all but the newest good ones")
+    prune = words.add_parser("prune", help="remove all but the newest good ones and the best")
     prune.add_argument("--keep", metavar="N", type=int, default=2, help="how many good ones stay (2), at least 1")
     prune.add_argument("--damaged", action="store_true", help="remove the damaged ones, too")
     prune.add_argument("--yes", action="store_true", help="do it; without this it is only said what would be removed")
@@ -75,7 +78,9 @@ def parser() -> argparse.ArgumentParser:
         word.set_defaults(command=command)
     model.add_argument("file", metavar="FILE", help="the new file, such as model.safetensors")
     for word in (show, verify, model):
-        word.add_argument("--step", metavar="N", type=int, help="the checkpoint of this step")
+        which = word.add_mutually_exclusive_group()
+        which.add_argument("--step", metavar="N", type=int, help="the checkpoint of this step")
+        which.add_argument("--best", action="store_true", help="the one with the best checkpoint.monitor")
     return made
 
 
@@ -107,6 +112,17 @@ def find(run: str, step: int | None) -> tuple[Place, str | None]:
     return place, name or None
 
 
+def best_name(place: Place) -> str:
+    """Return the checkpoint whose evaluation was the best, as the newest one says."""
+    best = best_of(survey(place, quick=True))
+    if best is None:
+        raise ConfigError(f"--best: the run keeps no best checkpoint in {place}; set checkpoint.monitor in its config")
+    found = next((each for each in place.committed() if step_in(each) == best.step), None)
+    if found is None:
+        raise ConfigError(f"--best: the checkpoint of step {best.step}, which had the best {best.monitor}, is gone")
+    return found
+
+
 def target_of(run: Path) -> str | None:
     """Return where a run keeps its checkpoints, if that is not its directory."""
     config_json = run / "config.json"
@@ -127,14 +143,15 @@ def list_them(root: Place, name: str | None, options: argparse.Namespace, consol
     for heading in ("step", "date (UTC)", "size", "epoch", "ranks", "state"):
         table.add_column(heading, justify="left" if heading in ("date (UTC)", "state") else "right", no_wrap=True)
     table.add_column("", overflow="fold")
+    best = best_of(entries)
     for entry in entries:
         date = f"{entry.written:%Y-%m-%d %H:%M:%S}" if entry.written else "-"
         size = "-" if entry.size_bytes is None else count_bytes(entry.size_bytes)
         ranks = "-" if entry.manifest is None else str(entry.manifest.world_size)
         odd = "" if entry.name == f"step-{entry.step:08d}" else f"{entry.name} "
-        table.add_row(
-            str(entry.step), date, size, epoch_of(entry.manifest), ranks, entry.state, plain(odd + entry.reason)
-        )
+        is_best = best is not None and entry.step == best.step and entry.manifest is not None
+        said = f"best {best.monitor}: {best.value:.4g}" if best is not None and is_best else entry.reason
+        table.add_row(str(entry.step), date, size, epoch_of(entry.manifest), ranks, entry.state, plain(odd + said))
     console.print(table)
     committed = set(root.committed())
     return DAMAGED if any(entry.state == "damaged" and entry.name in committed for entry in entries) else GOOD
@@ -188,7 +205,7 @@ def verify_them(root: Place, name: str | None, options: argparse.Namespace, cons
 
 
 def prune_them(root: Place, name: str | None, options: argparse.Namespace, console: Console) -> int:
-    """Remove all but the newest good ones, or say what would be removed."""
+    """Remove all but the newest good ones and the best, or say what would be removed."""
     if options.keep < 1:
         raise ConfigError(f"--keep {options.keep}: expected at least 1, for the newest good one always stays")
     if name is not None:

@@ -189,7 +189,13 @@ def observe(
     if isinstance(saver, AsynchronousSaver):
         stack.enter_context(saver)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, saver.poll)
-    checkpoint = Checkpoint(to_save(made), saver, n_saved=config.checkpoint.keep, backend=backend)
+    checkpoint = Checkpoint(
+        to_save(made),
+        saver,
+        n_saved=config.checkpoint.keep,
+        backend=backend,
+        keeps=None if made.best is None else made.best.keeps,
+    )
 
     def save(engine: Engine) -> None:
         # First what the steps before wrote down: a run that goes on from the checkpoint does not write it again.
@@ -211,12 +217,19 @@ def observe(
         save_every_steps=config.checkpoint.every_steps,
         validate_every_steps=config.validate.every_steps,
         pass_ends=None if made.epoch_length else lambda: made.loader.step == 0,
+        best=made.best,
     )
     end.resumed_at(step)
     losses.attach(trainer)
     ledger.attach(trainer)
     end.attach(trainer)
     return end, saver
+
+
+def best_found(made: Run) -> dict[str, Any]:
+    """Return what result.json says of the best evaluation; nothing where none was asked for, or found."""
+    found = None if made.best is None else made.best.found
+    return {} if found is None else {"best": {**found._asdict(), "checkpoint": checkpoint_name(found.step)}}
 
 
 def stragglers_of(made: Run, tell: Callable[[str], object]) -> Stragglers | None:
@@ -267,6 +280,7 @@ def outcome(made: Run, end: StepEnd, attempts: Attempts) -> dict[str, Any]:
         "world_size": backend.world_size,
         "num_slots": made.slots.num_slots,
         "checkpoint": checkpoint_name(step),
+        **best_found(made),
         "skipped_steps": made.skipped_steps,
         "rollbacks": len(made.left_out),
         "samples_per_second": round(trained / max(wall_s, 1e-9), 1),

@@ -13,6 +13,7 @@ from disttrain.config import Config, config_hash
 from disttrain.data import SlotLoader, StreamLoader
 from disttrain.engine import Engine
 from disttrain.handlers.bad_steps import BadSteps
+from disttrain.handlers.best import Best
 from disttrain.handlers.evaluation import Evaluation
 from disttrain.handlers.losses import Update
 from disttrain.parallel import FsdpGradients, Gradients, Layout, SlotGradients, Slots
@@ -51,6 +52,8 @@ class Run:
     """How gradients meet."""
     bad_steps: BadSteps | None = None
     """Looks at the losses, except with on_nan=skip."""
+    best: Best | None = None
+    """Remembers the best evaluation, with checkpoint.monitor."""
     evaluation_due: bool = False
     """A signal cut the evaluation at this step short: whoever goes on from here does it first."""
 
@@ -108,6 +111,8 @@ class Run:
         self.skipped_steps = skipped if isinstance(skipped, int) else 0
         self.evaluation_due = position.get("evaluation_due") is True
         self.left_out.update({int(step): str(why) for step, why in position.get("left_out", {}).items()})
+        if self.best is not None:
+            self.best.stands(position)
         if self.bad_steps is not None:
             self.bad_steps.recent.extend(position.get("recent_losses", ()))
 
@@ -123,6 +128,7 @@ class Run:
             **({"evaluation_due": True} if self.evaluation_due else {}),
             **({"left_out": {str(step): why for step, why in sorted(self.left_out.items())}} if self.left_out else {}),
             **({"recent_losses": recent} if (recent := self._recent_losses()) else {}),
+            **({} if self.best is None else self.best.about()),
             **self.data,
         }
         return About(

@@ -35,6 +35,7 @@ def summarise(result: dict[str, Any], directory: RunDirectory, console: Console)
         "steps": f"{result['step']:,} ({result['epoch']} epochs), {result['status']}"
         + (f"; the updates of {result['skipped_steps']:,} were left out" if result["skipped_steps"] else ""),
         **{f"validation {name}": number(value) for name, value in result["metrics"].items()},
+        **best_row(result, directory),
         "pace": f"{result['samples_per_second']:,.0f} samples/s, {result['wall_s']:.1f} s",
         "checkpoint": kept.where(directory, result["checkpoint"]),
         "metrics": directory.metrics,
@@ -47,3 +48,12 @@ def summarise(result: dict[str, Any], directory: RunDirectory, console: Console)
     width = max(map(len, rows)) + 2
     for name, value in rows.items():
         console.print(f"{name:<{width}}{value}", soft_wrap=True)
+
+
+def best_row(result: dict[str, Any], directory: RunDirectory) -> dict[str, str]:
+    """Return which evaluation was the best and where its checkpoint lies, if the run keeps that."""
+    if "best" not in result:
+        return {}
+    best = result["best"]
+    where = kept.where(directory, best["checkpoint"])
+    return {f"best {best['monitor']}": f"{number(best['value'])} at step {best['step']:,}, kept in {where}"}

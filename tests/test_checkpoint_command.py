@@ -144,6 +144,32 @@ def test_prune_says_what_it_would_do_and_does_it_when_told(run: Path, capsys: py
     assert said(capsys, "prune", run, "--keep", 1, "--yes")[1] == "keep    step-00000030\n"
 
 
+def test_the_best_is_named_kept_and_found(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "the run keeps no best checkpoint" in said(capsys, "show", run, "--best")[2]
+    about = About(position={"epoch": 3, "best": {"step": 20, "monitor": "accuracy", "value": 0.98765}})
+    save(run / "checkpoints", 40, {"model": {"0.weight": ones(3, 4) * 40}}, about=about, keep=4)
+    _, out, _ = said(capsys, "ls", run)
+    assert [line.split()[-4:] for line in out.splitlines()[1:] if "best" in line] == [
+        ["good", "best", "accuracy:", "0.9877"]
+    ]
+    assert re.search(r"^ *20 .*best", out, re.MULTILINE)
+    _, out, _ = said(capsys, "prune", run, "--keep", 1, "--yes")
+    assert out.splitlines() == [
+        *("keep    step-00000040", "keep    step-00000020"),
+        *("removed step-00000030", "removed step-00000010"),
+    ]
+    monkeypatch.chdir(tmp_path)
+    assert said(capsys, "export", run, "best.safetensors", "--best")[0] == 0
+    assert load_file("best.safetensors")["0.weight"].unique().tolist() == [20]
+    empty(run, 40)  # then the next one says what it knows, which is nothing
+    assert "the run keeps no best checkpoint" in said(capsys, "verify", run, "--best")[2]
+    save(run / "checkpoints", 50, {"model": {"0.weight": ones(3, 4)}}, about=about, keep=1)
+    LocalPlace(run / "checkpoints").discard("step-00000020")
+    assert "the checkpoint of step 20, which had the best accuracy, is gone" in said(capsys, "show", run, "--best")[2]
+
+
 def test_prune_never_takes_the_newest_good_one_for_a_damaged_one(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty(run, 30)
     assert said(capsys, "prune", run, "--keep", 1, "--yes")[0] == 0

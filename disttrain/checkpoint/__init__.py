@@ -20,7 +20,7 @@ from disttrain.checkpoint.directory_saver import DirectorySaver
 from disttrain.checkpoint.disk_saver import DiskSaver, load_file
 from disttrain.checkpoint.exports import Exported, export
 from disttrain.checkpoint.fingerprint import params_sha256
-from disttrain.checkpoint.listing import Entry, inspect, plan_prune, survey, tensors_of
+from disttrain.checkpoint.listing import BestStep, Entry, best_in, best_of, inspect, plan_prune, survey, tensors_of
 from disttrain.checkpoint.manifest import MANIFEST, About, FileRecord, Manifest
 from disttrain.checkpoint.place import Place, folder_under, place_of
 from disttrain.checkpoint.read import Loaded, load, load_newest
@@ -33,6 +33,7 @@ __all__ = [
     "MANIFEST",
     "About",
     "AsynchronousSaver",
+    "BestStep",
     "DamagedError",
     "DirectorySaver",
     "DiskSaver",
@@ -42,6 +43,8 @@ __all__ = [
     "Loaded",
     "Manifest",
     "Place",
+    "best_in",
+    "best_of",
     "checkpoint_name",
     "clean",
     "committed",

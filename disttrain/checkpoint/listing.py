@@ -6,10 +6,11 @@ has the hash of its SHA256SUMS is believed, and `tensors_of` reads shapes from i
 *Cost*: every byte of every checkpoint is read, unless `quick`, which looks at the manifests and the files' sizes.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from disttrain.checkpoint.check import verify
 from disttrain.checkpoint.damage import DamagedError
@@ -100,6 +101,28 @@ def _tensors(tree: Json) -> Iterator[TensorRow]:
                 stack.extend(reversed(items))
 
 
+class BestStep(NamedTuple):
+    """The step with the best result of the validation data, in a run that keeps that one's checkpoint."""
+
+    step: int
+    monitor: str
+    value: float
+
+
+def best_in(position: Mapping[str, Any]) -> BestStep | None:
+    """Return which step a manifest's position says was the best up to there; None where it says none."""
+    match position.get("best"):
+        case {"step": int(step), "monitor": str(monitor), "value": int() | float() as value} if math.isfinite(value):
+            return BestStep(step, monitor, float(value))
+    return None
+
+
+def best_of(entries: Iterable[Entry]) -> BestStep | None:
+    """Return the best step according to the newest of `entries` that can be believed."""
+    newest = next((entry.manifest for entry in entries if entry.manifest is not None), None)
+    return None if newest is None else best_in(newest.position)
+
+
 class Pruned(NamedTuple):
     """What `plan_prune` would keep and remove."""
 
@@ -108,12 +131,16 @@ class Pruned(NamedTuple):
 
 
 def plan_prune(entries: list[Entry], keep: int, *, damaged: bool = False) -> Pruned:
-    """Return which go so that the `keep` newest good ones stay; CheckpointError where none is good.
+    """Return which go so that the `keep` newest good ones stay, and the best; CheckpointError where none is good.
 
     What is damaged stays for a person to look at, unless `damaged`; leftovers are the next run's to remove.
     """
     good = [entry for entry in entries if entry.state == "good"]
     if not good:
         raise CheckpointError("none of the checkpoints is good, so none is removed; see disttrain checkpoint verify")
-    remove = good[max(1, keep) :] + [entry for entry in entries if damaged and entry.state == "damaged"]
-    return Pruned(good[: max(1, keep)], remove)
+    best = best_of(good)
+    old = good[max(1, keep) :]
+    spared = [entry for entry in old if best is not None and entry.step == best.step]
+    remove = [entry for entry in old if entry not in spared]
+    remove += [entry for entry in entries if damaged and entry.state == "damaged"]
+    return Pruned(good[: max(1, keep)] + spared, remove)

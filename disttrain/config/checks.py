@@ -44,6 +44,7 @@ def problems(config: "Config") -> Iterator[str]:
     for leaf in leaves(type(config)):
         yield from _callables(leaf.name, leaf.about, value_of(config, leaf.name))
     yield from _metric_names(config.metrics)
+    yield from _monitor(config)
     if config.strategy == "fsdp":
         yield from _with_fsdp(config)
     if config.spmd and config.backend not in ("auto", "xla"):
@@ -103,6 +104,16 @@ def _metric_names(names: Any) -> Iterator[str]:
     for name in names:
         if not PLAIN_KEY.fullmatch(name):
             yield f"metrics: expected names without '.', '=' and blanks, such as 'accuracy', got {got(name)}"
+
+
+def _monitor(config: "Config") -> Iterator[str]:
+    monitor, there = config.checkpoint.monitor, list(dict.fromkeys(["loss", *config.metrics]))
+    if monitor is None and config.checkpoint.mode != "auto":
+        yield f"checkpoint.mode: expected 'auto' without checkpoint.monitor, got {got(config.checkpoint.mode)}"
+    elif monitor is not None and config.valid_data is None:
+        yield f"checkpoint.monitor: expected None without valid_data, got {got(monitor)}; give it validation data"
+    elif monitor is not None and monitor not in there:
+        yield f"checkpoint.monitor: expected {either(map(repr, there))}, got {got(monitor)}"
 
 
 def check_slots(global_batch_size: int, num_slots: int | None, world_size: int = 1) -> int:

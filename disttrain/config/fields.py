@@ -71,6 +71,10 @@ class CheckpointConfig(Declaration):
     """Also after this much time since the last checkpoint; 0: no."""
     keep: Annotated[Positive, About("checkpoints", may_change=True)] = 3
     """How many of the newest are kept."""
+    monitor: Annotated[str | None, About(may_change=True)] = None
+    """A metric, or "loss": the checkpoint with the best value on the validation data is kept too; None: no."""
+    mode: Annotated[Literal["auto", "min", "max"], About(may_change=True)] = "auto"
+    """Which value of `monitor` is the best; "auto": the smallest loss, and what a metric says of itself."""
     asynchronous: Annotated[Flag, About(may_change=True)] = False
     """Write while the training goes on; rank 0 then holds a second copy of what is saved."""
     target: Annotated[str | None, About(may_change=True)] = None

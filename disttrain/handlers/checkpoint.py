@@ -59,6 +59,7 @@ class Checkpoint:
       for a handler of an evaluator pass one that gives the trainer's.
     - `include_self`: the list of what was saved is saved too, as "checkpointer".
     - `greater_or_equal`: an equal score replaces the oldest of the worst.
+    - `keeps(filename)`: what is to stay beside those `n_saved` for as long as this says so.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Checkpoint:
         greater_or_equal: bool = False,
         save_on_rank: int = 0,
         backend: Ranks | None = None,
+        keeps: Callable[[str], bool] | None = None,
     ) -> None:
         if not isinstance(to_save, Mapping):
             raise TypeError(f"expected to_save to be a dict of objects, got {type(to_save).__name__}")
@@ -103,6 +105,7 @@ class Checkpoint:
         self.include_self = include_self
         self.greater_or_equal = greater_or_equal
         self.save_on_rank = save_on_rank
+        self._keeps = keeps or (lambda _filename: False)
         self._backend = backend
         self._with_metadata = _takes_three(save_handler)
         self._pattern = self._choose_pattern(filename_pattern or getattr(save_handler, "filename_pattern", None))
@@ -186,7 +189,8 @@ class Checkpoint:
         if self.score_function is not None:
             saved.sort(key=_rank)
         surplus = 0 if self.n_saved is None else max(0, len(saved) - self.n_saved)
-        return saved[surplus:], saved[:surplus]
+        removed = [other for other in saved[:surplus] if not self._keeps(other.filename)]
+        return [other for other in saved if other not in removed], removed
 
     def _name(self) -> str:
         return next(iter(self._objects)) if len(self._objects) == 1 and not self.include_self else "checkpoint"

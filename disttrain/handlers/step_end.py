@@ -2,7 +2,8 @@
 
 *Contract*: a checkpoint comes after everything else of its step, so a run that is killed right after it has
 nothing to do again; at an epoch's end it comes after EPOCH_COMPLETED's other handlers. Each act falls due by
-the step's number alone (or by all ranks' agreement), so all ranks act alike.
+the step's number alone (or by all ranks' agreement), so all ranks act alike. A step whose evaluation is the best so far
+is saved too, whatever its number.
 
 A signal ends an evaluation before its end. The step is saved all the same, as one that is to be evaluated still:
 whoever goes on from it calls `catch_up` first, and the curves are those of a run that nobody stopped.
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from disttrain.engine import Engine, Events
+from disttrain.handlers.best import Best
 from disttrain.handlers.losses import LossLog
 from disttrain.handlers.preemption import NOTHING, STOP, Preemption
 
@@ -40,6 +42,7 @@ class StepEnd:
         save_every_steps: int,
         validate_every_steps: int,
         pass_ends: Callable[[], bool] | None = None,
+        best: Best | None = None,
     ) -> None:
         self.losses = losses
         self.preemption = preemption
@@ -54,6 +57,8 @@ class StepEnd:
         self._save = save
         self._validate = validate
         self._pass_ends = pass_ends
+        self._best = best
+        self._improved_at = -1
         self._validated_at = -1
 
     def attach(self, engine: Engine) -> None:
@@ -76,14 +81,15 @@ class StepEnd:
 
     def _act(self, engine: Engine, *, epoch_ends: bool) -> None:
         step = engine.state.iteration
-        if epoch_ends or step % self.log_every_steps == 0:
+        last = step >= self.total_steps
+        if epoch_ends or last or step % self.log_every_steps == 0:
             self.losses.fetch(engine)
-        evaluates = due(self.validate_every_steps, step, epoch_ends)
+        evaluates = due(self.validate_every_steps, step, epoch_ends) or last
         whole = not evaluates or self.validate(engine)
         wish = self.preemption.agreed(anew=evaluates)
         if not whole:
             wish = STOP  # which the ranks have agreed on while they evaluated
-        if wish != NOTHING or due(self.save_every_steps, step, epoch_ends):
+        if wish != NOTHING or due(self.save_every_steps, step, epoch_ends) or self._improved_at == step:
             self.save(engine)
             wish = max(wish, self.preemption.agreed(anew=True))  # not to save again a step later
         if wish == STOP and (step < self.total_steps or not whole):
@@ -115,6 +121,8 @@ class StepEnd:
         if metrics is None:
             return False
         self._validated_at, self.metrics = engine.state.iteration, metrics
+        if self._best is not None and self._best.improved(engine.state.iteration, metrics):
+            self._improved_at = engine.state.iteration
         return True
 
     def save(self, engine: Engine) -> None:

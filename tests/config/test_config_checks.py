@@ -1,5 +1,7 @@
 """What goes together in a Config: one length, one loss, callable functions, slots that fit, what must wait."""
 
+from typing import Any
+
 import pytest
 import torch
 from config_samples import loss, net, sample
@@ -53,6 +55,14 @@ def test_functions_can_be_called_as_they_will_be() -> None:
 def test_metric_names_can_be_part_of_a_dotted_key() -> None:
     assert "metrics: expected names without '.'" in refused(metrics={"top.5": lambda: None})
     assert list(sample(metrics={"top-5/all": lambda: None}).metrics) == ["top-5/all"]
+
+
+def test_the_monitored_result_is_one_of_the_validation_data() -> None:
+    there: dict[str, Any] = {"valid_data": list, "metrics": {"accuracy": lambda: None}}
+    assert refused(checkpoint={"monitor": "loss"}).startswith("checkpoint.monitor: expected None without valid_data")
+    assert "expected 'loss' or 'accuracy', got 'acuracy'" in refused(checkpoint={"monitor": "acuracy"}, **there)
+    assert "checkpoint.mode: expected 'auto' without" in refused(checkpoint={"mode": "min"}, **there)
+    assert sample(checkpoint={"monitor": "accuracy", "mode": "max"}, **there).checkpoint.monitor == "accuracy"
 
 
 def test_jumps_of_the_loss_are_for_policies_that_look_at_losses() -> None:

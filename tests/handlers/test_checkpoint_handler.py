@@ -158,6 +158,17 @@ def test_the_newest_are_kept(n_saved: int | None, kept: list[int]) -> None:
     assert list(memory.files) == [f"model_{step}.pt" for step in kept]
 
 
+def test_some_stay_for_as_long_as_they_are_wanted() -> None:
+    memory, wanted = Memory(), {"model_10.pt"}
+    handler = Checkpoint({"model": Number()}, memory, n_saved=2, keeps=lambda filename: filename in wanted)
+    run(handler, epochs=4)
+    assert list(memory.files) == ["model_10.pt", "model_30.pt", "model_40.pt"]
+    wanted.clear()
+    wanted.add("model_40.pt")
+    run(handler, epochs=2)
+    assert set(memory.files) == {"model_40.pt", "model_10.pt", "model_20.pt"}  # the second run counts from 1 again
+
+
 def test_an_old_one_is_removed_only_after_the_new_one_is_safe() -> None:
     memory = Memory()
     handler = Checkpoint({"model": Number()}, memory)

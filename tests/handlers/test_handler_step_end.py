@@ -13,6 +13,7 @@ from disttrain.backend import connect
 from disttrain.engine import Engine
 from disttrain.errors import NonFiniteError
 from disttrain.handlers.bad_steps import BadSteps
+from disttrain.handlers.best import Best
 from disttrain.handlers.losses import LossLog
 from disttrain.handlers.preemption import Preemption
 from disttrain.handlers.step_end import StepEnd, due
@@ -33,6 +34,7 @@ def train(
     sigterm_in: str = "",
     unvalidated: bool = False,
     slow_step_s: float = math.inf,
+    best: Best | None = None,
 ) -> tuple[list[str], StepEnd]:
     """Train epochs of four steps; return what was done, such as "save 4", and the handler.
 
@@ -82,6 +84,7 @@ def train(
             save_every_steps=save,
             validate_every_steps=validate,
             pass_ends=(lambda: trainer.state.iteration in passes_end_at) if passes_end_at else None,
+            best=best,
         )
         trainer = Engine(step)
         losses.attach(trainer)
@@ -137,6 +140,16 @@ def test_every_so_many_steps() -> None:
 def test_a_run_that_ends_inside_an_epoch_is_finished_too() -> None:
     done, _ = train(max_steps=6)
     assert done == ["fetch 1-4", "validate 4", "save 4", "fetch 5-6", "validate 6", "save 6"]
+
+
+def test_the_best_evaluation_so_far_is_saved_too() -> None:
+    # The loss of an evaluation is its step's number.
+    assert [each for each in train(save=4, validate=3, best=Best("loss", "min"))[0] if "fetch" not in each] == [
+        *("validate 3", "save 3", "save 4", "validate 6", "validate 8", "save 8"),
+    ]
+    assert [each for each in train(save=4, validate=3, best=Best("loss", "max"))[0] if "fetch" not in each] == [
+        *("validate 3", "save 3", "save 4", "validate 6", "save 6", "validate 8", "save 8"),
+    ]
 
 
 def test_no_checkpoint_is_made_after_a_loss_that_is_not_finite() -> None:

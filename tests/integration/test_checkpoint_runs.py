@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import launch, write_cfg
 
-from disttrain import launch
+from disttrain import launch as launcher
 from disttrain.backend.local import LocalRanks
-from disttrain.checkpoint import place_of, survey
+from disttrain.checkpoint import committed, place_of, survey
 from disttrain.cli import main
 from disttrain.engine import Engine, Events
 from disttrain.run import Run
@@ -50,7 +51,7 @@ class At:
 
 
 def rank_main(words: Sequence[str], handlers: Sequence[At]) -> int:
-    return launch.main(words, handlers=handlers)
+    return launcher.main(words, handlers=handlers)
 
 
 @dataclass
@@ -104,7 +105,7 @@ def test_an_asynchronous_run_is_the_synchronous_one(tmp_path: Path) -> None:
 
 def test_sigterm_waits_for_the_save(tmp_path: Path) -> None:
     ended = train(tmp_path, "checkpoint.asynchronous=true", "checkpoint.every_steps=50", at=At(3, "sigterm"))
-    assert ended.codes == [launch.INTERRUPTED], ended.said
+    assert ended.codes == [launcher.INTERRUPTED], ended.said
     stopped = result(tmp_path)["step"]
     assert result(tmp_path)["status"] == "interrupted"
     assert steps(tmp_path) == [stopped]
@@ -112,7 +113,7 @@ def test_sigterm_waits_for_the_save(tmp_path: Path) -> None:
 
 def test_a_save_that_fails_stops_every_rank_and_the_older_one_is_used(tmp_path: Path) -> None:
     ended = train(tmp_path, "checkpoint.asynchronous=true", "checkpoint.every_steps=2", ranks=2, at=At(4, "full_disk"))
-    assert ended.codes == [launch.FAILED, launch.FAILED]
+    assert ended.codes == [launcher.FAILED, launcher.FAILED]
     assert "No space left on device" in ended.said
     assert steps(tmp_path) == [2]
     again = train(tmp_path, "checkpoint.asynchronous=true", ranks=2)
@@ -138,17 +139,38 @@ def test_a_run_goes_on_from_its_target_without_its_directory(
     assert capsys.readouterr().out.count("good") == 2
 
     refused = train(tmp_path, target, "--fresh")
-    assert refused.codes == [launch.USAGE]
+    assert refused.codes == [launcher.USAGE]
     assert "holds the checkpoints of a run" in refused.said
     shutil.rmtree(tmp_path / "runs")
     refused = train(tmp_path, target, "num_slots=2")
-    assert refused.codes == [launch.USAGE]
+    assert refused.codes == [launcher.USAGE]
     assert "num_slots=4 in the checkpoint, 2 here" in refused.said
     shutil.rmtree(tmp_path / "runs")
     ended = train(tmp_path, target, "checkpoint.asynchronous=true")
     assert ended.codes == [0], ended.said
     assert "resuming from step 3" in ended.said
     assert result(tmp_path)["params_sha256"] == result(tmp_path / "whole")["params_sha256"]
+
+
+def test_the_best_evaluations_checkpoint_stays_on_other_ranks_too(tmp_path: Path) -> None:
+    write_cfg(tmp_path)
+    # The loss falls, so the largest is that of the first evaluation, at a step that is not saved otherwise.
+    best = ("checkpoint.monitor=loss", "checkpoint.mode=max", "checkpoint.keep=2", "checkpoint.every_steps=4")
+    words = ["cfg.py", *best, "validate.every_steps=2"]
+    whole = launch(*words, "--runs", "whole", cwd=tmp_path)
+    assert whole.code == 0, whole.text
+    for ranks, epochs in ((1, 1), (2, 2), (0, 3)):
+        assert launch(*words, f"max_epochs={epochs}", ranks=ranks, cwd=tmp_path).code == 0
+    results = []
+    for runs in ("whole", "runs"):
+        folder = tmp_path / runs / "small"
+        assert committed(folder / "checkpoints") == ["step-00000015", "step-00000012", "step-00000002"]
+        results.append(json.loads((folder / "result.json").read_text()))
+    assert results[0]["best"] == results[1]["best"]
+    assert (results[0]["best"]["monitor"], results[0]["best"]["checkpoint"]) == ("loss", "step-00000002")
+    curves = (tmp_path / "whole" / "small" / "metrics" / "valid.jsonl").read_text().splitlines()
+    assert results[0]["best"]["value"] == max(json.loads(line)["loss"] for line in curves)
+    assert f"at step 2, kept in {Path('whole', 'small', 'checkpoints', 'step-00000002')}" in whole.out
 
 
 def test_a_target_may_be_set_and_taken_away_between_launches(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """The commands and the code of docs/checkpoints.md do what the page says."""
 
+import json
 import re
 import runpy
 import shlex
 from pathlib import Path
 
 import torch
-from commands import ROOT, launch_as_typed
+from commands import ROOT, launch
 from ranks import Ranks
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
@@ -21,15 +22,17 @@ PAGE = (ROOT / "docs" / "checkpoints.md").read_text()
 def test_its_commands_train_and_what_they_leave_is_where_it_says(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     commands = re.findall(r"(?ms)^```bash run\n(.*?)^```$", PAGE)
-    assert len(commands) == 2
+    assert len(commands) == 3
     for number, command in enumerate(commands):
         words = shlex.split(command)
         assert words[:3] == ["python", "-m", "disttrain.launch"]
-        done = launch_as_typed(*words[3:], "max_epochs=1", "--runs", f"runs-{number}", cwd=tmp_path)
+        done = launch(*words[3:], "max_epochs=1", "--runs", f"runs-{number}", cwd=tmp_path)
         assert done.code == 0, done.text
-    assert len(committed(tmp_path / "runs-0" / "digits" / "checkpoints")) == 1
+    best = json.loads((tmp_path / "runs-0" / "digits" / "result.json").read_text())["best"]
+    assert (best["monitor"], best["checkpoint"]) == ("accuracy", "step-00000014")
+    assert len(committed(tmp_path / "runs-1" / "digits" / "checkpoints")) == 1
     assert len(committed(tmp_path / "kept" / "digits")) == 1
-    assert (tmp_path / "runs-1" / "digits" / "checkpoints" / "elsewhere.txt").read_text() == f"{tmp_path}/kept/digits\n"
+    assert (tmp_path / "runs-2" / "digits" / "checkpoints" / "elsewhere.txt").read_text() == f"{tmp_path}/kept/digits\n"
     for word in re.findall(r"`disttrain checkpoint (\w+) RUN", PAGE):
         more = [str(tmp_path / "model.safetensors")] if word == "export" else []
         assert main(["checkpoint", word, str(tmp_path / "kept" / "digits"), *more]) == 0
