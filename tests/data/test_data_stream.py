@@ -31,7 +31,7 @@ from torch.utils.data import get_worker_info
 
 from disttrain.data import LoadingError, Seekable, StepBatch, StreamLoader
 from disttrain.engine.deterministic import DeterministicEngine
-from disttrain.errors import ConfigError, DataError
+from disttrain.errors import ConfigError, DataError, RemoteError
 from disttrain.seeding import seed_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -350,11 +350,14 @@ class TestErrors:
             take_steps(stream_loader(Once()), 5)
 
     def test_every_rank_says_the_same_of_one_ranks_shard(self, ranks):
-        outcomes = ranks.outcomes(3, read, ShortShards)
-        messages = {str(outcome.error) for outcome in outcomes}
-        assert all(isinstance(outcome.error, DataError) for outcome in outcomes)
-        assert len(messages) == 1
-        assert "got 1 in shard 3 of 4" in messages.pop()
+        errors = [outcome.error for outcome in ranks.outcomes(3, read, ShortShards)]
+        own = {str(error) for error in errors if isinstance(error, DataError)}
+        assert len(own) == 1
+        # Who was still on the way to its own hears of the first that was raised.
+        heard = [error.message for error in errors if isinstance(error, RemoteError)]
+        assert set(heard) <= {f"DataError: {message}" for message in own}
+        assert len(heard) + sum(isinstance(error, DataError) for error in errors) == 3
+        assert "got 1 in shard 3 of 4" in own.pop()
 
     def test_shards_that_cannot_be_made(self):
         class Two(Shards):
