@@ -95,6 +95,6 @@ def note_target(made: Run) -> None:
 def where(directory: RunDirectory, name: str) -> str:
     """Return where a checkpoint of the run lies, for a person to find it; an upload has a few letters more."""
     marker = directory.checkpoints / ELSEWHERE
-    if not marker.is_file():
+    if not marker.is_file() or (directory.checkpoints / name).is_dir():
         return str(directory.checkpoints / name)
     return f"{marker.read_text(encoding='utf-8').strip()}/{name}"

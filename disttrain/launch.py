@@ -20,7 +20,7 @@ from rich.table import Table
 from disttrain import recipe
 from disttrain.backend import Backend, connect
 from disttrain.backend.determinism import CUBLAS_WORKSPACES
-from disttrain.backend.environment import launch_marks, set_default
+from disttrain.backend.environment import grace_s, launch_marks, set_default
 from disttrain.backend.parent import end_with_launcher
 from disttrain.backend.torchrun import leave
 from disttrain.config import (
@@ -85,6 +85,7 @@ def train(options: argparse.Namespace, handlers: Sequence[Callable[[Any, Any], o
         return check(config)
     try:
         end_with_launcher()
+        preemption.grace_s = grace_s()
         set_default("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACES[0])  # before connecting starts CUDA
         silent_s = config.timeout_s if config else 60.0
         waits_s = silent_s + max(LEAST_SLACK_S, SLACK * silent_s)

@@ -16,6 +16,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     ranks = parser.add_argument_group("ranks", "start them from here, by torchrun, and end with the run's exit code")
     ranks.add_argument("--ranks", metavar="N", type=int, help="processes on this host")
     ranks.add_argument("--max-restarts", metavar="N", type=int, default=3, help="how often dead ranks start again (3)")
+    ranks.add_argument(
+        "--grace", metavar="S", type=int, help="seconds that ranks have from a signal to their end (30, as torchrun)"
+    )
     ranks.add_argument("--nodes", metavar="N", default="1", help="hosts, or MIN:MAX of them; type the same on each (1)")
     ranks.add_argument("--rdzv", metavar="HOST:PORT", help="where several hosts meet: an address of one of them")
     ranks.add_argument("--no-rdzv-host", action="store_true", help="a store runs at HOST:PORT already: open none there")
@@ -30,6 +33,8 @@ def on_ranks(options: argparse.Namespace) -> int:
             f"expected --nodes and --rdzv together, got --nodes {options.nodes} and --rdzv {options.rdzv}; "
             "one host needs neither, several need both"
         )
+    if options.grace is not None and options.grace < 0:
+        raise ConfigError(f"expected --grace to be a number of seconds, got {options.grace}")
     config = load_config(Path(options.config), options.overrides)  # a mistake is better said once than by every rank
     words = torchrun_words(
         options.ranks,
@@ -43,4 +48,4 @@ def on_ranks(options: argparse.Namespace) -> int:
     arguments += ["--fresh"] * options.fresh + ["--traceback"] * options.traceback
     variables = {"OMP_NUM_THREADS": str(config.cpu_threads), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     preload = [*PRELOAD, *["torchmetrics"] * bool(config.metrics)]
-    return run_torchrun(words, "disttrain.launch", arguments, variables, preload)
+    return run_torchrun(words, "disttrain.launch", arguments, variables, preload, grace_s=options.grace)

@@ -23,7 +23,6 @@ from disttrain.config import Config
 from disttrain.data import SlotLoader
 from disttrain.engine import Engine, Events
 from disttrain.errors import DisttrainError, NonFiniteError
-from disttrain.handlers.checkpoint import Checkpoint
 from disttrain.handlers.compilations import Compilations
 from disttrain.handlers.curves import Curves
 from disttrain.handlers.losses import LossLog, Pace
@@ -32,10 +31,11 @@ from disttrain.handlers.progress import ProgressDisplay
 from disttrain.handlers.rank_log import RankLog
 from disttrain.handlers.step_end import StepEnd
 from disttrain.observe import Ledger, Stragglers, Watchdog, state_tensors
-from disttrain.resume import restore, to_save
+from disttrain.resume import restore
 from disttrain.rollback import Attempts, go_back
 from disttrain.run import Run
 from disttrain.run_directory import RunDirectory
+from disttrain.saving import Saving
 from disttrain.version import __version__
 
 
@@ -185,32 +185,20 @@ def observe(
         fetched=fetched,
         companion=slow,
     )
-    saver = kept.saver_of(made)
-    if isinstance(saver, AsynchronousSaver):
-        stack.enter_context(saver)
-        trainer.add_event_handler(Events.ITERATION_COMPLETED, saver.poll)
-    checkpoint = Checkpoint(
-        to_save(made),
-        saver,
-        n_saved=config.checkpoint.keep,
-        backend=backend,
-        keeps=None if made.best is None else made.best.keeps,
-    )
 
-    def save(engine: Engine) -> None:
-        # First what the steps before wrote down: a run that goes on from the checkpoint does not write it again.
-        with backend.agree("writing the ledger and the curves"):
-            ledger.sync()
-            if curves is not None:
-                curves.sync()
-            if backend.rank == 0:
-                kept.note_target(made)
-        checkpoint(engine)
+    def sync() -> None:
+        ledger.sync()
+        if curves is not None:
+            curves.sync()
 
+    saving = Saving(made, sync, console)
+    if isinstance(saving.saver, AsynchronousSaver):
+        stack.enter_context(saving.saver)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, saving.saver.poll)
     end = StepEnd(
         losses,
         preemption,
-        save=save,
+        save=saving,
         validate=None if made.evaluation is None else validate,
         total_steps=made.total_steps,
         log_every_steps=config.log.every_steps,
@@ -223,7 +211,7 @@ def observe(
     losses.attach(trainer)
     ledger.attach(trainer)
     end.attach(trainer)
-    return end, saver
+    return end, saving.saver
 
 
 def best_found(made: Run) -> dict[str, Any]:
@@ -279,7 +267,7 @@ def outcome(made: Run, end: StepEnd, attempts: Attempts) -> dict[str, Any]:
         "params_sha256": digests[0],
         "world_size": backend.world_size,
         "num_slots": made.slots.num_slots,
-        "checkpoint": checkpoint_name(step),
+        "checkpoint": checkpoint_name(end.saved_at),
         **best_found(made),
         "skipped_steps": made.skipped_steps,
         "rollbacks": len(made.left_out),

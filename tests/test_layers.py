@@ -21,6 +21,7 @@ FLOORS = [
         "assemble",
         "kept",
         "resume",
+        "saving",
         "rollback",
         "recipe",
         "summary",

@@ -9,6 +9,7 @@ batch script, or `srun --pty bash`, is one process.
 *Source*: torch.distributed.run's page "Environment Variables"; srun(1), "OUTPUT ENVIRONMENT VARIABLES".
 """
 
+import math
 import multiprocessing
 import os
 import re
@@ -18,8 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from disttrain.backend.base import Place
 from disttrain.errors import BackendError
+
+GRACE = ("PET_SHUTDOWN_TIMEOUT", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+"""What torchrun reads, the first before the second: how long it waits for ranks before it kills them."""
+TORCHRUNS_GRACE_S = 30.0
+"""Where it was told nothing."""
+TORCHRUN_LISTENS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+"""Before, it could be told nothing."""
 
 _CORE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _MEETING = ("MASTER_ADDR", "MASTER_PORT")
@@ -53,6 +63,25 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
 def pjrt_device(environ: Mapping[str, str] = os.environ) -> str | None:
     """Return the device that torch_xla was told to use, such as "TPU" or "CPU"; None where nothing was said."""
     return environ.get("PJRT_DEVICE") or None
+
+
+def grace_s(environ: Mapping[str, str] = os.environ) -> float:
+    """Return how many seconds this process has from a signal to SIGKILL; inf where nobody has said.
+
+    It is what torchrun was told by its variables, or its default under torchrun, which before torch 2.13 is told
+    nothing. An option on torchrun's own command line stays between its user and torchrun.
+
+    *Errors*: BackendError for what is no number of seconds.
+    """
+    under_torchrun = "TORCHELASTIC_RUN_ID" in environ
+    for name in GRACE:
+        if under_torchrun and not TORCHRUN_LISTENS:
+            break
+        if said := environ.get(name):
+            if not said.isdecimal():
+                raise BackendError(f"expected {name} to be a whole number of seconds, got {said!r}")
+            return float(said)
+    return TORCHRUNS_GRACE_S if under_torchrun else math.inf
 
 
 def launch_marks(environ: Mapping[str, str] = os.environ) -> dict[str, bool]:

@@ -30,8 +30,11 @@ from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from disttrain.backend import environment
 from disttrain.backend.local import as_if_started_by_hand
-from disttrain.errors import Interrupted
+from disttrain.errors import ConfigError, Interrupted
 
 CODES = "DISTTRAIN_EXIT_CODES"
 """Names the folder into which the ranks of this host write their exit codes."""
@@ -39,8 +42,7 @@ CODES = "DISTTRAIN_EXIT_CODES"
 FINAL = (2, Interrupted.exit_code)
 """Exit codes after which to start again would change nothing."""
 
-RANKS_END_WITHIN_S = 30.0
-"""After a signal; torchrun's own --shutdown-timeout."""
+LONGEST_GRACE_S = 7 * 86400.0
 OTHERS_STOP_WITHIN_S = 2.0
 """After a rank was stopped by a signal: those of its host get the same answer at the same step."""
 RANK_NAME = "disttrain-rank"
@@ -68,13 +70,23 @@ def torchrun_words(
 
 
 def run_torchrun(
-    words: Sequence[str], module: str, arguments: Sequence[str], variables: Mapping[str, str], preload: Sequence[str]
+    words: Sequence[str],
+    module: str,
+    arguments: Sequence[str],
+    variables: Mapping[str, str],
+    preload: Sequence[str],
+    *,
+    grace_s: int | None = None,
 ) -> int:
     """Run `torchrun WORDS -m MODULE ARGUMENTS` here, printed first; return the exit code of its ranks on this host.
+
+    After a signal ranks have `grace_s` until they are killed; None: as the environment says, or torchrun.
 
     A rank calls the module's `main(arguments)` and exits with what that returns, in a process that has imported the
     modules `preload` already; an import that has an effect has no place among them.
     """
+    if grace_s is not None:
+        variables = {**variables, **set_grace(grace_s)}
     settings = [f"{name}={os.environ.setdefault(name, value)}" for name, value in variables.items()]
     print(shlex.join([*settings, "torchrun", *words, "-m", module, *arguments]), flush=True)
     from torch.distributed import run as torchrun
@@ -115,6 +127,23 @@ def run_torchrun(
         return Interrupted.exit_code if code is None and signalled else code or 0
 
 
+def set_grace(grace_s: int) -> dict[str, str]:
+    """Let torchrun and its ranks know how long ranks have from a signal to SIGKILL; return the variable.
+
+    *Errors*: ConfigError where torchrun, before torch 2.13, always takes its 30 s.
+    """
+    if not environment.TORCHRUN_LISTENS and grace_s != environment.TORCHRUNS_GRACE_S:
+        only = f"{environment.TORCHRUNS_GRACE_S:.0f}"
+        raise ConfigError(
+            f"--grace {grace_s}: expected {only} or nothing with torch {torch.__version__}, whose torchrun takes no "
+            "other; use torch 2.13 or newer"
+        )
+    first, name = environment.GRACE
+    os.environ.pop(first, None)
+    os.environ[name] = str(grace_s)
+    return {name: str(grace_s)}
+
+
 @contextmanager
 def _no_main_module() -> Iterator[None]:
     """Let processes start without this program's main module, which would be run again in each, with a warning.
@@ -136,7 +165,7 @@ def _see_ranks_end() -> None:
     """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    end = time.monotonic() + RANKS_END_WITHIN_S
+    end = time.monotonic() + min(environment.grace_s(), LONGEST_GRACE_S)
     for rank in multiprocessing.active_children():
         rank.terminate()  # where the second signal came before torchrun had passed on the first
         rank.join(max(0.0, end - time.monotonic()))

@@ -65,6 +65,9 @@ class Job:
         self._remove = remove
         self._doomed: list[str] | None = []
         self._lock = threading.Lock()
+        self.began = time.monotonic()
+        self.took_s: float | None = None
+        """How long it took, once it has ended well."""
         self._thread = threading.Thread(target=self._run, name="disttrain-checkpoint", daemon=True)
         self._thread.start()
 
@@ -73,6 +76,8 @@ class Job:
             self._work(self)
         except Exception as error:  # noqa: BLE001 - kept for the training thread, which raises it
             self.failure = error
+        else:
+            self.took_s = time.monotonic() - self.began
         with self._lock:
             doomed, self._doomed = self._doomed or [], None
         if self.failure is None:
@@ -154,6 +159,26 @@ class AsynchronousSaver(DirectorySaver):
             work = partial(write_and_commit, self.place, upload, step, staged, about, world_size)
             self._job = Job(work, super().remove)
 
+    @property
+    def under_way(self) -> bool:
+        """Whether this rank's part of a save is still being written."""
+        return self._job is not None and not self._job.ended()
+
+    def expected_s(self) -> float | None:
+        job = self._job
+        if job is None:
+            return self._took_s
+        took_s = job.took_s if job.took_s is not None else self._took_s
+        if took_s is None:
+            return None
+        return took_s + (max(0.0, took_s - (time.monotonic() - job.began)) if self.under_way else 0.0)
+
+    def abandon(self) -> None:
+        """Let what is under way be, on every rank: nobody waits for it, and the end of the process cuts it off."""
+        if self._asked is not None:
+            self._asked()
+        self._job, self._asked, self._under_way = None, None, False
+
     def remove(self, filename: str) -> None:
         """Remove one checkpoint once the newest is committed."""
         if self._job is not None and self._writes:
@@ -189,6 +214,8 @@ class AsynchronousSaver(DirectorySaver):
         while not all(over for over, _ in self._look_round()):
             logger.debug("waiting for the checkpoint under way")
         job, self._job = self._job, None
+        if job is not None and job.took_s is not None:
+            self._took_s = job.took_s
         on_one_rank(self._backend, lambda: _raise(job))
 
     def _look_round(self) -> list[tuple[bool, str | None]]:

@@ -5,6 +5,7 @@ finds the newest good one. Given a `backend` it is called on every rank, and a f
 each. The place is the truth about what is there: also what an earlier process saved is rotated out.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class DirectorySaver:
         self._backend = backend
         self._planner = Planner(backend)
         self._cleaned = False
+        self._took_s: float | None = None
 
     @property
     def every_rank(self) -> bool:
@@ -48,11 +50,13 @@ class DirectorySaver:
 
     def __call__(self, checkpoint: Any, filename: str, metadata: Mapping[str, Any]) -> None:
         """Save `checkpoint` under a name such as "step-00000040"; nothing older is removed."""
+        began = time.monotonic()
         step = self._step(filename)
         about = self._describe()
         share = self._planner.share(step, checkpoint)
         on_one_rank(self._backend, self._clean)
         write(self.place, step, share, about, self._backend)
+        self._took_s = time.monotonic() - began
 
     def _step(self, filename: str) -> int:
         step = step_of(filename)
@@ -81,6 +85,16 @@ class DirectorySaver:
         """Return (step, name) of what is there, oldest first."""
         names = on_one_rank(self._backend, self.place.committed)
         return [(step_in(name), name) for name in reversed(names)]
+
+    def expected_s(self) -> float | None:
+        """Return how long it would take until a save that begins now is there, after how long the last one took.
+
+        None before one was made; on several ranks rank 0's is the one that counts.
+        """
+        return self._took_s
+
+    def abandon(self) -> None:
+        """Let what is under way be: nothing is."""
 
     def poll(self) -> None:
         """Raise, on every rank, what has gone wrong since the last call: nothing, for each call has told it."""

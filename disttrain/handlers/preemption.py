@@ -20,6 +20,7 @@ This is the only place that installs signal handlers; leaving the context puts t
 *Source*: signal(7), "Execution of signal handlers"; Python's signal.set_wakeup_fd.
 """
 
+import math
 import os
 import signal
 import socket
@@ -62,6 +63,8 @@ class Preemption:
         self.save_every_s = save_every_s
         self.starting = starting
         self.slow_step_s = slow_step_s
+        self.grace_s = math.inf
+        """Time from a signal to SIGKILL."""
         self.signal: signal.Signals | None = None
         self._asked = 0.0
         self._stop_now = False
@@ -115,6 +118,12 @@ class Preemption:
     def asked(self) -> bool:
         """Return whether this rank was asked to stop."""
         return self.signal is not None
+
+    def left_s(self) -> float:
+        """Return how long the ranks have until the first of them may be killed; called by all of them."""
+        assert self.backend is not None, "connected before the first step"
+        mine = math.inf if self.signal is None else self.grace_s - (time.monotonic() - self._asked)
+        return self.backend.all_reduce(mine, "min")
 
     def saved(self) -> None:
         """Note that a checkpoint was made just now; the next timed one is `save_every_s` seconds off."""

@@ -9,6 +9,7 @@ A signal ends an evaluation before its end. The step is saved all the same, as o
 whoever goes on from it calls `catch_up` first, and the curves are those of a run that nobody stopped.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ def due(every_steps: int, step: int, epoch_ends: bool) -> bool:
 
 class StepEnd:
     """Attached last of all. `validate` returns the results of the validation data, None where a signal cut it short;
-    `save` makes a checkpoint.
+    `save` makes a checkpoint in the time that is left, or says by False that it made none.
 
     Where an epoch's length is not known beforehand, `pass_ends()` says after each step whether that was its last.
     """
@@ -35,7 +36,7 @@ class StepEnd:
         losses: LossLog,
         preemption: Preemption,
         *,
-        save: Callable[[Engine], None],
+        save: Callable[[Engine, float], bool],
         validate: Callable[[Engine], dict[str, Any] | None] | None,
         total_steps: int,
         log_every_steps: int,
@@ -90,7 +91,7 @@ class StepEnd:
         if not whole:
             wish = STOP  # which the ranks have agreed on while they evaluated
         if wish != NOTHING or due(self.save_every_steps, step, epoch_ends) or self._improved_at == step:
-            self.save(engine)
+            self.save(engine, self.preemption.left_s() if wish == STOP else math.inf)
             wish = max(wish, self.preemption.agreed(anew=True))  # not to save again a step later
         if wish == STOP and (step < self.total_steps or not whole):
             self.stop(engine)
@@ -125,9 +126,9 @@ class StepEnd:
             self._improved_at = engine.state.iteration
         return True
 
-    def save(self, engine: Engine) -> None:
+    def save(self, engine: Engine, left_s: float = math.inf) -> None:
         if self.saved_at != engine.state.iteration:
             self.losses.fetch(engine)
-            self._save(engine)
-            self.saved_at = engine.state.iteration
+            if self._save(engine, left_s):
+                self.saved_at = engine.state.iteration
             self.preemption.saved()

@@ -2,8 +2,9 @@
 # A run as a Slurm job that is saved and queued again when its time is up: sbatch [OPTION...] job.sh CFG.PY [WORD...]
 #
 # WORDs are those of `disttrain launch`. RANKS is the number of ranks a node (its GPUs, or 1), PYTHON the interpreter
-# (python3), RDZV_HOST an address of the first node that all others reach (its name). The run directory must be on a
-# file system that all nodes see.
+# (python3), RDZV_HOST an address of the first node that all others reach (its name). GRACE is how many seconds ranks
+# have to save (110): change it with --signal below, or with the GraceTime of a partition whose jobs are preempted. The
+# run directory must be on a file system that all nodes see.
 #SBATCH --job-name=disttrain
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -17,6 +18,7 @@ if (($# < 1)) || [[ -z ${SLURM_JOB_ID:-} ]]; then
   exit 2
 fi
 
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${GRACE:-110}" # torchrun would kill ranks after 30 s
 words=(--ranks "${RANKS:-${SLURM_GPUS_ON_NODE:-1}}")
 if ((SLURM_NNODES > 1)); then
   mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")

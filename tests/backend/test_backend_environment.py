@@ -1,13 +1,14 @@
 """What launchers say: tables of variables, and laws over all places."""
 
+import math
 import os
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disttrain.backend import Place
-from disttrain.backend.environment import Launch, first_host, launch_marks, read_launch, tasks_per_node
+from disttrain.backend import Place, environment
+from disttrain.backend.environment import Launch, first_host, grace_s, launch_marks, read_launch, tasks_per_node
 from disttrain.errors import BackendError
 
 TORCHRUN = {
@@ -208,3 +209,18 @@ def test_a_launch_is_known_by_its_agent_and_a_requeued_job_by_its_number() -> No
     assert str(os.getppid()) in mark
     assert launch_marks({"SLURM_JOB_ID": "12"}) == {"Slurm job 12": False}
     assert launch_marks({"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "1"}) == {"Slurm job 12": True}
+
+
+def test_how_long_ranks_have_is_what_torchrun_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert grace_s({}) == math.inf
+    assert grace_s({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "110"}) == 110.0  # a Kubernetes pod's, without torchrun
+    under_torchrun = {"TORCHELASTIC_RUN_ID": "digits"}
+    assert grace_s(under_torchrun) == 30.0
+    told = {**under_torchrun, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "110"}
+    monkeypatch.setattr(environment, "TORCHRUN_LISTENS", True)
+    assert grace_s(told) == 110.0
+    assert grace_s({**told, "PET_SHUTDOWN_TIMEOUT": "60"}) == 60.0
+    monkeypatch.setattr(environment, "TORCHRUN_LISTENS", False)
+    assert grace_s(told) == 30.0
+    with pytest.raises(BackendError, match="TORCH_ELASTIC_SHUTDOWN_TIMEOUT to be a whole number of seconds, got '2m'"):
+        grace_s({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2m"})

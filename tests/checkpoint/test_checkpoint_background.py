@@ -165,6 +165,40 @@ def test_stopping_at_once_does_not_wait(tmp_path: Path, gate: Gate) -> None:
     saver._job.ended(None)
 
 
+def test_how_long_a_save_will_take_counts_what_is_left_of_the_one_under_way(tmp_path: Path, gate: Gate) -> None:
+    saver = AsynchronousSaver(tmp_path)
+    saver({"n": 1}, name(1), {})
+    assert gate.entered.wait(30)
+    assert saver.under_way
+    assert saver.expected_s() is None  # none has ended yet
+    gate.open()
+    saver.settle()
+    once = saver.expected_s()
+    assert once is not None
+    assert not saver.under_way
+    again = Gate(pytest.MonkeyPatch())
+    saver({"n": 2}, name(2), {})
+    assert again.entered.wait(30)
+    twice = saver.expected_s()
+    assert twice is not None
+    assert once <= twice <= 2 * once
+    again.open()
+    saver.settle()
+
+
+def test_what_is_abandoned_is_waited_for_by_nobody(tmp_path: Path, gate: Gate) -> None:
+    with AsynchronousSaver(tmp_path) as saver:
+        saver({"n": 1}, name(1), {})
+        assert gate.entered.wait(30)
+        saver.poll()
+        saver.abandon()
+        saver.poll()
+        saver.settle()  # at once: the gate is closed
+        assert not saver.under_way
+    assert committed(tmp_path) == []
+    gate.open()
+
+
 def save_on_ranks(backend: Backend, root: Path) -> list[int]:
     """Save at every second of nine steps; return the steps at which the ranks were asked."""
     asked = []

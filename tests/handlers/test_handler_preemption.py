@@ -50,6 +50,23 @@ def test_all_ranks_agree_on_the_step_at_which_one_was_asked_to_stop(ranks: Ranks
     assert ranks(2, steps_with_a_signal, 1, 2, True) == [[NOTHING] * 2 + [STOP] * (NUM_STEPS - 2)] * 2
 
 
+def what_is_left(backend: Backend) -> list[float]:
+    with Preemption(backend) as preemption:
+        preemption.grace_s = 1000.0
+        found = [preemption.left_s()]
+        if backend.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert heard(preemption)
+        return [*found, preemption.left_s()]
+
+
+def test_what_is_left_is_counted_from_the_first_ranks_signal(ranks: Ranks) -> None:
+    first, second = ranks(2, what_is_left)
+    assert first == second
+    assert first[0] == math.inf
+    assert 900 < first[1] <= 1000
+
+
 def timed_saves(backend: Backend) -> list[int]:
     # Only rank 0's clock counts: the other's would ask at every step.
     agreed = []

@@ -61,10 +61,11 @@ def train(
             return None
         return {"loss": float(engine.state.iteration)}
 
-    def saving(engine: Engine) -> None:
+    def saving(engine: Engine, left_s: float) -> bool:
         done.append(f"save {engine.state.iteration}")
         if done[-1] == sigterm_in:
             asked_to_stop()
+        return True
 
     with connect("single") as backend, Preemption(backend, slow_step_s=slow_step_s) as preemption:
         losses = LossLog(

@@ -17,6 +17,8 @@ from commands import launch, write_cfg
 from disttrain import launch as launcher
 from disttrain.backend.local import LocalRanks
 from disttrain.checkpoint import committed, place_of, survey
+from disttrain.checkpoint.local import LocalPlace
+from disttrain.checkpoint.manifest import FileRecord
 from disttrain.cli import main
 from disttrain.engine import Engine, Events
 from disttrain.run import Run
@@ -50,7 +52,27 @@ class At:
         os.fsync = fails
 
 
-def rank_main(words: Sequence[str], handlers: Sequence[At]) -> int:
+@dataclass(frozen=True)
+class SlowSaves:
+    """A handler by which saves into `folder` take a while, and rank 0 gets SIGTERM in step 5, with a second left."""
+
+    folder: str
+
+    def __call__(self, trainer: Engine, run: Run) -> None:
+        write_part = LocalPlace.write_part
+
+        def slow(place: LocalPlace, *words: Any) -> FileRecord:
+            time.sleep(2.0 if str(place).startswith(self.folder) else 0.0)
+            return write_part(place, *words)
+
+        LocalPlace.write_part = slow  # type: ignore[method-assign]  # in this process, which ends with the run
+        if run.backend.rank == 0:
+            trainer.add_event_handler(Events.ITERATION_COMPLETED(once=5), signal.raise_signal, signal.SIGTERM)
+
+
+def rank_main(words: Sequence[str], handlers: Sequence[Any]) -> int:
+    if any(isinstance(handler, SlowSaves) for handler in handlers):
+        os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "1"
     return launcher.main(words, handlers=handlers)
 
 
@@ -62,7 +84,7 @@ class Ended:
     said: str
 
 
-def train(folder: Path, *words: str, steps: int = 6, ranks: int = 1, at: At | None = None) -> Ended:
+def train(folder: Path, *words: str, steps: int = 6, ranks: int = 1, at: Any = None) -> Ended:
     """Run the soak's config in folder/runs/soak."""
     cfg = folder / "soak.py"
     cfg.write_text(CFG.format(width=64, num_steps=steps, asynchronous=False))
@@ -150,6 +172,33 @@ def test_a_run_goes_on_from_its_target_without_its_directory(
     assert ended.codes == [0], ended.said
     assert "resuming from step 3" in ended.said
     assert result(tmp_path)["params_sha256"] == result(tmp_path / "whole")["params_sha256"]
+
+
+@pytest.mark.parametrize("asynchronous", [pytest.param("false", marks=pytest.mark.slow), "true"])
+def test_what_would_not_reach_its_target_in_time_is_saved_in_the_run_directory(
+    tmp_path: Path, asynchronous: str
+) -> None:
+    words = [f"checkpoint.target={tmp_path}/far", "checkpoint.every_steps=2", f"checkpoint.asynchronous={asynchronous}"]
+    ended = train(tmp_path, *words, steps=9, ranks=2, at=SlowSaves(f"{tmp_path}/far"))
+    assert ended.codes == [launcher.INTERRUPTED] * 2, ended.said
+    stopped = result(tmp_path)["step"]
+    assert stopped in (5, 6)
+    assert f"step {stopped} is saved in {tmp_path}/runs/soak/checkpoints instead" in ended.said
+    assert steps(tmp_path) == [stopped]
+    again = train(tmp_path, *words, steps=9)
+    assert f"resuming from step {stopped}" in again.said
+    (tmp_path / "whole").mkdir()
+    train(tmp_path / "whole", steps=9)
+    assert result(tmp_path)["params_sha256"] == result(tmp_path / "whole")["params_sha256"]
+
+
+def test_no_new_save_is_begun_where_only_the_one_under_way_can_end_in_time(tmp_path: Path) -> None:
+    words = ["checkpoint.every_steps=2", "checkpoint.asynchronous=true"]
+    ended = train(tmp_path, *words, steps=9, ranks=2, at=SlowSaves(str(tmp_path)))
+    assert ended.codes == [launcher.INTERRUPTED] * 2, ended.said
+    assert f"step {result(tmp_path)['step']} is not saved, so that the save under way can end" in ended.said
+    assert (result(tmp_path)["checkpoint"], steps(tmp_path)) == ("step-00000004", [2, 4])
+    assert "resuming from step 4" in train(tmp_path, *words, steps=9).said
 
 
 def test_the_best_evaluations_checkpoint_stays_on_other_ranks_too(tmp_path: Path) -> None:

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from commands import Done, checkpoints, environment, result, write_cfg
 
+from disttrain.backend.environment import TORCHRUN_LISTENS
+from disttrain.cli import main
+
 MAIN = [sys.executable, "-m", "disttrain.cli", "launch"]
 
 
@@ -90,9 +93,9 @@ fields["handlers"] = [slow]
 """
 
 
-def begun(cwd: Path, *more: str) -> subprocess.Popen[bytes]:
+def begun(cwd: Path, *more: str, change: str = SLOW) -> subprocess.Popen[bytes]:
     """Start a slow run of two ranks in a session of its own and wait for its first step."""
-    write_cfg(cwd, SLOW)
+    write_cfg(cwd, change)
     words = [*MAIN, "--ranks", "2", "cfg.py", "max_epochs=100", *more]
     process = subprocess.Popen(words, cwd=cwd, env=environment(), start_new_session=True)
     while not (cwd / "begun").exists() and process.poll() is None:
@@ -130,6 +133,28 @@ def test_a_signal_is_passed_on_and_the_code_is_75(tmp_path: Path, how: str) -> N
     assert checkpoints(tmp_path / "runs/small")[-1] == ended["step"]
 
 
+SAVES_SLOWLY = """
+import time
+from disttrain.checkpoint.local import LocalPlace
+def slowly(trainer, run):
+    commit = LocalPlace.commit
+    def slow(*words):
+        time.sleep(33)
+        return commit(*words)
+    LocalPlace.commit = slow
+fields["handlers"] += [slowly]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TORCHRUN_LISTENS, reason="this torch's torchrun always kills ranks after 30 s")
+def test_ranks_have_the_time_that_they_were_given(tmp_path: Path) -> None:
+    process = begun(tmp_path, "--grace", "100", "checkpoint.every_steps=1000", change=SLOW + SAVES_SLOWLY)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(100) == 75
+    assert checkpoints(tmp_path / "runs/small") == [result(tmp_path / "runs/small")["step"]]
+
+
 @pytest.mark.slow
 def test_nothing_is_left_of_a_launch_that_is_killed(tmp_path: Path) -> None:
     process = begun(tmp_path)
@@ -157,10 +182,26 @@ def test_ranks_whose_server_is_killed_go_on_with_what_this_launch_began(tmp_path
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["small"]
 
 
-def test_options_that_do_not_fit_together(tmp_path: Path) -> None:
+def test_the_grace_is_printed_and_known_to_the_ranks(tmp_path: Path) -> None:
+    write_cfg(tmp_path, "import os; print('grace', os.environ.get('TORCH_ELASTIC_SHUTDOWN_TIMEOUT'))")
+    done = launch("cfg.py", "--ranks", 1, "--grace", 110, "max_epochs=1", cwd=tmp_path)
+    assert done.code == 0, done.text
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110 torchrun --standalone" in done.out
+    assert "grace 110" in done.out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--ranks", "2", "--nodes", "2"], "expected --nodes and --rdzv together"),
+        (["--ranks", "2", "--rdzv", "localhost:29500"], "expected --nodes and --rdzv together"),
+        (["--ranks", "0"], "at least 1, got 0"),
+        (["--ranks", "2", "--grace", "-1"], "number of seconds, got -1"),
+    ],
+)
+def test_options_that_do_not_fit_together(
+    words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_cfg(tmp_path)
-    for words in (("--nodes", "2"), ("--rdzv", "localhost:29500")):
-        done = launch("cfg.py", "--ranks", 2, *words, cwd=tmp_path)
-        assert done.code == 2
-        assert "expected --nodes and --rdzv together" in done.err
-    assert "at least 1, got 0" in launch("cfg.py", "--ranks", 0, cwd=tmp_path).err
+    assert main(["launch", str(tmp_path / "cfg.py"), *words]) == 2
+    assert told in capsys.readouterr().err
