@@ -1,12 +1,13 @@
 """How long does a save hold the training up, synchronously and asynchronously, and how fast does it write?
 
 The `--ranks` save a state of `--mb`, which each of them holds, through the save handlers that a run uses, in turns:
-each writes its part, or with --alone rank 0 all of it. Held up: the time of the call, on the slowest rank, of which an
-asynchronous one copies. Written: bytes over the time until the checkpoint is committed, beside `dd conv=fsync` of as
-many bytes in the same turns. The training goes on meanwhile as a loop of matrix products on every rank, unless --idle:
-one save at a time is waited for before the next.
+each writes its part, or with --alone rank 0 all of it. A third of the state is a model's, the rest what AdamW remembers
+of it, as a run has them. Held up: the time of the call, on the slowest rank, in which an asynchronous one copies the
+model; and how long the next update, --step-s later, has to wait for the copy of the rest. Written: bytes over the time
+until the checkpoint is committed, beside `dd conv=fsync` of as many bytes in the same turns. The training goes on
+meanwhile as a loop of matrix products on every rank, unless --idle: one save at a time is waited for before the next.
 
-    python benchmarks/checkpoint.py [--mb 1000] [--ranks 2] [--rounds 5] [--idle] [--alone] [--dir /tmp] [--json FILE]
+    python benchmarks/checkpoint.py [--mb 1000] [--ranks 2] [--rounds 5] [--idle] [--alone] [--step-s 0.5] [--dir /tmp]
 """
 
 import argparse
@@ -29,19 +30,36 @@ from disttrain.backend.local import LocalRanks
 from disttrain.checkpoint import AsynchronousSaver, DirectorySaver
 
 MB = 10**6
-NUM_TENSORS = 50
+NUM_LAYERS = 17
 
 
-def state_of(num_bytes: int) -> dict[str, torch.Tensor]:
+def state_of(num_bytes: int) -> dict[str, Any]:
     """Return a state of about so many bytes, in tensors as a model and an optimizer have them."""
-    size = num_bytes // NUM_TENSORS // 4
-    return {f"layer.{i}": torch.rand(size) for i in range(NUM_TENSORS)}
+    size = num_bytes // NUM_LAYERS // 3 // 4
+    layers = range(NUM_LAYERS)
+    moments = {i: {"exp_avg": torch.rand(size), "exp_avg_sq": torch.rand(size)} for i in layers}
+    return {"model": {f"layer.{i}": torch.rand(size) for i in layers}, "optimizer": {"state": moments}}
 
 
 def timed_call(saver: DirectorySaver, state: Any, step: int, backend: Backend) -> float:
     backend.barrier()
     began = time.perf_counter()
     saver(state, f"step-{step:08d}", {})
+    return max(backend.all_gather(time.perf_counter() - began))
+
+
+def next_update(saver: DirectorySaver, weights: torch.Tensor | None, step_s: float, backend: Backend) -> float:
+    """Compute a step, or wait as long; return how long its update has to wait then."""
+    if not isinstance(saver, AsynchronousSaver):
+        return 0.0
+    end = time.perf_counter() + step_s
+    while (left := end - time.perf_counter()) > 0:
+        if weights is None:
+            time.sleep(left)
+        else:
+            torch.mm(weights, weights)
+    began = time.perf_counter()
+    saver.copied()
     return max(backend.all_gather(time.perf_counter() - began))
 
 
@@ -68,7 +86,7 @@ def dd(path: Path, num_bytes: int) -> float:
 
 
 def measure(
-    backend: Backend, folder: Path, num_bytes: int, rounds: int, idle: bool, alone: bool
+    backend: Backend, folder: Path, num_bytes: int, rounds: int, idle: bool, alone: bool, step_s: float
 ) -> list[dict[str, float]]:
     """Return what each turn took."""
     state = state_of(num_bytes) if backend.rank == 0 or not alone else {}
@@ -76,13 +94,19 @@ def measure(
     found = []
     savers = {
         "synchronous": DirectorySaver(folder / "sync", backend=backend),
-        "asynchronous": AsynchronousSaver(folder / "async", backend=backend),
+        "asynchronous": AsynchronousSaver(
+            folder / "async", backend=backend, later=lambda name: name.startswith("optimizer.state.")
+        ),
     }
     for number in range(rounds + 1):  # the first is for warming up
         turn: dict[str, float] = {}
         for name, saver in savers.items():
             began = time.perf_counter()
             turn[f"{name} held up, s"] = timed_call(saver, state, number, backend)
+            if name == "asynchronous":
+                waited_s = next_update(saver, weights, step_s, backend)
+                turn["of which at the next update, s"] = waited_s
+                turn[f"{name} held up, s"] += waited_s
             train_until_written(saver, weights)
             turn[f"{name} written, s"] = max(backend.all_gather(time.perf_counter() - began))
             saver.remove(f"step-{number - 1:08d}")
@@ -96,10 +120,10 @@ def measure(
 
 
 def rank_main(words: Sequence[Any]) -> int:
-    folder, num_bytes, rounds, idle, alone = words
+    folder, num_bytes, rounds, idle, alone, step_s = words
     torch.set_num_threads(1)
     with connect("auto", timeout_s=300) as backend:
-        found = measure(backend, Path(folder), num_bytes, rounds, idle, alone)
+        found = measure(backend, Path(folder), num_bytes, rounds, idle, alone, step_s)
         if backend.rank == 0:
             (Path(folder) / "found.json").write_text(json.dumps(found))
     return 0
@@ -112,12 +136,13 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--idle", action="store_true", help="compute nothing while a save is under way")
     parser.add_argument("--alone", action="store_true", help="let rank 0 hold and write the state alone")
+    parser.add_argument("--step-s", type=float, default=0.5, help="from a save to the next update (0.5)")
     parser.add_argument("--dir", type=Path, help="where to write; the disk that is measured")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="disttrain-benchmark-", dir=options.dir))
     try:
-        words = (str(folder), options.mb * MB, options.rounds, options.idle, options.alone)
+        words = (str(folder), options.mb * MB, options.rounds, options.idle, options.alone, options.step_s)
         with LocalRanks(options.ranks, rank_main, (words,), folder, ["disttrain.checkpoint"]) as ranks:
             if any(ranks.wait()):
                 print(ranks.logs[0].read_text(), file=sys.stderr)
@@ -136,7 +161,7 @@ def main() -> int:
     print(f"{options.mb} MB, {options.ranks} ranks, {who}, {what}, {os.cpu_count()} cores; median (least, most)")
     for name in middle:
         values = [turn[name] for turn in turns]
-        print(f"  {name:28} {middle[name]:7.3f} ({min(values):.3f}, {max(values):.3f})")
+        print(f"  {name:31} {middle[name]:7.3f} ({min(values):.3f}, {max(values):.3f})")
     print(f"  asynchronous holds up        {statistics.median(shares):7.1%} of a synchronous save (goal: under 5%)")
     for name, rate in rates.items():
         print(f"  {name + ' writes at':28} {rate:7.2f} of dd's rate (goal: 0.8)")

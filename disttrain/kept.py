@@ -7,6 +7,8 @@ or taken away between two launches. Only rank 0 decides; all ranks hear the same
 
 from pathlib import Path
 
+import torch
+
 from disttrain.backend import Backend
 from disttrain.checkpoint import (
     AsynchronousSaver,
@@ -79,9 +81,17 @@ def check_run(made: Run, found: Loaded) -> None:
 
 def saver_of(made: Run) -> DirectorySaver:
     """Return the save handler that the config asks for."""
-    saver = AsynchronousSaver if made.config.checkpoint.asynchronous else DirectorySaver
+    where = folder(made.config, made.directory)
     with made.backend.agree("opening checkpoint.target"):
-        return saver(folder(made.config, made.directory), describe=made.about, backend=made.backend)
+        if not made.config.checkpoint.asynchronous:
+            return DirectorySaver(where, describe=made.about, backend=made.backend)
+        # A forward may change parameters, but what an optimizer remembers only its next step; and handlers may, both.
+        waits = isinstance(made.optimizer, torch.optim.Optimizer) and not made.config.handlers
+        later = (lambda name: name.startswith("optimizer.state.")) if waits else None
+        saver = AsynchronousSaver(where, describe=made.about, backend=made.backend, later=later)
+        if waits:
+            made.optimizer.register_step_pre_hook(lambda *_: saver.copied())
+        return saver
 
 
 def note_target(made: Run) -> None:

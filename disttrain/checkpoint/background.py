@@ -1,8 +1,9 @@
 """Saving while the training goes on: copied on the training thread, written and committed by another.
 
-*Contract*: a call returns when the state is copied; what is written is that of the call's moment, the same bytes as
-a `DirectorySaver` writes. One save is under way at a time: the next call waits for it. What is to be removed goes
-only after the save that came before it is committed. No collective is ever called from the thread.
+*Contract*: a call returns when the state is copied, but for large tensors on the CPU whose names the caller's `later`
+picks: nothing may change those until `copied()` has returned. What is written is that of the call's moment, the same
+bytes as a `DirectorySaver` writes. One save is under way at a time: the next call waits for it. What is to be removed
+goes only after the save that came before it is committed. No collective is ever called from the thread.
 
 Every rank calls `poll` at each step's end: where a save has failed they all raise its error there, a step after it
 was noticed. `settle` waits for the save under way and raises its error, on every rank. Leaving the context waits
@@ -28,7 +29,7 @@ from disttrain.checkpoint.directory_saver import DirectorySaver
 from disttrain.checkpoint.manifest import About, FileRecord
 from disttrain.checkpoint.place import Place
 from disttrain.checkpoint.plan import Share
-from disttrain.checkpoint.staging import Staging
+from disttrain.checkpoint.staging import Rest, Staging
 from disttrain.checkpoint.tree import Flat
 from disttrain.checkpoint.write import commit, write_alone, write_mine
 from disttrain.errors import CheckpointError
@@ -56,11 +57,14 @@ class AskingRanks(Ranks, Protocol):
 class Job:
     """One save under way in this process: all of it, one rank's part, or that of the rank that commits."""
 
-    def __init__(self, work: Callable[["Job"], None], remove: Callable[[str], None]) -> None:
+    def __init__(self, rest: Rest, work: Callable[["Job"], None], remove: Callable[[str], None]) -> None:
         self.failure: Exception | None = None
         self.others: str | None = None
         """Why another rank's part will not come, if that is known."""
         self.patience_s = PATIENCE_S
+        self.copied = threading.Event()
+        """Set when the state is no longer needed."""
+        self._rest = rest
         self._work = work
         self._remove = remove
         self._doomed: list[str] | None = []
@@ -73,6 +77,10 @@ class Job:
 
     def _run(self) -> None:
         try:
+            try:
+                self._rest()
+            finally:
+                self.copied.set()
             self._work(self)
         except Exception as error:  # noqa: BLE001 - kept for the training thread, which raises it
             self.failure = error
@@ -103,13 +111,19 @@ class AsynchronousSaver(DirectorySaver):
     """A `DirectorySaver` whose calls return when the state is copied; a context."""
 
     def __init__(
-        self, dirname: str | Path, *, describe: Callable[[], About] = About, backend: AskingRanks | None = None
+        self,
+        dirname: str | Path,
+        *,
+        describe: Callable[[], About] = About,
+        backend: AskingRanks | None = None,
+        later: Callable[[str], bool] | None = None,
     ) -> None:
         super().__init__(dirname, describe=describe, backend=backend)
         self._ranks = backend
         self._job: Job | None = None
         self._under_way = False
         self._asked: Callable[[], bool] | None = None
+        self._later = later
         self._staging = Staging()
 
     def __call__(self, checkpoint: Any, filename: str, metadata: Mapping[str, Any]) -> None:
@@ -125,14 +139,15 @@ class AsynchronousSaver(DirectorySaver):
         self._under_way = True
 
     def _start_alone(self, step: int, share: Share, about: About) -> None:
-        flat = Flat(share.flat.tree, self._staging.copied(share.flat.tensors))
+        copies, rest = self._staging.copied(share.flat.tensors, self._later)
+        flat = Flat(share.flat.tree, copies)
         world_size = 1 if self._backend is None else self._backend.world_size
 
         def work(job: Job) -> None:
             self._clean()
             write_alone(self.place, step, flat, about, world_size)
 
-        self._job = Job(work, super().remove)
+        self._job = Job(rest, work, super().remove)
 
     def _start_together(self, step: int, share: Share, about: About) -> None:
         """Copy this rank's part and start to write it; rank 0's thread waits for the others' and commits."""
@@ -144,8 +159,13 @@ class AsynchronousSaver(DirectorySaver):
             return self.place.begin(step)
 
         upload = on_one_rank(self._backend, begin)
+        rests: list[Rest] = []
+
+        def copy() -> None:
+            rests.append(self._staging.copied(share.flat.tensors, self._later)[1])
+
         try:
-            by_rank(self._backend, lambda: len(self._staging.copied(share.flat.tensors)))
+            by_rank(self._backend, copy)
         except BaseException:
             if rank == 0:
                 self.place.abandon(upload)
@@ -154,10 +174,15 @@ class AsynchronousSaver(DirectorySaver):
             return
         staged = share._replace(flat=Flat(share.flat.tree, self._staging.copies))
         if rank:
-            self._job = Job(lambda _: write_noted(self.place, upload, staged, rank), super().remove)
+            self._job = Job(rests[0], lambda _: write_noted(self.place, upload, staged, rank), super().remove)
         else:
             work = partial(write_and_commit, self.place, upload, step, staged, about, world_size)
-            self._job = Job(work, super().remove)
+            self._job = Job(rests[0], work, super().remove)
+
+    def copied(self) -> None:
+        """Return when all of the state is copied, on this rank; called before what is copied later is changed."""
+        if (job := self._job) is not None:
+            job.copied.wait()
 
     @property
     def under_way(self) -> bool:

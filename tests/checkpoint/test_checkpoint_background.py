@@ -13,7 +13,7 @@ from checkpoint_states import DTYPES, files, mark_of, marked, tensor_of, trainin
 from ranks import Ranks
 
 from disttrain.backend import Backend
-from disttrain.checkpoint import AsynchronousSaver, DirectorySaver, committed, load, load_newest
+from disttrain.checkpoint import AsynchronousSaver, DirectorySaver, committed, load, load_newest, staging
 from disttrain.errors import CheckpointError
 
 
@@ -197,6 +197,102 @@ def test_what_is_abandoned_is_waited_for_by_nobody(tmp_path: Path, gate: Gate) -
         assert not saver.under_way
     assert committed(tmp_path) == []
     gate.open()
+
+
+class Slow:
+    """Lets what is copied later wait until it is told to go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        copy_all = staging._copy_all
+
+        def waiting(pairs: Any) -> None:
+            if threading.current_thread().name == "disttrain-checkpoint":
+                self.begun.set()
+                assert self.go_on.wait(30)
+            copy_all(pairs)
+
+        monkeypatch.setattr(staging, "_copy_all", waiting)
+
+
+def adam() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(200, 200)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    step_once(model, optimizer)
+    return model, optimizer
+
+
+def step_once(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model(torch.ones(1, 200)).sum().backward()
+    optimizer.step()
+
+
+def of_optimizer(name: str) -> bool:
+    return name.startswith("optimizer.")
+
+
+def test_an_optimizers_step_waits_for_the_copy_of_what_it_remembers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Slow(monkeypatch)
+    model, optimizer = adam()
+    DirectorySaver(tmp_path / "s")({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, name(1), {})
+    with AsynchronousSaver(tmp_path / "a", later=of_optimizer) as saver:
+        optimizer.register_step_pre_hook(lambda *_: saver.copied())
+        saver({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, name(1), {})
+        assert slow.begun.wait(30)
+        with torch.no_grad():
+            model.weight.zero_()  # which is not picked to be copied later
+        stepped = threading.Thread(target=step_once, args=(model, optimizer))
+        stepped.start()
+        stepped.join(0.3)
+        assert stepped.is_alive()
+        slow.go_on.set()
+        stepped.join(30)
+        assert not stepped.is_alive()
+        saver.settle()
+    assert files(tmp_path / "a" / name(1)) == files(tmp_path / "s" / name(1))
+
+
+def test_what_changed_while_it_was_copied_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Slow(monkeypatch)
+    model, optimizer = adam()
+    with AsynchronousSaver(tmp_path, later=of_optimizer) as saver:
+        saver({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, name(1), {})
+        assert slow.begun.wait(30)
+        optimizer.state[model.weight]["exp_avg"].zero_()
+        slow.go_on.set()
+        with pytest.raises(CheckpointError, match=r"^optimizer.state.0.exp_avg was changed while it was copied"):
+            saver.settle()
+        saver.copied()  # which does not wait for what has failed
+    assert committed(tmp_path) == []
+
+
+def step_while_saving(backend: Backend, root: Path) -> None:
+    model, optimizer = adam()
+    with AsynchronousSaver(root, backend=backend, later=of_optimizer) as saver:
+        optimizer.register_step_pre_hook(lambda *_: saver.copied())
+        for step in (1, 2, 3):
+            saver({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, name(step), {})
+            step_once(model, optimizer)
+            saver.poll()
+        saver.settle()
+
+
+def test_ranks_that_go_on_at_once_have_saved_what_was(ranks: Ranks, tmp_path: Path) -> None:
+    model, optimizer = adam()
+    expected = DirectorySaver(tmp_path / "s")
+    for step in (1, 2, 3):
+        expected({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, name(step), {})
+        step_once(model, optimizer)
+    ranks(2, step_while_saving, tmp_path / "a")
+    for step in (1, 2, 3):
+        one, two = load(tmp_path / "a" / name(step)), load(tmp_path / "s" / name(step))
+        assert one.manifest.step == two.manifest.step == step
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(one.state["optimizer"]["state"][0][key], two.state["optimizer"]["state"][0][key])
+        assert torch.equal(one.state["model"]["weight"], two.state["model"]["weight"])
 
 
 def save_on_ranks(backend: Backend, root: Path) -> list[int]:

@@ -84,10 +84,10 @@ class Ended:
     said: str
 
 
-def train(folder: Path, *words: str, steps: int = 6, ranks: int = 1, at: Any = None) -> Ended:
+def train(folder: Path, *words: str, steps: int = 6, ranks: int = 1, at: Any = None, width: int = 64) -> Ended:
     """Run the soak's config in folder/runs/soak."""
     cfg = folder / "soak.py"
-    cfg.write_text(CFG.format(width=64, num_steps=steps, asynchronous=False))
+    cfg.write_text(CFG.format(width=width, num_steps=steps, asynchronous=False))
     logs = folder / f"logs-{len(list(folder.glob('logs-*')))}"
     logs.mkdir()
     command = [str(cfg), "--runs", str(folder / "runs"), *words]
@@ -118,7 +118,8 @@ def test_an_asynchronous_run_is_the_synchronous_one(tmp_path: Path) -> None:
     for kind in ("false", "true"):
         folder = tmp_path / kind
         folder.mkdir()
-        assert train(folder, f"checkpoint.asynchronous={kind}", ranks=2).codes == [0, 0]
+        # As large as what is copied while the next step is computed.
+        assert train(folder, f"checkpoint.asynchronous={kind}", ranks=2, width=300).codes == [0, 0]
         assert steps(folder) == [5, 6]
         tensors = (folder / "runs" / "soak" / "checkpoints" / "step-00000006" / "tensors.safetensors").read_bytes()
         hashes.append((result(folder)["params_sha256"], tensors))
