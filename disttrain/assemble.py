@@ -129,7 +129,7 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory) -> Run:
         if valid is not None:
             made.evaluation = evaluation_of(made, valid)
             if (monitor := config.checkpoint.monitor) is not None:
-                made.best = Best(monitor, mode_of(config.checkpoint.mode, monitor, made.evaluation.metrics))
+                made.best = Best(monitor, mode_of(config.checkpoint.mode, monitor, made.evaluation.metrics), backend)
         for handler in config.handlers:
             build(f"handler {getattr(handler, '__name__', handler)}", handler, trainer, made)
     return made

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +22,7 @@ from disttrain.checkpoint import (
     best_of,
     export,
     folder_under,
+    folders_of,
     inspect,
     is_url,
     place_of,
@@ -45,10 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE
     )
     try:
-        place, name = find(options.run, getattr(options, "step", None))
-        if getattr(options, "best", False):
-            name = best_name(place)
-        code: int = options.command(place, name, options, console)
+        found = find(options.run, getattr(options, "step", None), best=getattr(options, "best", False))
+        code: int = options.command(found.place, found.name, options, console)
+        for other in found.others:
+            if options.command is list_them and (names := other.committed()):
+                steps = ", ".join(str(step_in(each)) for each in names)
+                console.print(f"older ones, in {plain(str(other))}: {steps}", soft_wrap=True)
         return code
     except DisttrainError as error:
         print(f"{type(error).__name__}: {plain(str(error))}", file=sys.stderr)
@@ -84,43 +88,61 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def find(run: str, step: int | None) -> tuple[Place, str | None]:
-    """Return the place of checkpoints that is meant and, where one of them is, its name."""
-    target = None if is_url(run) else target_of(Path(run))
-    if target is not None:
-        run = target
+class Found(NamedTuple):
+    """What a command line means."""
+
+    place: Place
+    name: str | None
+    others: Sequence[Place]
+    """Where the run has, or had, checkpoints too."""
+
+
+def find(run: str, step: int | None = None, *, best: bool = False) -> Found:
+    """Return the place of checkpoints that is meant and, where one of them is, its name.
+
+    A run's may lie in several: the one with the newest is meant, or the one that has the `step`, or the best.
+    """
     if is_url(run):
         url, _, name = run.rstrip("/").rpartition("/")
-        place, name = (place_of(url), name) if step_of(name.partition(".")[0]) is not None else (place_of(run), "")
+        is_one = step_of(name.partition(".")[0]) is not None
+        places, name = [place_of(url if is_one else run)], name if is_one else ""
     else:
-        path = Path(run)
-        if not path.is_dir():
-            raise ConfigError(f"expected a run directory or a folder of checkpoints, found no directory {run}")
-        name = path.resolve().name
-        if (path / "checkpoints").is_dir():
-            place, name = place_of(path / "checkpoints"), ""
-        elif step_of(name) is not None:
-            place = place_of(path.resolve().parent)
-        elif (path / MANIFEST).exists():
-            raise ConfigError(f"{run} is a checkpoint under another name than step-NNNNNNNN; rename it to be read here")
-        else:
-            place, name = place_of(path), ""
-    if step is not None:
-        name = next((each for each in place.committed() if step_in(each) == step), "")
-        if not name:
-            raise ConfigError(f"there is no checkpoint of step {step} in {place}; disttrain checkpoint ls shows all")
-    return place, name or None
+        places, name = places_in(Path(run))
+    if best:
+        best_step = best_of([entry for place in places for entry in survey(place, quick=True)])
+        if best_step is None:
+            raise ConfigError(
+                f"--best: the run keeps no best checkpoint in {listed(places)}; set checkpoint.monitor in its config"
+            )
+        step = best_step.step
+    if step is None:
+        return Found(places[0], name or None, places[1:])
+    for place in places:
+        for each in place.committed():
+            if step_in(each) == step:
+                return Found(place, each, [])
+    if best:
+        raise ConfigError(f"--best: the checkpoint of step {step}, which was the best, is gone from {listed(places)}")
+    raise ConfigError(f"there is no checkpoint of step {step} in {listed(places)}; disttrain checkpoint ls shows all")
 
 
-def best_name(place: Place) -> str:
-    """Return the checkpoint whose evaluation was the best, as the newest one says."""
-    best = best_of(survey(place, quick=True))
-    if best is None:
-        raise ConfigError(f"--best: the run keeps no best checkpoint in {place}; set checkpoint.monitor in its config")
-    found = next((each for each in place.committed() if step_in(each) == best.step), None)
-    if found is None:
-        raise ConfigError(f"--best: the checkpoint of step {best.step}, which had the best {best.monitor}, is gone")
-    return found
+def listed(places: Sequence[Place]) -> str:
+    """Return places for a person to read."""
+    return " or ".join(map(str, places))
+
+
+def places_in(path: Path) -> tuple[list[Place], str]:
+    """Return the places of the checkpoints of a run directory or a folder, and the name of one if it is that."""
+    if not path.is_dir():
+        raise ConfigError(f"expected a run directory or a folder of checkpoints, found no directory {path}")
+    name, target = path.resolve().name, target_of(path)
+    if target is not None or (path / "checkpoints").is_dir():
+        return [place_of(each) for each in folders_of(path / "checkpoints", target)], ""
+    if step_of(name) is not None:
+        return [place_of(path.resolve().parent)], name
+    if (path / MANIFEST).exists():
+        raise ConfigError(f"{path} is a checkpoint under another name than step-NNNNNNNN; rename it to be read here")
+    return [place_of(path)], ""
 
 
 def target_of(run: Path) -> str | None:

@@ -8,25 +8,28 @@ or taken away between two launches. Only rank 0 decides; all ranks hear the same
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from disttrain.backend import Backend
 from disttrain.checkpoint import (
+    ELSEWHERE,
     AsynchronousSaver,
     DirectorySaver,
     Loaded,
-    Place,
+    NoneGoodError,
     folder_under,
+    folders_of,
     is_url,
+    load_newest,
     on_one_rank,
     place_of,
     step_in,
 )
 from disttrain.config import Config
 from disttrain.errors import ConfigError
+from disttrain.parallel.layout import Cuts
 from disttrain.run import Run
 from disttrain.run_directory import RunDirectory, write_text
-
-ELSEWHERE = "elsewhere.txt"
 
 
 def folder(config: Config, directory: RunDirectory) -> str | Path:
@@ -51,20 +54,29 @@ def refuse_fresh(config: Config, directory: RunDirectory, backend: Backend) -> N
             )
 
 
-def place_to_load(made: Run) -> Place:
-    """Return the place whose newest checkpoint is the newest of all places that the run may have written to."""
-    folders = list(dict.fromkeys([folder(made.config, made.directory), made.directory.checkpoints]))
-    marker = made.directory.checkpoints / ELSEWHERE
+def load(made: Run, cuts: Cuts | None, console: Console) -> Loaded | None:
+    """Load the newest good checkpoint of all places that the run may have written to; None where there is none.
 
-    def choose() -> str | Path:
-        if marker.is_file() and (before := marker.read_text(encoding="utf-8").strip()) not in map(str, folders):
-            folders.append(before)
-        newest = {place: max(map(step_in, place_of(place).committed()), default=-1) for place in folders}
-        return max(newest, key=lambda place: newest[place])
-
-    chosen = on_one_rank(made.backend, choose)
-    with made.backend.agree("opening the checkpoints"):
-        return place_of(chosen)
+    NoneGoodError where there are some, and all are damaged.
+    """
+    written_to = folder(made.config, made.directory)
+    folders = on_one_rank(made.backend, lambda: folders_of(made.directory.checkpoints, written_to))
+    bad: NoneGoodError | None = None
+    for each in folders:
+        with made.backend.agree("opening the checkpoints"):
+            place = place_of(each)
+        try:
+            found = load_newest(place, made.backend, cuts)
+        except NoneGoodError as error:
+            bad = bad or error
+            continue
+        if found is not None:
+            if bad is not None:
+                console.print(f"WARNING: {bad}; going on from {each}", style="bold yellow", soft_wrap=True)
+            return found
+    if bad is not None:
+        raise bad
+    return None
 
 
 def check_run(made: Run, found: Loaded) -> None:
@@ -77,6 +89,23 @@ def check_run(made: Run, found: Loaded) -> None:
             f"the checkpoint {found.name} is of a run with other settings: {said}; "
             "set them alike, give this run another name=NAME, or start anew with --fresh"
         )
+
+
+def check_best(made: Run, console: Console) -> None:
+    """Forget the best checkpoint, and say so, where it is gone: one that a run goes back to may name it still."""
+    best = made.best
+    if best is None or best.found is None:
+        return
+    step = best.found.step
+
+    def is_there() -> bool:
+        folders = folders_of(made.directory.checkpoints, folder(made.config, made.directory))
+        return any(step in map(step_in, place_of(each).committed()) for each in folders)
+
+    if not on_one_rank(made.backend, is_there):
+        said = f"the checkpoint of step {step}, which had the best {best.monitor}, is gone"
+        console.print(f"WARNING: {said}: the next evaluation counts as the best", style="bold yellow", soft_wrap=True)
+        best.found = None
 
 
 def saver_of(made: Run) -> DirectorySaver:

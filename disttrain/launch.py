@@ -37,7 +37,7 @@ from disttrain.config import (
     replace,
     with_num_slots,
 )
-from disttrain.errors import ConfigError, DisttrainError, Interrupted, RemoteError
+from disttrain.errors import BackendError, ConfigError, DisttrainError, Interrupted, RemoteError
 from disttrain.handlers.preemption import Preemption
 from disttrain.ranks import add_options, on_ranks
 from disttrain.run_directory import RunDirectory
@@ -61,6 +61,8 @@ def main(arguments: Sequence[str] | None = None, *, handlers: Sequence[Callable[
     options = parser().parse_intermixed_args(arguments)
     logging.getLogger("disttrain").addHandler(logging.NullHandler())  # what is logged goes to the ranks' files alone
     try:
+        if options.grace is not None and options.grace < 1:
+            raise ConfigError(f"expected --grace to be at least 1 second, got {options.grace}")
         if options.ranks is not None and not (options.check or options.print_config):
             return on_ranks(options)
         with Preemption(starting=True) as preemption:
@@ -71,12 +73,14 @@ def main(arguments: Sequence[str] | None = None, *, handlers: Sequence[Callable[
 
 def train(options: argparse.Namespace, handlers: Sequence[Callable[[Any, Any], object]], preemption: Preemption) -> int:
     """Load the config, connect the ranks and do what the options ask for."""
-    config, mistake = None, None
+    config: Config | None = None
+    mistake: DisttrainError | None = None
     try:
         config = load_config(Path(options.config), options.overrides)
         if handlers:
             config = replace(config, handlers=(*config.handlers, *handlers))
-    except ConfigError as error:
+        preemption.grace_s = grace_s() if options.grace is None else float(options.grace)
+    except (ConfigError, BackendError) as error:
         mistake = error
     if config is not None and options.print_config:
         print(json.dumps(describe(config), indent=2))
@@ -85,7 +89,6 @@ def train(options: argparse.Namespace, handlers: Sequence[Callable[[Any, Any], o
         return check(config)
     try:
         end_with_launcher()
-        preemption.grace_s = grace_s()
         set_default("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACES[0])  # before connecting starts CUDA
         silent_s = config.timeout_s if config else 60.0
         waits_s = silent_s + max(LEAST_SLACK_S, SLACK * silent_s)

@@ -17,7 +17,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     ranks.add_argument("--ranks", metavar="N", type=int, help="processes on this host")
     ranks.add_argument("--max-restarts", metavar="N", type=int, default=3, help="how often dead ranks start again (3)")
     ranks.add_argument(
-        "--grace", metavar="S", type=int, help="seconds that ranks have from a signal to their end (30, as torchrun)"
+        "--grace", metavar="S", type=int, help="seconds from a signal to SIGKILL (with --ranks 30, as torchrun)"
     )
     ranks.add_argument("--nodes", metavar="N", default="1", help="hosts, or MIN:MAX of them; type the same on each (1)")
     ranks.add_argument("--rdzv", metavar="HOST:PORT", help="where several hosts meet: an address of one of them")
@@ -33,8 +33,6 @@ def on_ranks(options: argparse.Namespace) -> int:
             f"expected --nodes and --rdzv together, got --nodes {options.nodes} and --rdzv {options.rdzv}; "
             "one host needs neither, several need both"
         )
-    if options.grace is not None and options.grace < 0:
-        raise ConfigError(f"expected --grace to be a number of seconds, got {options.grace}")
     config = load_config(Path(options.config), options.overrides)  # a mistake is better said once than by every rank
     words = torchrun_words(
         options.ranks,

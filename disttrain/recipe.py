@@ -214,10 +214,12 @@ def observe(
     return end, saving.saver
 
 
-def best_found(made: Run) -> dict[str, Any]:
-    """Return what result.json says of the best evaluation; nothing where none was asked for, or found."""
+def best_found(made: Run, saved_at: int) -> dict[str, Any]:
+    """Return what result.json says of the best evaluation; nothing where none was asked for, found, or saved."""
     found = None if made.best is None else made.best.found
-    return {} if found is None else {"best": {**found._asdict(), "checkpoint": checkpoint_name(found.step)}}
+    if found is None or found.step > saved_at:
+        return {}
+    return {"best": {**found._asdict(), "checkpoint": checkpoint_name(found.step)}}
 
 
 def stragglers_of(made: Run, tell: Callable[[str], object]) -> Stragglers | None:
@@ -268,7 +270,7 @@ def outcome(made: Run, end: StepEnd, attempts: Attempts) -> dict[str, Any]:
         "world_size": backend.world_size,
         "num_slots": made.slots.num_slots,
         "checkpoint": checkpoint_name(end.saved_at),
-        **best_found(made),
+        **best_found(made, end.saved_at),
         "skipped_steps": made.skipped_steps,
         "rollbacks": len(made.left_out),
         "samples_per_second": round(trained / max(wall_s, 1e-9), 1),

@@ -12,7 +12,6 @@ from typing import Any
 from rich.console import Console
 
 from disttrain import kept
-from disttrain.checkpoint import load_newest
 from disttrain.config import to_json
 from disttrain.data import StreamLoader
 from disttrain.errors import ConfigError, DataError
@@ -39,7 +38,7 @@ def to_save(made: Run) -> dict[str, Any]:
 def restore(made: Run, console: Console) -> int:
     """Take the newest good checkpoint, if there is one; return its step, 0 without. Loud where one is damaged."""
     cuts = made.layout.cuts(made.model, made.optimizer)
-    found = load_newest(kept.place_to_load(made), made.backend, cuts)
+    found = kept.load(made, cuts, console)
     warn_of_kernels(made, {} if found is None else found.manifest.position, console)
     step = 0
     if found is not None:
@@ -64,6 +63,7 @@ def restore(made: Run, console: Console) -> int:
                 parts.pop("data", None)  # other data, which is accepted: the run began over samples with indices
             Checkpoint.load_objects(parts, {**found.state, "trainer": lengthened(made, found.state["trainer"])})
         made.stands(position)
+        kept.check_best(made, console)
         place(made, step, console)
         console.print(f"resuming from step {step} (epoch {made.loader.epoch + 1})")
     with made.backend.agree("describing the run"):

@@ -2,13 +2,15 @@
 
 *Contract*: a checkpoint is made whenever one is asked for, but for one case: a signal has come, the launcher has said
 how long the ranks have from there to SIGKILL (`backend.grace_s`), and that is less than the last save took. Then
-- with `checkpoint.target` the run directory gets the checkpoint: the next launch goes on from the newest of both;
+- with `checkpoint.target` the run directory gets the checkpoint, where it can be written: the next launch goes on from
+  the newest of both; an upload under way then has what is left of the time;
 - else a save that is under way is finished, and no further one begun that would take the disk from it;
 - else it is tried all the same: the last save was only the last, and a save that is cut off costs nothing.
 Rank 0 decides, for it is rank 0 that commits; all ranks do the same.
 """
 
 import math
+import time
 from collections.abc import Callable
 from enum import StrEnum
 
@@ -17,6 +19,7 @@ from rich.console import Console
 from disttrain import kept
 from disttrain.checkpoint import AsynchronousSaver, DirectorySaver, on_one_rank
 from disttrain.engine import Engine
+from disttrain.errors import CheckpointError
 from disttrain.handlers.checkpoint import Checkpoint
 from disttrain.resume import to_save
 from disttrain.run import Run
@@ -62,12 +65,20 @@ class Saving:
             self._tell(choice, engine.state.iteration, left_s)
         if choice == Choice.WHAT_IS_UNDER_WAY:
             return False
-        if choice == Choice.IN_THE_RUN_DIRECTORY:
-            self.saver.abandon()
-            saver = DirectorySaver(self._made.directory.checkpoints, describe=self._made.about, backend=backend)
-            self._into(saver)(engine)
-        else:
+        if choice == Choice.AS_ALWAYS or not self._save_near(engine, time.monotonic() + left_s):
             self._checkpoint(engine)
+        return True
+
+    def _save_near(self, engine: Engine, end: float) -> bool:
+        """Save in the run directory; False, and a warning, where that fails."""
+        made = self._made
+        saver = DirectorySaver(made.directory.checkpoints, describe=made.about, backend=made.backend)
+        try:
+            self._into(saver)(engine)
+        except CheckpointError as error:  # the same on every rank
+            self._console.print(f"WARNING: that failed: {error}", style="bold yellow", soft_wrap=True)
+            return False
+        self.saver.abandon(end - time.monotonic())
         return True
 
     @property

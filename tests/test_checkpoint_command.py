@@ -167,7 +167,26 @@ def test_the_best_is_named_kept_and_found(
     assert "the run keeps no best checkpoint" in said(capsys, "verify", run, "--best")[2]
     save(run / "checkpoints", 50, {"model": {"0.weight": ones(3, 4)}}, about=about, keep=1)
     LocalPlace(run / "checkpoints").discard("step-00000020")
-    assert "the checkpoint of step 20, which had the best accuracy, is gone" in said(capsys, "show", run, "--best")[2]
+    assert "the checkpoint of step 20, which was the best, is gone" in said(capsys, "show", run, "--best")[2]
+
+
+def test_a_runs_checkpoints_may_lie_in_several_places(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    far = tmp_path / "far" / "digits"
+    about = About(position={"best": {"step": 20, "monitor": "loss", "value": 0.5}})
+    save(far, 25, {"model": {"0.weight": ones(3, 4)}}, about=about)
+    save(far, 40, {"model": {"0.weight": ones(3, 4) * 40}}, about=about)
+    (run / "checkpoints" / "elsewhere.txt").write_text(f"{far}\n")
+    code, out, _ = said(capsys, "ls", run)
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[1:-1]] == ["40", "25"]
+    assert out.splitlines()[-1] == f"older ones, in {run}/checkpoints: 30, 20, 10"
+    for words, value in (([], 40), (["--step", "10"], 10), (["--best"], 20)):
+        file = tmp_path / f"{value}.safetensors"
+        assert said(capsys, "export", run, file, *words)[0] == 0
+        assert load_file(file)["0.weight"].unique().tolist() == [value]
+    assert f"no checkpoint of step 7 in {far} or {run}/checkpoints" in said(capsys, "show", run, "--step", 7)[2]
 
 
 def test_prune_never_takes_the_newest_good_one_for_a_damaged_one(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,15 +65,17 @@ def pjrt_device(environ: Mapping[str, str] = os.environ) -> str | None:
     return environ.get("PJRT_DEVICE") or None
 
 
-def grace_s(environ: Mapping[str, str] = os.environ) -> float:
-    """Return how many seconds this process has from a signal to SIGKILL; inf where nobody has said.
+def grace_s(environ: Mapping[str, str] = os.environ, *, of_torchrun: bool = False) -> float:
+    """Return how many seconds a rank has from a signal to SIGKILL; inf where nobody has said.
+
+    `of_torchrun`: asked by torchrun itself, whose ranks have its default.
 
     It is what torchrun was told by its variables, or its default under torchrun, which before torch 2.13 is told
     nothing. An option on torchrun's own command line stays between its user and torchrun.
 
     *Errors*: BackendError for what is no number of seconds.
     """
-    under_torchrun = "TORCHELASTIC_RUN_ID" in environ
+    under_torchrun = of_torchrun or "TORCHELASTIC_RUN_ID" in environ
     for name in GRACE:
         if under_torchrun and not TORCHRUN_LISTENS:
             break

@@ -54,6 +54,7 @@ class NativeBackend(CheckedBackend):
         self._sockets: dict[int, str] = {}
         self._broken = False
         self._stuck = False
+        self._board = Board(self.rank)
         before = open_sockets()
         meeting = meet(launch, timeout_s) if launch is not None and self.world_size > 1 else None
         try:
@@ -63,6 +64,7 @@ class NativeBackend(CheckedBackend):
             self.barrier()  # which none passes before all have opened their connections to rank 0's store
             notice_lost_hosts({fd: inode for fd, inode in open_sockets().items() if before.get(fd) != inode})
         except BaseException:
+            self._board.close()
             if dist.is_initialized():
                 dist.destroy_process_group()
             raise

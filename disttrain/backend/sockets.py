@@ -14,6 +14,7 @@ that counts as no answer. So connections within a host, which cannot be lost wit
 *Source*: tcp(7), TCP_KEEPIDLE and TCP_USER_TIMEOUT.
 """
 
+import ipaddress
 import os
 import socket
 from collections.abc import Mapping
@@ -78,7 +79,13 @@ def _target(descriptor: int) -> str:
 
 
 def _within_this_host(descriptor: int) -> bool:
-    return len({address for address, *_ in _ends(descriptor)}) == 1
+    addresses = [_address(address) for address, *_ in _ends(descriptor)]
+    return len(set(addresses)) == 1 or (bool(addresses) and all(each.is_loopback for each in addresses))
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    address = ipaddress.ip_address(text)  # which may have a scope, as fe80::1%eth0
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 def _ports(descriptor: int) -> set[int]:

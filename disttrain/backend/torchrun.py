@@ -42,7 +42,6 @@ CODES = "DISTTRAIN_EXIT_CODES"
 FINAL = (2, Interrupted.exit_code)
 """Exit codes after which to start again would change nothing."""
 
-LONGEST_GRACE_S = 7 * 86400.0
 OTHERS_STOP_WITHIN_S = 2.0
 """After a rank was stopped by a signal: those of its host get the same answer at the same step."""
 RANK_NAME = "disttrain-rank"
@@ -165,7 +164,7 @@ def _see_ranks_end() -> None:
     """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    end = time.monotonic() + min(environment.grace_s(), LONGEST_GRACE_S)
+    end = time.monotonic() + environment.grace_s(of_torchrun=True)
     for rank in multiprocessing.active_children():
         rank.terminate()  # where the second signal came before torchrun had passed on the first
         rank.join(max(0.0, end - time.monotonic()))

@@ -15,14 +15,14 @@ training goes on), `agree` (one outcome on every rank), `fingerprint`.
 from disttrain.checkpoint.agree import on_one_rank
 from disttrain.checkpoint.background import AsynchronousSaver
 from disttrain.checkpoint.check import verify
-from disttrain.checkpoint.damage import DamagedError
+from disttrain.checkpoint.damage import DamagedError, NoneGoodError
 from disttrain.checkpoint.directory_saver import DirectorySaver
 from disttrain.checkpoint.disk_saver import DiskSaver, load_file
 from disttrain.checkpoint.exports import Exported, export
 from disttrain.checkpoint.fingerprint import params_sha256
 from disttrain.checkpoint.listing import BestStep, Entry, best_in, best_of, inspect, plan_prune, survey, tensors_of
 from disttrain.checkpoint.manifest import MANIFEST, About, FileRecord, Manifest
-from disttrain.checkpoint.place import Place, folder_under, place_of
+from disttrain.checkpoint.place import ELSEWHERE, Place, folder_under, folders_of, place_of
 from disttrain.checkpoint.read import Loaded, load, load_newest
 from disttrain.checkpoint.remote import is_url
 from disttrain.checkpoint.retention import rotate
@@ -30,6 +30,7 @@ from disttrain.checkpoint.storage import checkpoint_name, clean, committed, step
 from disttrain.checkpoint.write import save
 
 __all__ = [
+    "ELSEWHERE",
     "MANIFEST",
     "About",
     "AsynchronousSaver",
@@ -42,6 +43,7 @@ __all__ = [
     "FileRecord",
     "Loaded",
     "Manifest",
+    "NoneGoodError",
     "Place",
     "best_in",
     "best_of",
@@ -50,6 +52,7 @@ __all__ = [
     "committed",
     "export",
     "folder_under",
+    "folders_of",
     "inspect",
     "is_url",
     "load",

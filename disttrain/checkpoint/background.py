@@ -57,7 +57,7 @@ class AskingRanks(Ranks, Protocol):
 class Job:
     """One save under way in this process: all of it, one rank's part, or that of the rank that commits."""
 
-    def __init__(self, rest: Rest, work: Callable[["Job"], None], remove: Callable[[str], None]) -> None:
+    def __init__(self, work: Callable[["Job"], None], remove: Callable[[str], None], rest: Rest = lambda: None) -> None:
         self.failure: Exception | None = None
         self.others: str | None = None
         """Why another rank's part will not come, if that is known."""
@@ -100,6 +100,11 @@ class Job:
                 return
         if self.failure is None:
             self._remove(name)
+
+    @property
+    def writes(self) -> bool:
+        """Whether the save is neither committed nor has failed."""
+        return self.took_s is None and self.failure is None
 
     def ended(self, wait_s: float | None = 0.0) -> bool:
         """Return whether it is over, after waiting for that."""
@@ -147,7 +152,7 @@ class AsynchronousSaver(DirectorySaver):
             self._clean()
             write_alone(self.place, step, flat, about, world_size)
 
-        self._job = Job(rest, work, super().remove)
+        self._job = Job(work, super().remove, rest)
 
     def _start_together(self, step: int, share: Share, about: About) -> None:
         """Copy this rank's part and start to write it; rank 0's thread waits for the others' and commits."""
@@ -174,10 +179,10 @@ class AsynchronousSaver(DirectorySaver):
             return
         staged = share._replace(flat=Flat(share.flat.tree, self._staging.copies))
         if rank:
-            self._job = Job(rests[0], lambda _: write_noted(self.place, upload, staged, rank), super().remove)
+            self._job = Job(lambda _: write_noted(self.place, upload, staged, rank), super().remove, rests[0])
         else:
             work = partial(write_and_commit, self.place, upload, step, staged, about, world_size)
-            self._job = Job(rests[0], work, super().remove)
+            self._job = Job(work, super().remove, rests[0])
 
     def copied(self) -> None:
         """Return when all of the state is copied, on this rank; called before what is copied later is changed."""
@@ -186,23 +191,34 @@ class AsynchronousSaver(DirectorySaver):
 
     @property
     def under_way(self) -> bool:
-        """Whether this rank's part of a save is still being written."""
-        return self._job is not None and not self._job.ended()
+        """Whether this rank's part of a save is still being written; what has to go after that does not count."""
+        return self._job is not None and self._job.writes
 
     def expected_s(self) -> float | None:
         job = self._job
-        if job is None:
-            return self._took_s
-        took_s = job.took_s if job.took_s is not None else self._took_s
-        if took_s is None:
-            return None
-        return took_s + (max(0.0, took_s - (time.monotonic() - job.began)) if self.under_way else 0.0)
+        if job is None or not job.writes:
+            return job.took_s if job is not None and job.took_s is not None else self._took_s
+        so_far_s = time.monotonic() - job.began
+        took_s = max(so_far_s, self._took_s or 0.0)  # it takes at least as long as it has taken
+        return took_s + (took_s - so_far_s)
 
-    def abandon(self) -> None:
-        """Let what is under way be, on every rank: nobody waits for it, and the end of the process cuts it off."""
+    def abandon(self, within_s: float = 0.0) -> None:
+        """Give what is under way that long to end, on every rank, and then no more: the process's end cuts it off."""
+        if not self._under_way:
+            return
         if self._asked is not None:
             self._asked()
-        self._job, self._asked, self._under_way = None, None, False
+            self._asked = None
+        end = time.monotonic() + within_s
+        late = False
+        while not (late or all(over for over, _ in self._look_round(min(TOLD_EVERY_S, end - time.monotonic())))):
+            late = any(by_rank(self._backend, lambda: time.monotonic() >= end))
+        if not late:
+            try:
+                self.settle()
+            except CheckpointError as error:
+                logger.warning("the save under way has failed: %s", error)
+        self._job, self._under_way = None, False
 
     def remove(self, filename: str) -> None:
         """Remove one checkpoint once the newest is committed."""
@@ -243,10 +259,10 @@ class AsynchronousSaver(DirectorySaver):
             self._took_s = job.took_s
         on_one_rank(self._backend, lambda: _raise(job))
 
-    def _look_round(self) -> list[tuple[bool, str | None]]:
+    def _look_round(self, wait_s: float = TOLD_EVERY_S) -> list[tuple[bool, str | None]]:
         """Return of every rank whether it is done, after waiting a while; let rank 0's job hear of a failed part."""
         job = self._job
-        over = job is None or job.ended(TOLD_EVERY_S)
+        over = job is None or job.ended(max(0.0, wait_s))
         failure = None if job is None or job.failure is None else str(job.failure) or repr(job.failure)
         found = by_rank(self._backend, lambda: (over, failure))
         failures = [told for _, told in found if told is not None]
@@ -306,7 +322,7 @@ def _word_of_others(place: Place, upload: str, num_files: int, patient_s: float,
     began, pause_s = time.monotonic(), LOOKED_AFTER_S
     while True:
         notes = place.notes(upload)
-        records = {number: _noted(text) for number, text in notes.items()}
+        records = {number: record for number, text in notes.items() if (record := _noted(text)) is not None}
         missing = [number for number in range(1, num_files) if number not in records]
         if not missing:
             return [records[number] for number in range(1, num_files)]
@@ -322,8 +338,12 @@ def _word_of_others(place: Place, upload: str, num_files: int, patient_s: float,
         pause_s = min(1.5 * pause_s, LOOKED_EVERY_S)
 
 
-def _noted(text: str) -> FileRecord:
-    note = json.loads(text)
+def _noted(text: str) -> FileRecord | None:
+    """Return what a note says; None for the beginning of one: not every file system of fsspec's writes all at once."""
+    try:
+        note = json.loads(text)
+    except ValueError:
+        return None
     if "failure" in note:
         raise CheckpointError(note["failure"])
     return FileRecord.model_validate(note["record"])

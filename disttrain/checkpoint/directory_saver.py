@@ -93,8 +93,8 @@ class DirectorySaver:
         """
         return self._took_s
 
-    def abandon(self) -> None:
-        """Let what is under way be: nothing is."""
+    def abandon(self, within_s: float = 0.0) -> None:
+        """Wait no longer than that for what is under way: nothing is."""
 
     def poll(self) -> None:
         """Raise, on every rank, what has gone wrong since the last call: nothing, for each call has told it."""

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from disttrain.checkpoint.agree import Ranks, on_every_rank, on_one_rank
 from disttrain.checkpoint.check import verify
-from disttrain.checkpoint.damage import DamagedError
+from disttrain.checkpoint.damage import DamagedError, NoneGoodError
 from disttrain.checkpoint.manifest import MANIFEST, TENSORS, Manifest
 from disttrain.checkpoint.place import Place, place_of
 from disttrain.checkpoint.sharded import Sharded
@@ -70,7 +70,7 @@ def load_newest(
     over which ranks it is to be spread and how: (device_mesh, placements), or None for a whole tensor on the CPU. Of
     a tensor that is spread a rank reads and holds only its part, whatever ranks had saved it.
 
-    CheckpointError if there are some and none is good: whether to begin anew is for a person to say.
+    NoneGoodError if there are some and none is good: whether to begin anew is for a person to say.
     """
     place = place_of(root)
     names, aside = on_one_rank(backend, lambda: (place.committed(), place.set_aside()))
@@ -89,7 +89,7 @@ def load_newest(
     if not names and not aside:
         return None
     reasons = [f"{name}: {reason}" for name, reason in skipped] + [f"{name}: found before" for name in aside]
-    raise CheckpointError(
+    raise NoneGoodError(
         f"all checkpoints in {root} are damaged ({'; '.join(reasons)}). "
         "Put a good one there, or begin anew in another directory"
     )

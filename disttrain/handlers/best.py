@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from disttrain.backend import Backend
 from disttrain.checkpoint import BestStep, best_in, checkpoint_name
 from disttrain.errors import ConfigError
 
@@ -17,17 +18,22 @@ Mode = Literal["min", "max"]
 class Best:
     """Remembers the step whose evaluation gave the smallest or largest value of `monitor`."""
 
-    def __init__(self, monitor: str, mode: Mode) -> None:
+    def __init__(self, monitor: str, mode: Mode, backend: Backend | None = None) -> None:
         self.monitor = monitor
+        self._backend = backend
         self.mode = mode
         self.found: BestStep | None = None
 
     def improved(self, step: int, results: Mapping[str, Any]) -> bool:
-        """Take note of an evaluation; return whether it is better than all before.
+        """Take note of an evaluation; return whether it is better than all before. Called by every rank.
+
+        Rank 0's value counts: a metric that each rank computes may differ in its last bit.
 
         *Errors*: ConfigError where the result is no single number.
         """
         value = results[self.monitor]
+        if self._backend is not None:
+            value = self._backend.broadcast(value)
         if not isinstance(value, int | float):
             raise ConfigError(
                 f"checkpoint.monitor={self.monitor!r}: expected a result that is one number, got {str(value)[:60]}; "
@@ -47,12 +53,13 @@ class Best:
 
     def about(self) -> dict[str, Any]:
         """Return what a checkpoint says of it."""
-        return {} if self.found is None else {"best": self.found._asdict()}
+        return {} if self.found is None else {"best": {**self.found._asdict(), "mode": self.mode}}
 
     def stands(self, position: Mapping[str, Any]) -> None:
-        """Take back what a checkpoint says, unless another result was monitored then."""
+        """Take back what a checkpoint says, unless another result was monitored then, or other values were good."""
         found = best_in(position)
-        self.found = found if found is not None and found.monitor == self.monitor else None
+        same = found is not None and found.monitor == self.monitor and position["best"].get("mode") == self.mode
+        self.found = found if same else None
 
 
 def mode_of(mode: str, monitor: str, metrics: Mapping[str, Any]) -> Mode:

@@ -178,7 +178,8 @@ class Preemption:
     def _note(self, number: signal.Signals) -> None:
         now = time.monotonic()
         if self.signal is None:
-            self.signal, self._asked = number, now
+            self._asked = now
+            self.signal = number  # in this order: the main thread counts from the one once it sees the other
             if number == signal.SIGTERM and self.backend is not None:
                 self.backend.hurry()  # torchrun sends it when another rank has died: nobody waits for that one
             if self.starting:

@@ -91,7 +91,8 @@ class StepEnd:
         if not whole:
             wish = STOP  # which the ranks have agreed on while they evaluated
         if wish != NOTHING or due(self.save_every_steps, step, epoch_ends) or self._improved_at == step:
-            self.save(engine, self.preemption.left_s() if wish == STOP else math.inf)
+            # The last step is saved where it belongs, however long that takes: no launch comes after it.
+            self.save(engine, self.preemption.left_s() if wish == STOP and not last else math.inf)
             wish = max(wish, self.preemption.agreed(anew=True))  # not to save again a step later
         if wish == STOP and (step < self.total_steps or not whole):
             self.stop(engine)
@@ -103,6 +104,8 @@ class StepEnd:
     def catch_up(self, engine: Engine) -> None:
         """Evaluate at the step that the run goes on from, if it was saved before that was done."""
         self.interrupted = not self.validate(engine)
+        if self._improved_at == engine.state.iteration:
+            self.save(engine)
 
     def finish(self, engine: Engine) -> None:
         """Do what the last step has left undone; called once, when all steps are over."""
@@ -124,6 +127,8 @@ class StepEnd:
         self._validated_at, self.metrics = engine.state.iteration, metrics
         if self._best is not None and self._best.improved(engine.state.iteration, metrics):
             self._improved_at = engine.state.iteration
+            if self.saved_at == self._improved_at:
+                self.saved_at = 0  # what is there does not say that it is the best
         return True
 
     def save(self, engine: Engine, left_s: float = math.inf) -> None:

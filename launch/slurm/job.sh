@@ -18,6 +18,7 @@ if (($# < 1)) || [[ -z ${SLURM_JOB_ID:-} ]]; then
   exit 2
 fi
 
+unset PET_SHUTDOWN_TIMEOUT # which would win
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${GRACE:-110}" # torchrun would kill ranks after 30 s
 words=(--ranks "${RANKS:-${SLURM_GPUS_ON_NODE:-1}}")
 if ((SLURM_NNODES > 1)); then

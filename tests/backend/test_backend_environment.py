@@ -214,6 +214,7 @@ def test_a_launch_is_known_by_its_agent_and_a_requeued_job_by_its_number() -> No
 def test_how_long_ranks_have_is_what_torchrun_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert grace_s({}) == math.inf
     assert grace_s({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "110"}) == 110.0  # a Kubernetes pod's, without torchrun
+    assert grace_s({}, of_torchrun=True) == 30.0
     under_torchrun = {"TORCHELASTIC_RUN_ID": "digits"}
     assert grace_s(under_torchrun) == 30.0
     told = {**under_torchrun, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "110"}

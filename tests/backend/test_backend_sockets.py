@@ -79,24 +79,42 @@ def test_the_loopback_is_known_here() -> None:
     assert loopback_name() == {"linux": "lo", "darwin": "lo0"}[sys.platform]
 
 
-def between_two_addresses() -> Connected:
-    """Connect two addresses of the loopback, as unlike as those of two hosts."""
-    server = socket.create_server(("127.0.0.1", 0))
-    client = socket.create_connection(server.getsockname(), source_address=("127.0.0.2", 0))
-    accepted, _ = server.accept()
-    return server, client, accepted
-
-
-def test_a_silent_connection_to_another_host_is_asked_whether_its_other_end_is_there() -> None:
-    connected = server, client, _accepted = between_two_addresses()
+def test_a_silent_connection_to_another_host_is_asked_whether_its_other_end_is_there(
+    connected: Connected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sockets, "_within_this_host", lambda _descriptor: False)
+    server, client, _accepted = connected
+    pair = socket.socketpair()  # which has no host at its other end
     found = open_sockets()
-    notice_lost_hosts({fd: found[fd] for fd in (server.fileno(), client.fileno())})
+    notice_lost_hosts({fd: found[fd] for fd in (server.fileno(), client.fileno(), pair[0].fileno())})
     notice_lost_hosts({10**6: "socket:[1]"})
     assert client.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
     assert client.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1000 * LOST_AFTER_S
     asked = [client.getsockopt(socket.IPPROTO_TCP, name) for name in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL)]
     assert asked[0] + asked[1] * client.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) <= LOST_AFTER_S
+    assert pair[0].getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0
     close(connected)
+    for each in pair:
+        each.close()
+
+
+@pytest.mark.parametrize(
+    ("ends", "within"),
+    [
+        ([("10.0.0.1", 5), ("10.0.0.2", 6)], False),
+        ([("10.0.0.1", 5), ("10.0.0.1", 6)], True),
+        ([("127.0.0.1", 5), ("127.0.1.1", 6)], True),  # Debian's own name of a host
+        ([("::ffff:127.0.0.1", 5, 0, 0), ("::ffff:127.0.1.1", 6, 0, 0)], True),
+        ([("::1", 5, 0, 0), ("::1", 6, 0, 0)], True),
+        ([("fe80::1%lo", 5, 0, 1), ("fe80::2%lo", 6, 0, 1)], False),
+        ([], False),
+    ],
+)
+def test_which_connections_stay_within_this_host(
+    ends: list[tuple[object, ...]], within: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sockets, "_ends", lambda _descriptor: ends)
+    assert sockets._within_this_host(3) == within
 
 
 def test_what_stays_within_this_host_is_not_asked(connected: Connected) -> None:

@@ -170,18 +170,21 @@ def test_how_long_a_save_will_take_counts_what_is_left_of_the_one_under_way(tmp_
     saver({"n": 1}, name(1), {})
     assert gate.entered.wait(30)
     assert saver.under_way
-    assert saver.expected_s() is None  # none has ended yet
+    first = saver.expected_s()
+    assert first is not None  # it takes as long as it has taken, at least
+    assert 0 < first < 60
     gate.open()
     saver.settle()
     once = saver.expected_s()
     assert once is not None
+    assert once >= first
     assert not saver.under_way
     again = Gate(pytest.MonkeyPatch())
     saver({"n": 2}, name(2), {})
     assert again.entered.wait(30)
     twice = saver.expected_s()
     assert twice is not None
-    assert once <= twice <= 2 * once
+    assert twice >= once
     again.open()
     saver.settle()
 

@@ -237,11 +237,14 @@ def test_a_full_disk_on_one_rank_is_the_same_error_on_all(
     assert [entry.state for entry in survey(tmp_path)] == ["good", "good"]
 
 
-def test_a_part_of_which_no_word_comes_is_an_error_after_a_while(tmp_path: Path) -> None:
+@pytest.mark.parametrize("word", [None, "", '{"record": {"size_by'])
+def test_a_part_of_which_no_word_comes_is_an_error_after_a_while(tmp_path: Path, word: str | None) -> None:
     place = LocalPlace(tmp_path)
     state = flatten(marked(1))
     share = Share(state, 2, dict.fromkeys(state.tensors, 1), 0)
     upload = place.begin(1)
+    if word is not None:
+        place.leave_note(upload, 1, word)  # cut off, or still being written
 
     def work(job: Job) -> None:
         job.patience_s = 0.0

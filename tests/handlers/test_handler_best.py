@@ -5,10 +5,12 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import Ranks
 from torch import nn
 from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
+from disttrain.backend import Backend
 from disttrain.checkpoint import BestStep, best_in
 from disttrain.errors import ConfigError
 from disttrain.handlers.best import Best, Mode, mode_of
@@ -43,16 +45,28 @@ def test_it_is_the_first_of_the_best_also_for_who_goes_on_from_a_checkpoint(
 def test_whole_numbers_will_do_and_lists_will_not() -> None:
     best = Best("hits", "max")
     assert best.improved(1, {"hits": 3})
-    assert best.about() == {"best": {"step": 1, "monitor": "hits", "value": 3.0}}
+    assert best.about() == {"best": {"step": 1, "monitor": "hits", "value": 3.0, "mode": "max"}}
     with pytest.raises(ConfigError, match=r"checkpoint.monitor='hits': expected .* one number, got \[1, 2\]"):
         best.improved(2, {"hits": [1, 2]})
 
 
+def differing_in_the_last_bit(backend: Backend) -> tuple[list[bool], BestStep | None]:
+    best = Best("accuracy", "max", backend)
+    own = [0.1 + 0.2, 0.3][backend.rank]
+    return [best.improved(1, {"accuracy": own}), best.improved(2, {"accuracy": 0.1 + 0.2})], best.found
+
+
+def test_ranks_that_compute_another_last_bit_act_alike(ranks: Ranks) -> None:
+    assert ranks(2, differing_in_the_last_bit) == [([True, False], BestStep(1, "accuracy", 0.1 + 0.2))] * 2
+
+
 def test_another_result_begins_anew() -> None:
     best = Best("loss", "min")
-    best.stands({"best": {"step": 4, "monitor": "accuracy", "value": 0.5}})
+    best.stands({"best": {"step": 4, "monitor": "accuracy", "value": 0.5, "mode": "min"}})
     assert best.found is None
-    best.stands({"best": {"step": 4, "monitor": "loss", "value": 0.5}})
+    best.stands({"best": {"step": 4, "monitor": "loss", "value": 0.5, "mode": "max"}})
+    assert best.found is None
+    best.stands({"best": {"step": 4, "monitor": "loss", "value": 0.5, "mode": "min"}})
     assert best.found == BestStep(4, "loss", 0.5)
 
 

@@ -153,6 +153,13 @@ def test_the_best_evaluation_so_far_is_saved_too() -> None:
     ]
 
 
+def test_a_step_that_was_saved_before_it_turned_out_the_best_is_saved_again() -> None:
+    # Else its checkpoint would not say so.
+    done, _ = train(resume_at=8, unvalidated=True, best=Best("loss", "min"))
+    assert done == ["validate 8", "save 8"]
+    assert train(resume_at=8, unvalidated=True)[0] == ["validate 8"]
+
+
 def test_no_checkpoint_is_made_after_a_loss_that_is_not_finite() -> None:
     with pytest.raises(NonFiniteError, match="at step 1 "):
         train(loss=float("nan"), save=2)

@@ -1,10 +1,12 @@
 """Whole runs that save asynchronously or elsewhere, and runs that are killed while they save constantly."""
 
+import itertools
 import json
 import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from commands import launch, write_cfg
 
 from disttrain import launch as launcher
 from disttrain.backend.local import LocalRanks
-from disttrain.checkpoint import committed, place_of, survey
+from disttrain.checkpoint import AsynchronousSaver, committed, place_of, survey
 from disttrain.checkpoint.local import LocalPlace
 from disttrain.checkpoint.manifest import FileRecord
 from disttrain.cli import main
@@ -54,18 +56,32 @@ class At:
 
 @dataclass(frozen=True)
 class SlowSaves:
-    """A handler by which saves into `folder` take a while, and rank 0 gets SIGTERM in step 5, with a second left."""
+    """A handler by which saves into `folder` take two seconds, and rank 0 gets SIGTERM in step 5, with a second left.
+
+    From the second asynchronous save on they take until the run waits for them at its end.
+    """
 
     folder: str
 
     def __call__(self, trainer: Engine, run: Run) -> None:
-        write_part = LocalPlace.write_part
+        write_part, settle = LocalPlace.write_part, AsynchronousSaver.settle
+        done = threading.Event()
+        asynchronous, count = run.config.checkpoint.asynchronous, itertools.count(1)
 
         def slow(place: LocalPlace, *words: Any) -> FileRecord:
-            time.sleep(2.0 if str(place).startswith(self.folder) else 0.0)
+            if str(place).startswith(self.folder):
+                time.sleep(2.0)
+                if asynchronous and next(count) > 1:
+                    done.wait(60)
             return write_part(place, *words)
 
+        def settling(saver: AsynchronousSaver) -> None:
+            if trainer.state.iteration >= 5:
+                done.set()
+            settle(saver)
+
         LocalPlace.write_part = slow  # type: ignore[method-assign]  # in this process, which ends with the run
+        AsynchronousSaver.settle = settling  # type: ignore[method-assign]
         if run.backend.rank == 0:
             trainer.add_event_handler(Events.ITERATION_COMPLETED(once=5), signal.raise_signal, signal.SIGTERM)
 
@@ -200,6 +216,34 @@ def test_no_new_save_is_begun_where_only_the_one_under_way_can_end_in_time(tmp_p
     assert f"step {result(tmp_path)['step']} is not saved, so that the save under way can end" in ended.said
     assert (result(tmp_path)["checkpoint"], steps(tmp_path)) == ("step-00000004", [2, 4])
     assert "resuming from step 4" in train(tmp_path, *words, steps=9).said
+
+
+def test_where_the_newest_place_has_nothing_good_the_next_is_taken(tmp_path: Path) -> None:
+    words = [f"checkpoint.target={tmp_path}/far", "max_steps=4"]
+    assert train(tmp_path, *words).codes == [0]
+    assert train(tmp_path, "max_steps=5", "checkpoint.keep=1").codes == [0]
+    near = tmp_path / "runs" / "soak" / "checkpoints"
+    os.truncate(near / "step-00000005" / "tensors.safetensors", 0)
+    again = train(tmp_path, f"checkpoint.target={tmp_path}/far")
+    assert again.codes == [0], again.said
+    assert "all checkpoints in" in again.said
+    assert f"going on from {tmp_path}/far/soak" in again.said
+    assert "resuming from step 4" in again.said
+    (tmp_path / "whole").mkdir()
+    train(tmp_path / "whole")
+    assert result(tmp_path)["params_sha256"] == result(tmp_path / "whole")["params_sha256"]
+
+
+def test_a_best_checkpoint_that_is_gone_is_forgotten(tmp_path: Path) -> None:
+    write_cfg(tmp_path)
+    words = ["cfg.py", "checkpoint.monitor=loss", "checkpoint.mode=max", "checkpoint.keep=2"]
+    assert launch(*words, cwd=tmp_path).code == 0
+    folder = tmp_path / "runs" / "small"
+    assert "step-00000005" in committed(folder / "checkpoints")
+    shutil.rmtree(folder / "checkpoints" / "step-00000005")
+    again = launch(*words, "max_epochs=4", cwd=tmp_path)
+    assert "the checkpoint of step 5, which had the best loss, is gone" in again.text
+    assert json.loads((folder / "result.json").read_text())["best"]["step"] == 20
 
 
 def test_the_best_evaluations_checkpoint_stays_on_other_ranks_too(tmp_path: Path) -> None:

@@ -182,6 +182,7 @@ def test_ranks_whose_server_is_killed_go_on_with_what_this_launch_began(tmp_path
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["small"]
 
 
+@pytest.mark.skipif(not TORCHRUN_LISTENS, reason="this torch's torchrun always kills ranks after 30 s")
 def test_the_grace_is_printed_and_known_to_the_ranks(tmp_path: Path) -> None:
     write_cfg(tmp_path, "import os; print('grace', os.environ.get('TORCH_ELASTIC_SHUTDOWN_TIMEOUT'))")
     done = launch("cfg.py", "--ranks", 1, "--grace", 110, "max_epochs=1", cwd=tmp_path)
@@ -190,13 +191,22 @@ def test_the_grace_is_printed_and_known_to_the_ranks(tmp_path: Path) -> None:
     assert "grace 110" in done.out
 
 
+def test_what_torchrun_cannot_be_told_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cfg(tmp_path)
+    monkeypatch.setattr("disttrain.backend.environment.TORCHRUN_LISTENS", False)
+    assert main(["launch", str(tmp_path / "cfg.py"), "--ranks", "2", "--grace", "60"]) == 2
+    assert "--grace 60: expected 30 or nothing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (["--ranks", "2", "--nodes", "2"], "expected --nodes and --rdzv together"),
         (["--ranks", "2", "--rdzv", "localhost:29500"], "expected --nodes and --rdzv together"),
         (["--ranks", "0"], "at least 1, got 0"),
-        (["--ranks", "2", "--grace", "-1"], "number of seconds, got -1"),
+        (["--ranks", "2", "--grace", "0"], "at least 1 second, got 0"),
     ],
 )
 def test_options_that_do_not_fit_together(
