@@ -87,7 +87,11 @@ def restart_s(words: Sequence[str], folder: Path) -> float:
     """Return the seconds from the kill to training again."""
     # The agent's store outlives its ranks, which a bare script does not survive without this variable.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    subprocess.run([*words, "script.py"], cwd=folder, env=environment, check=True, capture_output=True, timeout=300)
+    done = subprocess.run(
+        [*words, "script.py"], cwd=folder, env=environment, check=False, capture_output=True, text=True, timeout=300
+    )
+    if not (folder / "again").exists():  # how it ends is another matter: bare scripts now and then fail to
+        raise RuntimeError(f"{' '.join(words)} did not train again:\n{done.stderr}")
     return float((folder / "again").read_text()) - float((folder / "killed").read_text())
 
 
