@@ -232,6 +232,7 @@ def before_step(made: Run) -> bool | None:
     made.grad_norm = norm
     if limit is not None:
         made.layout.clip(parameters, limit, norm)
+    made.wait_for_copy()  # the optimizer steps next
     return False if made.config.on_nan == "skip" and not math.isfinite(norm) else None
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from disttrain.checkpoint import (
+    ELSEWHERE,
     MANIFEST,
     DamagedError,
     Manifest,
@@ -49,8 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         found = find(options.run, getattr(options, "step", None), best=getattr(options, "best", False))
         code: int = options.command(found.place, found.name, options, console)
-        for other in found.others:
-            if options.command is list_them and (names := other.committed()):
+        for other in found.others if found.name is None else []:
+            if not (names := other.committed()):
+                continue
+            if options.command is verify_them:
+                code = max(code, verify_them(other, None, options, console))
+            elif options.command in (list_them, prune_them):
                 steps = ", ".join(str(step_in(each)) for each in names)
                 console.print(f"older ones, in {plain(str(other))}: {steps}", soft_wrap=True)
         return code
@@ -152,7 +157,9 @@ def target_of(run: Path) -> str | None:
         return None
     fields = from_json(config_json.read_text(encoding="utf-8"), str(config_json)).fields
     target, name = fields.get("checkpoint.target"), fields.get("name")
-    return folder_under(target, str(name)) if isinstance(target, str) else None
+    if not isinstance(target, str) or (run / "checkpoints" / ELSEWHERE).is_file():
+        return None  # what the run itself left word of does not depend on where this is typed
+    return folder_under(target, str(name))
 
 
 def list_them(root: Place, name: str | None, options: argparse.Namespace, console: Console) -> int:

@@ -7,7 +7,6 @@ or taken away between two launches. Only rank 0 decides; all ranks hear the same
 
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from disttrain.backend import Backend
@@ -16,11 +15,10 @@ from disttrain.checkpoint import (
     AsynchronousSaver,
     DirectorySaver,
     Loaded,
-    NoneGoodError,
     folder_under,
     folders_of,
     is_url,
-    load_newest,
+    load_newest_of,
     on_one_rank,
     place_of,
     step_in,
@@ -54,29 +52,13 @@ def refuse_fresh(config: Config, directory: RunDirectory, backend: Backend) -> N
             )
 
 
-def load(made: Run, cuts: Cuts | None, console: Console) -> Loaded | None:
-    """Load the newest good checkpoint of all places that the run may have written to; None where there is none.
-
-    NoneGoodError where there are some, and all are damaged.
-    """
+def load(made: Run, cuts: Cuts | None) -> Loaded | None:
+    """Load the newest good checkpoint of all places that the run may have written to; None where there is none."""
     written_to = folder(made.config, made.directory)
     folders = on_one_rank(made.backend, lambda: folders_of(made.directory.checkpoints, written_to))
-    bad: NoneGoodError | None = None
-    for each in folders:
-        with made.backend.agree("opening the checkpoints"):
-            place = place_of(each)
-        try:
-            found = load_newest(place, made.backend, cuts)
-        except NoneGoodError as error:
-            bad = bad or error
-            continue
-        if found is not None:
-            if bad is not None:
-                console.print(f"WARNING: {bad}; going on from {each}", style="bold yellow", soft_wrap=True)
-            return found
-    if bad is not None:
-        raise bad
-    return None
+    with made.backend.agree("opening the checkpoints"):
+        places = [place_of(each) for each in folders]
+    return load_newest_of(places, made.backend, cuts)
 
 
 def check_run(made: Run, found: Loaded) -> None:
@@ -103,7 +85,7 @@ def check_best(made: Run, console: Console) -> None:
         return any(step in map(step_in, place_of(each).committed()) for each in folders)
 
     if not on_one_rank(made.backend, is_there):
-        said = f"the checkpoint of step {step}, which had the best {best.monitor}, is gone"
+        said = f"the checkpoint of step {step}, which had the best {best.monitor}, is in no place of this run"
         console.print(f"WARNING: {said}: the next evaluation counts as the best", style="bold yellow", soft_wrap=True)
         best.found = None
 
@@ -115,11 +97,10 @@ def saver_of(made: Run) -> DirectorySaver:
         if not made.config.checkpoint.asynchronous:
             return DirectorySaver(where, describe=made.about, backend=made.backend)
         # A forward may change parameters, but what an optimizer remembers only its next step; and handlers may, both.
-        waits = isinstance(made.optimizer, torch.optim.Optimizer) and not made.config.handlers
-        later = (lambda name: name.startswith("optimizer.state.")) if waits else None
+        harmless = all(getattr(handler, "changes_nothing", False) for handler in made.config.handlers)
+        later = (lambda name: name.startswith("optimizer.state.")) if harmless else None
         saver = AsynchronousSaver(where, describe=made.about, backend=made.backend, later=later)
-        if waits:
-            made.optimizer.register_step_pre_hook(lambda *_: saver.copied())
+        made.wait_for_copy = saver.copied
         return saver
 
 

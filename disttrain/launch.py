@@ -20,7 +20,7 @@ from rich.table import Table
 from disttrain import recipe
 from disttrain.backend import Backend, connect
 from disttrain.backend.determinism import CUBLAS_WORKSPACES
-from disttrain.backend.environment import grace_s, launch_marks, set_default
+from disttrain.backend.environment import LONGEST_GRACE_S, grace_s, launch_marks, set_default
 from disttrain.backend.parent import end_with_launcher
 from disttrain.backend.torchrun import leave
 from disttrain.config import (
@@ -37,7 +37,7 @@ from disttrain.config import (
     replace,
     with_num_slots,
 )
-from disttrain.errors import BackendError, ConfigError, DisttrainError, Interrupted, RemoteError
+from disttrain.errors import ConfigError, DisttrainError, Interrupted, RemoteError
 from disttrain.handlers.preemption import Preemption
 from disttrain.ranks import add_options, on_ranks
 from disttrain.run_directory import RunDirectory
@@ -61,8 +61,8 @@ def main(arguments: Sequence[str] | None = None, *, handlers: Sequence[Callable[
     options = parser().parse_intermixed_args(arguments)
     logging.getLogger("disttrain").addHandler(logging.NullHandler())  # what is logged goes to the ranks' files alone
     try:
-        if options.grace is not None and options.grace < 1:
-            raise ConfigError(f"expected --grace to be at least 1 second, got {options.grace}")
+        if options.grace is not None and not 1 <= options.grace <= LONGEST_GRACE_S:
+            raise ConfigError(f"expected --grace to be from 1 to {LONGEST_GRACE_S} seconds, got {options.grace}")
         if options.ranks is not None and not (options.check or options.print_config):
             return on_ranks(options)
         with Preemption(starting=True) as preemption:
@@ -74,13 +74,13 @@ def main(arguments: Sequence[str] | None = None, *, handlers: Sequence[Callable[
 def train(options: argparse.Namespace, handlers: Sequence[Callable[[Any, Any], object]], preemption: Preemption) -> int:
     """Load the config, connect the ranks and do what the options ask for."""
     config: Config | None = None
-    mistake: DisttrainError | None = None
+    mistake: ConfigError | None = None
     try:
         config = load_config(Path(options.config), options.overrides)
         if handlers:
             config = replace(config, handlers=(*config.handlers, *handlers))
         preemption.grace_s = grace_s() if options.grace is None else float(options.grace)
-    except (ConfigError, BackendError) as error:
+    except ConfigError as error:
         mistake = error
     if config is not None and options.print_config:
         print(json.dumps(describe(config), indent=2))

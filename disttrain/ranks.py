@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from disttrain.backend.environment import grace_s
 from disttrain.backend.torchrun import run_torchrun, torchrun_words
 from disttrain.config import load_config
 from disttrain.errors import ConfigError
@@ -33,6 +34,7 @@ def on_ranks(options: argparse.Namespace) -> int:
             f"expected --nodes and --rdzv together, got --nodes {options.nodes} and --rdzv {options.rdzv}; "
             "one host needs neither, several need both"
         )
+    grace_s(of_torchrun=True)  # a variable that cannot be read is refused before torchrun stumbles over it
     config = load_config(Path(options.config), options.overrides)  # a mistake is better said once than by every rank
     words = torchrun_words(
         options.ranks,

@@ -38,7 +38,7 @@ def to_save(made: Run) -> dict[str, Any]:
 def restore(made: Run, console: Console) -> int:
     """Take the newest good checkpoint, if there is one; return its step, 0 without. Loud where one is damaged."""
     cuts = made.layout.cuts(made.model, made.optimizer)
-    found = kept.load(made, cuts, console)
+    found = kept.load(made, cuts)
     warn_of_kernels(made, {} if found is None else found.manifest.position, console)
     step = 0
     if found is not None:

@@ -1,6 +1,6 @@
 """An assembled run: its parts, where it stands, and what a checkpoint says of that."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +54,8 @@ class Run:
     """Looks at the losses, except with on_nan=skip."""
     best: Best | None = None
     """Remembers the best evaluation, with checkpoint.monitor."""
+    wait_for_copy: Callable[[], None] = lambda: None
+    """Returns when the optimizer's memory is copied, where a checkpoint of it is being made."""
     evaluation_due: bool = False
     """A signal cut the evaluation at this step short: whoever goes on from here does it first."""
 

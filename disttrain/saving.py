@@ -28,6 +28,10 @@ MARGIN = 1.25
 """A save counts as taking so much longer than the last one took."""
 
 
+TO_END_S = 3.0
+"""What a run needs from its last save to its end, at least: it hashes its weights and writes its result."""
+
+
 class Choice(StrEnum):
     """What is saved."""
 
@@ -78,7 +82,8 @@ class Saving:
         except CheckpointError as error:  # the same on every rank
             self._console.print(f"WARNING: that failed: {error}", style="bold yellow", soft_wrap=True)
             return False
-        self.saver.abandon(end - time.monotonic())
+        left_s = end - time.monotonic()
+        self.saver.abandon(left_s - max(TO_END_S, (1 - 1 / MARGIN) * left_s))
         return True
 
     @property

@@ -22,12 +22,13 @@ from typing import Literal
 import torch
 
 from disttrain.backend.base import Place
-from disttrain.errors import BackendError
+from disttrain.errors import BackendError, ConfigError
 
 GRACE = ("PET_SHUTDOWN_TIMEOUT", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
 """What torchrun reads, the first before the second: how long it waits for ranks before it kills them."""
 TORCHRUNS_GRACE_S = 30.0
 """Where it was told nothing."""
+LONGEST_GRACE_S = 7 * 86400
 TORCHRUN_LISTENS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 """Before, it could be told nothing."""
 
@@ -73,15 +74,15 @@ def grace_s(environ: Mapping[str, str] = os.environ, *, of_torchrun: bool = Fals
     It is what torchrun was told by its variables, or its default under torchrun, which before torch 2.13 is told
     nothing. An option on torchrun's own command line stays between its user and torchrun.
 
-    *Errors*: BackendError for what is no number of seconds.
+    *Errors*: ConfigError for what is no number of seconds, or over a week.
     """
     under_torchrun = of_torchrun or "TORCHELASTIC_RUN_ID" in environ
     for name in GRACE:
         if under_torchrun and not TORCHRUN_LISTENS:
             break
         if said := environ.get(name):
-            if not said.isdecimal():
-                raise BackendError(f"expected {name} to be a whole number of seconds, got {said!r}")
+            if not said.isdecimal() or int(said) > LONGEST_GRACE_S:
+                raise ConfigError(f"expected {name} to be from 0 to {LONGEST_GRACE_S} seconds, got {said!r}")
             return float(said)
     return TORCHRUNS_GRACE_S if under_torchrun else math.inf
 

@@ -15,7 +15,7 @@ training goes on), `agree` (one outcome on every rank), `fingerprint`.
 from disttrain.checkpoint.agree import on_one_rank
 from disttrain.checkpoint.background import AsynchronousSaver
 from disttrain.checkpoint.check import verify
-from disttrain.checkpoint.damage import DamagedError, NoneGoodError
+from disttrain.checkpoint.damage import DamagedError
 from disttrain.checkpoint.directory_saver import DirectorySaver
 from disttrain.checkpoint.disk_saver import DiskSaver, load_file
 from disttrain.checkpoint.exports import Exported, export
@@ -23,7 +23,7 @@ from disttrain.checkpoint.fingerprint import params_sha256
 from disttrain.checkpoint.listing import BestStep, Entry, best_in, best_of, inspect, plan_prune, survey, tensors_of
 from disttrain.checkpoint.manifest import MANIFEST, About, FileRecord, Manifest
 from disttrain.checkpoint.place import ELSEWHERE, Place, folder_under, folders_of, place_of
-from disttrain.checkpoint.read import Loaded, load, load_newest
+from disttrain.checkpoint.read import Loaded, load, load_newest, load_newest_of
 from disttrain.checkpoint.remote import is_url
 from disttrain.checkpoint.retention import rotate
 from disttrain.checkpoint.storage import checkpoint_name, clean, committed, step_in, step_of
@@ -43,7 +43,6 @@ __all__ = [
     "FileRecord",
     "Loaded",
     "Manifest",
-    "NoneGoodError",
     "Place",
     "best_in",
     "best_of",
@@ -58,6 +57,7 @@ __all__ = [
     "load",
     "load_file",
     "load_newest",
+    "load_newest_of",
     "on_one_rank",
     "params_sha256",
     "place_of",

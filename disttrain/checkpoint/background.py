@@ -57,14 +57,13 @@ class AskingRanks(Ranks, Protocol):
 class Job:
     """One save under way in this process: all of it, one rank's part, or that of the rank that commits."""
 
-    def __init__(self, work: Callable[["Job"], None], remove: Callable[[str], None], rest: Rest = lambda: None) -> None:
+    def __init__(self, work: Callable[["Job"], None], remove: Callable[[str], None]) -> None:
         self.failure: Exception | None = None
         self.others: str | None = None
         """Why another rank's part will not come, if that is known."""
         self.patience_s = PATIENCE_S
         self.copied = threading.Event()
         """Set when the state is no longer needed."""
-        self._rest = rest
         self._work = work
         self._remove = remove
         self._doomed: list[str] | None = []
@@ -77,13 +76,10 @@ class Job:
 
     def _run(self) -> None:
         try:
-            try:
-                self._rest()
-            finally:
-                self.copied.set()
             self._work(self)
         except Exception as error:  # noqa: BLE001 - kept for the training thread, which raises it
             self.failure = error
+            self.copied.set()
         else:
             self.took_s = time.monotonic() - self.began
         with self._lock:
@@ -91,6 +87,13 @@ class Job:
         if self.failure is None:
             for name in doomed:
                 self._remove(name)
+
+    def copy(self, rest: Rest) -> None:
+        """Copy what was left to be copied later; first thing in its work."""
+        try:
+            rest()
+        finally:
+            self.copied.set()
 
     def remove_after(self, name: str) -> None:
         """Remove an old checkpoint as soon as this one is committed, and not if it fails."""
@@ -149,10 +152,11 @@ class AsynchronousSaver(DirectorySaver):
         world_size = 1 if self._backend is None else self._backend.world_size
 
         def work(job: Job) -> None:
+            job.copy(rest)
             self._clean()
             write_alone(self.place, step, flat, about, world_size)
 
-        self._job = Job(work, super().remove, rest)
+        self._job = Job(work, super().remove)
 
     def _start_together(self, step: int, share: Share, about: About) -> None:
         """Copy this rank's part and start to write it; rank 0's thread waits for the others' and commits."""
@@ -179,10 +183,10 @@ class AsynchronousSaver(DirectorySaver):
             return
         staged = share._replace(flat=Flat(share.flat.tree, self._staging.copies))
         if rank:
-            self._job = Job(lambda _: write_noted(self.place, upload, staged, rank), super().remove, rests[0])
+            self._job = Job(partial(write_noted, self.place, upload, staged, rank, rests[0]), super().remove)
         else:
-            work = partial(write_and_commit, self.place, upload, step, staged, about, world_size)
-            self._job = Job(work, super().remove, rests[0])
+            work = partial(write_and_commit, self.place, upload, step, staged, about, world_size, rests[0])
+            self._job = Job(work, super().remove)
 
     def copied(self) -> None:
         """Return when all of the state is copied, on this rank; called before what is copied later is changed."""
@@ -216,8 +220,11 @@ class AsynchronousSaver(DirectorySaver):
         if not late:
             try:
                 self.settle()
-            except CheckpointError as error:
+            except Exception as error:  # noqa: BLE001 - of whatever kind: it is no longer needed
                 logger.warning("the save under way has failed: %s", error)
+        elif self._job is not None:
+            self._job.copied.wait()
+            self._staging = Staging()  # that one's memory is still being written
         self._job, self._under_way = None, False
 
     def remove(self, filename: str) -> None:
@@ -291,9 +298,10 @@ def _raise(job: Job | None) -> None:
         raise job.failure
 
 
-def write_noted(place: Place, upload: str, share: Share, rank: int) -> None:
+def write_noted(place: Place, upload: str, share: Share, rank: int, rest: Rest, job: Job) -> None:
     """Write a part and leave word of it, or of why it could not be written, for the rank that commits."""
     try:
+        job.copy(rest)
         note = {"record": write_mine(place, upload, share, rank)}
     except Exception as error:
         with suppress(CheckpointError):  # where none can be left, `poll` tells
@@ -303,10 +311,11 @@ def write_noted(place: Place, upload: str, share: Share, rank: int) -> None:
 
 
 def write_and_commit(
-    place: Place, upload: str, step: int, share: Share, about: About, world_size: int, job: Job
+    place: Place, upload: str, step: int, share: Share, about: About, world_size: int, rest: Rest, job: Job
 ) -> None:
     """Write rank 0's part, wait for word of the others', and commit; leave nothing where one has failed."""
     try:
+        job.copy(rest)
         began = time.monotonic()
         own = FileRecord.model_validate(write_mine(place, upload, share, 0))
         patient_s = 10 * (time.monotonic() - began)  # the others' parts are as large

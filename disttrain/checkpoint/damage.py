@@ -10,7 +10,3 @@ from disttrain.errors import CheckpointError
 
 class DamagedError(CheckpointError):
     """The content of a checkpoint is not what was written; a person gets the file and what is wrong with it."""
-
-
-class NoneGoodError(CheckpointError):
-    """There are checkpoints in a place, and all of them are damaged."""

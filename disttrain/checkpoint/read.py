@@ -11,6 +11,7 @@ is spread over the ranks only each rank's part. Memory: that state, and one file
 """
 
 import logging
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -18,12 +19,12 @@ from typing import Any, NamedTuple
 
 from disttrain.checkpoint.agree import Ranks, on_every_rank, on_one_rank
 from disttrain.checkpoint.check import verify
-from disttrain.checkpoint.damage import DamagedError, NoneGoodError
+from disttrain.checkpoint.damage import DamagedError
 from disttrain.checkpoint.manifest import MANIFEST, TENSORS, Manifest
 from disttrain.checkpoint.place import Place, place_of
 from disttrain.checkpoint.sharded import Sharded
 from disttrain.checkpoint.state_reader import StateReader
-from disttrain.checkpoint.storage import checkpoint_name
+from disttrain.checkpoint.storage import checkpoint_name, step_in
 from disttrain.checkpoint.tree import restore
 from disttrain.errors import CheckpointError
 
@@ -70,27 +71,36 @@ def load_newest(
     over which ranks it is to be spread and how: (device_mesh, placements), or None for a whole tensor on the CPU. Of
     a tensor that is spread a rank reads and holds only its part, whatever ranks had saved it.
 
-    NoneGoodError if there are some and none is good: whether to begin anew is for a person to say.
+    CheckpointError if there are some and none is good: whether to begin anew is for a person to say.
     """
-    place = place_of(root)
-    names, aside = on_one_rank(backend, lambda: (place.committed(), place.set_aside()))
-    skipped: list[tuple[str, str]] = []
-    for name in names:
+    return load_newest_of([place_of(root)], backend, sharded)
+
+
+def load_newest_of(
+    places: Sequence[Place], backend: Ranks | None = None, sharded: Sharded | None = None
+) -> Loaded | None:
+    """Load the newest good checkpoint of several places; of two of one step that of the first place."""
+    listing = on_one_rank(backend, lambda: [(place.committed(), place.set_aside()) for place in places])
+    found = [(place, name) for place, (names, _) in zip(places, listing, strict=True) for name in names]
+    found.sort(key=lambda each: -step_in(each[1]))  # which keeps the order within a step
+    skipped: list[tuple[Place, str, str]] = []
+    for place, name in found:
         try:
             state, manifest = _load(place, name, backend, sharded)
         except DamagedError as error:
-            skipped.append((name, str(error)))
+            skipped.append((place, name, str(error)))
             continue
         except CheckpointError as error:
             raise CheckpointError(f"cannot load the checkpoint {place.path(name)}: {error}") from error
         if skipped:
-            on_one_rank(backend, partial(_set_aside, place, skipped, manifest.step))
-        return Loaded(state, manifest, skipped)
-    if not names and not aside:
+            on_one_rank(backend, partial(_set_aside, skipped, manifest.step))
+        return Loaded(state, manifest, [(name, reason) for _, name, reason in skipped])
+    aside = [name for _, names in listing for name in names]
+    if not found and not aside:
         return None
-    reasons = [f"{name}: {reason}" for name, reason in skipped] + [f"{name}: found before" for name in aside]
-    raise NoneGoodError(
-        f"all checkpoints in {root} are damaged ({'; '.join(reasons)}). "
+    reasons = [f"{name}: {reason}" for _, name, reason in skipped] + [f"{name}: found before" for name in aside]
+    raise CheckpointError(
+        f"all checkpoints in {' and '.join(map(str, places))} are damaged ({'; '.join(reasons)}). "
         "Put a good one there, or begin anew in another directory"
     )
 
@@ -106,8 +116,8 @@ def _load(place: Place, name: str, backend: Ranks | None, sharded: Sharded | Non
         return on_every_rank(backend, lambda: _state(directory, manifest, sharded)), manifest
 
 
-def _set_aside(place: Place, skipped: list[tuple[str, str]], step: int) -> None:
+def _set_aside(skipped: list[tuple[Place, str, str]], step: int) -> None:
     """Report the damaged ones and mark them so that they are kept and no longer read."""
-    for name, reason in skipped:
+    for place, name, reason in skipped:
         logger.warning("%s is damaged, going back to step %d: %s", place.path(name), step, reason)
         place.put_aside(name, reason)

@@ -76,7 +76,7 @@ class CheckpointConfig(Declaration):
     mode: Annotated[Literal["auto", "min", "max"], About(may_change=True)] = "auto"
     """Which value of `monitor` is the best; "auto": the smallest loss, and what a metric says of itself."""
     asynchronous: Annotated[Flag, About(may_change=True)] = False
-    """Write while the training goes on; rank 0 then holds a second copy of what is saved."""
+    """Write while the training goes on; over all ranks the host then holds a second copy of what is saved."""
     target: Annotated[str | None, About(may_change=True)] = None
     """A folder or a URL for fsspec, in which they lie under NAME/; None: the run directory."""
 

@@ -4,6 +4,7 @@
 run's position alone: a checkpoint says which it is at its step (`about`), and who goes on from there knows (`stands`).
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -11,6 +12,8 @@ from typing import Any, Literal
 from disttrain.backend import Backend
 from disttrain.checkpoint import BestStep, best_in, checkpoint_name
 from disttrain.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 Mode = Literal["min", "max"]
 
@@ -58,8 +61,15 @@ class Best:
     def stands(self, position: Mapping[str, Any]) -> None:
         """Take back what a checkpoint says, unless another result was monitored then, or other values were good."""
         found = best_in(position)
-        same = found is not None and found.monitor == self.monitor and position["best"].get("mode") == self.mode
-        self.found = found if same else None
+        self.found = None
+        if found is not None:
+            before = (found.monitor, position["best"].get("mode", self.mode))
+            if before == (self.monitor, self.mode):
+                self.found = found
+            else:
+                logger.warning(
+                    "the best %s (%s), of step %d, counts no more: %s does", *before, found.step, self.monitor
+                )
 
 
 def mode_of(mode: str, monitor: str, metrics: Mapping[str, Any]) -> Mode:

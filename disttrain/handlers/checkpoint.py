@@ -185,7 +185,9 @@ class Checkpoint:
 
     def _rotated(self, item: Item) -> tuple[list[Item], list[Item]]:
         """Return what will be there after `item` was saved, worst or oldest first, and what has to go."""
-        saved = [other for other in self._saved if other.filename != item.filename] + [item]
+        # An object store's names have a part of their own after the step's, another for each save.
+        again = (item.filename, f"{item.filename}.")
+        saved = [o for o in self._saved if o.filename != again[0] and not o.filename.startswith(again[1])] + [item]
         if self.score_function is not None:
             saved.sort(key=_rank)
         surplus = 0 if self.n_saved is None else max(0, len(saved) - self.n_saved)

@@ -91,8 +91,9 @@ class StepEnd:
         if not whole:
             wish = STOP  # which the ranks have agreed on while they evaluated
         if wish != NOTHING or due(self.save_every_steps, step, epoch_ends) or self._improved_at == step:
-            # The last step is saved where it belongs, however long that takes: no launch comes after it.
-            self.save(engine, self.preemption.left_s() if wish == STOP and not last else math.inf)
+            # A run that is done is saved where it belongs, however long that takes: no launch comes after it.
+            hurries = wish == STOP and not (last and whole)
+            self.save(engine, self.preemption.left_s() if hurries else math.inf)
             wish = max(wish, self.preemption.agreed(anew=True))  # not to save again a step later
         if wish == STOP and (step < self.total_steps or not whole):
             self.stop(engine)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from disttrain.backend import Place, environment
 from disttrain.backend.environment import Launch, first_host, grace_s, launch_marks, read_launch, tasks_per_node
-from disttrain.errors import BackendError
+from disttrain.errors import BackendError, ConfigError
 
 TORCHRUN = {
     "RANK": "5",
@@ -223,5 +223,6 @@ def test_how_long_ranks_have_is_what_torchrun_was_told(monkeypatch: pytest.Monke
     assert grace_s({**told, "PET_SHUTDOWN_TIMEOUT": "60"}) == 60.0
     monkeypatch.setattr(environment, "TORCHRUN_LISTENS", False)
     assert grace_s(told) == 30.0
-    with pytest.raises(BackendError, match="TORCH_ELASTIC_SHUTDOWN_TIMEOUT to be a whole number of seconds, got '2m'"):
-        grace_s({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2m"})
+    for bad in ("2m", "-1", "3000000"):
+        with pytest.raises(ConfigError, match=f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT to be .* seconds, got '{bad}'"):
+            grace_s({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": bad})

@@ -218,16 +218,19 @@ class Slow:
         monkeypatch.setattr(staging, "_copy_all", waiting)
 
 
+WIDTH = 600  # the state is large enough for two ranks to write a file each
+
+
 def adam() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    model = torch.nn.Linear(200, 200)
+    model = torch.nn.Linear(WIDTH, WIDTH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     step_once(model, optimizer)
     return model, optimizer
 
 
 def step_once(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    model(torch.ones(1, 200)).sum().backward()
+    model(torch.ones(1, WIDTH)).sum().backward()
     optimizer.step()
 
 
@@ -274,10 +277,18 @@ def test_what_changed_while_it_was_copied_is_no_checkpoint(tmp_path: Path, monke
 
 def step_while_saving(backend: Backend, root: Path) -> None:
     model, optimizer = adam()
-    with AsynchronousSaver(root, backend=backend, later=of_optimizer) as saver:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        AsynchronousSaver(root, backend=backend, later=of_optimizer) as saver,
+    ):
+        slow = Slow(patch)
         optimizer.register_step_pre_hook(lambda *_: saver.copied())
         for step in (1, 2, 3):
+            slow.go_on.clear()
+            slow.begun.clear()
             saver({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, name(step), {})
+            assert slow.begun.wait(30)
+            threading.Timer(0.1, slow.go_on.set).start()  # while the step waits
             step_once(model, optimizer)
             saver.poll()
         saver.settle()
@@ -293,6 +304,7 @@ def test_ranks_that_go_on_at_once_have_saved_what_was(ranks: Ranks, tmp_path: Pa
     for step in (1, 2, 3):
         one, two = load(tmp_path / "a" / name(step)), load(tmp_path / "s" / name(step))
         assert one.manifest.step == two.manifest.step == step
+        assert len(one.manifest.files) == 2
         for key in ("exp_avg", "exp_avg_sq"):
             assert torch.equal(one.state["optimizer"]["state"][0][key], two.state["optimizer"]["state"][0][key])
         assert torch.equal(one.state["model"]["weight"], two.state["model"]["weight"])

@@ -248,7 +248,7 @@ def test_a_part_of_which_no_word_comes_is_an_error_after_a_while(tmp_path: Path,
 
     def work(job: Job) -> None:
         job.patience_s = 0.0
-        write_and_commit(place, upload, 1, share, About(), 2, job)
+        write_and_commit(place, upload, 1, share, About(), 2, lambda: None, job)
 
     job = Job(work, fail)
     assert job.ended(60)

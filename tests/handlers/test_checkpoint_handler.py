@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from disttrain.checkpoint import About, DirectorySaver, DiskSaver, committed, load, save
+from disttrain.checkpoint import About, DirectorySaver, DiskSaver, committed, load, place_of, save
 from disttrain.engine import Engine, Events
 from disttrain.errors import CheckpointError
 from disttrain.handlers.checkpoint import Checkpoint
@@ -156,6 +156,18 @@ def test_the_newest_are_kept(n_saved: int | None, kept: list[int]) -> None:
     memory = Memory()
     run(Checkpoint({"model": Number()}, memory, n_saved=n_saved), epochs=5)
     assert list(memory.files) == [f"model_{step}.pt" for step in kept]
+
+
+def test_a_step_that_is_saved_again_takes_no_other_ones_place(tmp_path: Path) -> None:
+    # An object store's names have a part of their own, and the run that saves again is another process.
+    place = f"local://{tmp_path}/c"
+    for steps in ((4, 8), (8,)):
+        handler = Checkpoint({"model": Number()}, DirectorySaver(place), n_saved=2)
+        for step in steps:
+            engine = Engine(lambda engine, batch: None)
+            engine.state.iteration = step
+            handler(engine)
+    assert sorted(name.partition(".")[0] for name in place_of(place).committed()) == ["step-00000004", "step-00000008"]
 
 
 def test_some_stay_for_as_long_as_they_are_wanted() -> None:

@@ -18,7 +18,7 @@ from commands import launch, write_cfg
 
 from disttrain import launch as launcher
 from disttrain.backend.local import LocalRanks
-from disttrain.checkpoint import AsynchronousSaver, committed, place_of, survey
+from disttrain.checkpoint import AsynchronousSaver, committed, place_of, staging, survey
 from disttrain.checkpoint.local import LocalPlace
 from disttrain.checkpoint.manifest import FileRecord
 from disttrain.cli import main
@@ -37,6 +37,7 @@ class At:
 
     step: int
     what: str
+    changes_nothing = True
 
     def __call__(self, trainer: Engine, run: Run) -> None:
         trainer.add_event_handler(Events.ITERATION_COMPLETED(once=self.step), getattr(self, self.what), run)
@@ -62,6 +63,7 @@ class SlowSaves:
     """
 
     folder: str
+    changes_nothing = True
 
     def __call__(self, trainer: Engine, run: Run) -> None:
         write_part, settle = LocalPlace.write_part, AsynchronousSaver.settle
@@ -84,6 +86,23 @@ class SlowSaves:
         AsynchronousSaver.settle = settling  # type: ignore[method-assign]
         if run.backend.rank == 0:
             trainer.add_event_handler(Events.ITERATION_COMPLETED(once=5), signal.raise_signal, signal.SIGTERM)
+
+
+class SlowCopies:
+    """A handler by which what is copied while the next step is computed takes longer than that."""
+
+    changes_nothing = True
+
+    def __call__(self, trainer: Engine, run: Run) -> None:
+        copy_all = staging._copy_all
+
+        def slow(pairs: Sequence[Any]) -> None:
+            if threading.current_thread().name == "disttrain-checkpoint":
+                assert pairs
+                time.sleep(0.3)
+            copy_all(pairs)
+
+        staging._copy_all = slow  # in this process, which ends with the run
 
 
 def rank_main(words: Sequence[str], handlers: Sequence[Any]) -> int:
@@ -134,11 +153,13 @@ def test_an_asynchronous_run_is_the_synchronous_one(tmp_path: Path) -> None:
     for kind in ("false", "true"):
         folder = tmp_path / kind
         folder.mkdir()
-        # As large as what is copied while the next step is computed.
-        assert train(folder, f"checkpoint.asynchronous={kind}", ranks=2, width=300).codes == [0, 0]
+        # As large as what is copied while the next step is computed, and as what each rank writes a part of.
+        ended = train(folder, f"checkpoint.asynchronous={kind}", ranks=2, width=3000, at=SlowCopies())
+        assert ended.codes == [0, 0], ended.said
         assert steps(folder) == [5, 6]
-        tensors = (folder / "runs" / "soak" / "checkpoints" / "step-00000006" / "tensors.safetensors").read_bytes()
-        hashes.append((result(folder)["params_sha256"], tensors))
+        files = sorted((folder / "runs" / "soak" / "checkpoints" / "step-00000006").glob("tensors-*"))
+        assert len(files) == 2
+        hashes.append((result(folder)["params_sha256"], [file.read_bytes() for file in files]))
     assert hashes[0] == hashes[1]
 
 
@@ -226,8 +247,7 @@ def test_where_the_newest_place_has_nothing_good_the_next_is_taken(tmp_path: Pat
     os.truncate(near / "step-00000005" / "tensors.safetensors", 0)
     again = train(tmp_path, f"checkpoint.target={tmp_path}/far")
     assert again.codes == [0], again.said
-    assert "all checkpoints in" in again.said
-    assert f"going on from {tmp_path}/far/soak" in again.said
+    assert "step-00000005 is damaged" in again.said
     assert "resuming from step 4" in again.said
     (tmp_path / "whole").mkdir()
     train(tmp_path / "whole")
@@ -242,7 +262,7 @@ def test_a_best_checkpoint_that_is_gone_is_forgotten(tmp_path: Path) -> None:
     assert "step-00000005" in committed(folder / "checkpoints")
     shutil.rmtree(folder / "checkpoints" / "step-00000005")
     again = launch(*words, "max_epochs=4", cwd=tmp_path)
-    assert "the checkpoint of step 5, which had the best loss, is gone" in again.text
+    assert "the checkpoint of step 5, which had the best loss, is in no place of this run" in again.text
     assert json.loads((folder / "result.json").read_text())["best"]["step"] == 20
 
 

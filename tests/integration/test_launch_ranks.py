@@ -206,7 +206,7 @@ def test_what_torchrun_cannot_be_told_is_refused(
         (["--ranks", "2", "--nodes", "2"], "expected --nodes and --rdzv together"),
         (["--ranks", "2", "--rdzv", "localhost:29500"], "expected --nodes and --rdzv together"),
         (["--ranks", "0"], "at least 1, got 0"),
-        (["--ranks", "2", "--grace", "0"], "at least 1 second, got 0"),
+        (["--ranks", "2", "--grace", "0"], "from 1 to 604800 seconds, got 0"),
     ],
 )
 def test_options_that_do_not_fit_together(

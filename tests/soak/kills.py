@@ -61,6 +61,7 @@ class Acknowledged:
     path: str
     delay: int
     """Steps from a save to its acknowledgement: asynchronous saves are known to be there one save later."""
+    changes_nothing = True
 
     def __call__(self, trainer: Engine, run: Run) -> None:
         if run.backend.rank == 0:
