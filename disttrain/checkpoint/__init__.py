@@ -8,7 +8,7 @@ else in MANIFEST.json, hashes in SHA256SUMS, no pickle. `save` commits it by one
 The parts: `tree` (nested state to JSON and back), `sharded` (DTensors), `plan` (who writes what), `tensors` and
 `stored` (safetensors files, written and read), `state_reader` (tensors out of several files), `manifest`, `check` (is
 it what was written), `storage` (names and durable operations), `place` (`local` or `remote`), `write`, `read`,
-`retention`, `listing`, `exports` (a model's tensors as one file), `background` and `staging` (writing while the
+`retention`, `listing`, `exports` (a model's tensors as one file), `background`, `jobs` and `staging` (writing while the
 training goes on), `agree` (one outcome on every rank), `fingerprint`.
 """
 

@@ -29,12 +29,13 @@ from disttrain.checkpoint import (
     Manifest,
     background,
     committed,
+    jobs,
     load,
     load_newest,
     save,
     survey,
 )
-from disttrain.checkpoint.background import Job, write_and_commit
+from disttrain.checkpoint.jobs import Job, write_and_commit
 from disttrain.checkpoint.local import LocalPlace
 from disttrain.checkpoint.manifest import Cut, part_name
 from disttrain.checkpoint.plan import Share
@@ -180,7 +181,7 @@ def test_damage_to_any_file_is_refused_named_and_gone_round_by_all(ranks: Ranks,
 
 def die_while_saving(backend: Backend, root: Path, asynchronous: bool) -> None:
     """Rank 1 is killed before what it wrote is flushed; rank 0 hears of it by a broken collective."""
-    background.HURRY_S = 0.2
+    jobs.HURRY_S = 0.2
 
     def die(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
