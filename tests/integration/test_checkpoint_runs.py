@@ -23,6 +23,7 @@ from disttrain.checkpoint.local import LocalPlace
 from disttrain.checkpoint.manifest import FileRecord
 from disttrain.cli import main
 from disttrain.engine import Engine, Events
+from disttrain.handlers import preemption
 from disttrain.run import Run
 from disttrain.verify import PRELOAD
 
@@ -85,7 +86,14 @@ class SlowSaves:
         LocalPlace.write_part = slow  # type: ignore[method-assign]  # in this process, which ends with the run
         AsynchronousSaver.settle = settling  # type: ignore[method-assign]
         if run.backend.rank == 0:
-            trainer.add_event_handler(Events.ITERATION_COMPLETED(once=5), signal.raise_signal, signal.SIGTERM)
+            trainer.add_event_handler(Events.ITERATION_COMPLETED(once=5), asked_to_stop)
+
+
+def asked_to_stop() -> None:
+    """Send SIGTERM and wait until it was heard: a step later it would find a save that was due begun."""
+    signal.raise_signal(signal.SIGTERM)
+    while preemption._installed is not None and not preemption._installed.asked():
+        time.sleep(0.001)
 
 
 class SlowCopies:
