@@ -137,12 +137,16 @@ def listed(places: Sequence[Place]) -> str:
 
 
 def places_in(path: Path) -> tuple[list[Place], str]:
-    """Return the places of the checkpoints of a run directory or a folder, and the name of one if it is that."""
+    """Return the places of the checkpoints of a run directory or a folder, and the name of one if it is that.
+
+    The place with the newest comes first.
+    """
     if not path.is_dir():
         raise ConfigError(f"expected a run directory or a folder of checkpoints, found no directory {path}")
     name, target = path.resolve().name, target_of(path)
     if target is not None or (path / "checkpoints").is_dir():
-        return [place_of(each) for each in folders_of(path / "checkpoints", target)], ""
+        places = [place_of(each) for each in folders_of(path / "checkpoints", target)]
+        return sorted(places, key=lambda place: -max(map(step_in, place.committed()), default=-1)), ""
     if step_of(name) is not None:
         return [place_of(path.resolve().parent)], name
     if (path / MANIFEST).exists():

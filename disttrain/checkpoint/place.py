@@ -15,7 +15,6 @@ from torch import Tensor
 from disttrain.checkpoint.local import LocalPlace
 from disttrain.checkpoint.manifest import FileRecord, Manifest
 from disttrain.checkpoint.remote import RemotePlace, is_url
-from disttrain.checkpoint.storage import step_in
 
 
 class Place(Protocol):
@@ -79,15 +78,14 @@ ELSEWHERE = "elsewhere.txt"
 
 
 def folders_of(checkpoints: Path, written_to: str | Path | None = None) -> list[str]:
-    """Return all places in which a run's checkpoints may lie, paths or URLs, the one with the newest first.
+    """Return all places in which a run's checkpoints may lie, paths or URLs; nothing is looked for there.
 
     `checkpoints` is the folder in its run directory, `written_to` where its config says they are written.
     """
     marker = checkpoints / ELSEWHERE
     folders = [str(written_to or checkpoints), str(checkpoints)]
     folders += [marker.read_text(encoding="utf-8").strip()] if marker.is_file() else []
-    newest = {place: max(map(step_in, place_of(place).committed()), default=-1) for place in folders}
-    return sorted(newest, key=lambda place: -newest[place])
+    return list(dict.fromkeys(folders))
 
 
 def folder_under(target: str, name: str) -> str:
