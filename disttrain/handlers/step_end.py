@@ -59,7 +59,7 @@ class StepEnd:
         self._validate = validate
         self._pass_ends = pass_ends
         self._best = best
-        self._improved_at = -1
+        self._best_unsaved = False
         self._validated_at = -1
 
     def attach(self, engine: Engine) -> None:
@@ -90,7 +90,7 @@ class StepEnd:
         wish = self.preemption.agreed(anew=evaluates)
         if not whole:
             wish = STOP  # which the ranks have agreed on while they evaluated
-        if wish != NOTHING or due(self.save_every_steps, step, epoch_ends) or self._improved_at == step:
+        if wish != NOTHING or due(self.save_every_steps, step, epoch_ends) or self._best_unsaved:
             # A run that is done is saved where it belongs, however long that takes: no launch comes after it.
             hurries = wish == STOP and not (last and whole)
             self.save(engine, self.preemption.left_s() if hurries else math.inf)
@@ -105,7 +105,7 @@ class StepEnd:
     def catch_up(self, engine: Engine) -> None:
         """Evaluate at the step that the run goes on from, if it was saved before that was done."""
         self.interrupted = not self.validate(engine)
-        if self._improved_at == engine.state.iteration:
+        if self._best_unsaved:
             self.save(engine)
 
     def finish(self, engine: Engine) -> None:
@@ -126,15 +126,14 @@ class StepEnd:
         if metrics is None:
             return False
         self._validated_at, self.metrics = engine.state.iteration, metrics
-        if self._best is not None and self._best.improved(engine.state.iteration, metrics):
-            self._improved_at = engine.state.iteration
-            if self.saved_at == self._improved_at:
-                self.saved_at = 0  # what is there does not say that it is the best
+        if self._best is not None:
+            self._best_unsaved = self._best.improved(engine.state.iteration, metrics)
         return True
 
     def save(self, engine: Engine, left_s: float = math.inf) -> None:
-        if self.saved_at != engine.state.iteration:
+        # A checkpoint that was there before it turned out the best does not say so.
+        if self.saved_at != engine.state.iteration or self._best_unsaved:
             self.losses.fetch(engine)
             if self._save(engine, left_s):
-                self.saved_at = engine.state.iteration
+                self.saved_at, self._best_unsaved = engine.state.iteration, False
             self.preemption.saved()

@@ -35,6 +35,7 @@ def train(
     unvalidated: bool = False,
     slow_step_s: float = math.inf,
     best: Best | None = None,
+    grace_s: float = math.inf,
 ) -> tuple[list[str], StepEnd]:
     """Train epochs of four steps; return what was done, such as "save 4", and the handler.
 
@@ -65,9 +66,11 @@ def train(
         done.append(f"save {engine.state.iteration}")
         if done[-1] == sigterm_in:
             asked_to_stop()
+        done[-1] += " in a hurry" * (left_s < math.inf)
         return True
 
     with connect("single") as backend, Preemption(backend, slow_step_s=slow_step_s) as preemption:
+        preemption.grace_s = grace_s
         losses = LossLog(
             backend,
             torch.optim.SGD([torch.zeros(1)], lr=0.1),
@@ -163,6 +166,13 @@ def test_a_step_that_was_saved_before_it_turned_out_the_best_is_saved_again() ->
 def test_no_checkpoint_is_made_after_a_loss_that_is_not_finite() -> None:
     with pytest.raises(NonFiniteError, match="at step 1 "):
         train(loss=float("nan"), save=2)
+
+
+def test_it_hurries_only_where_it_was_asked_to_stop_and_another_launch_will_go_on() -> None:
+    assert train(sigterm_at=2, grace_s=60)[0] == ["fetch 1-3", "save 3 in a hurry"]
+    assert train(sigterm_at=8, grace_s=60)[0][-2:] == ["validate 8", "save 8"]
+    assert train(sigterm_in="validate 8", grace_s=60)[0][-2:] == ["validate 8 in part", "save 8 in a hurry"]
+    assert train(grace_s=60)[0][-1] == "save 8"
 
 
 def test_asked_to_stop_it_saves_at_the_next_step_and_interrupts() -> None:
