@@ -1,7 +1,8 @@
 """How a run saves: first what it wrote down beside; and what can still be saved where time is short.
 
 *Contract*: a checkpoint is made whenever one is asked for, but for one case: a signal has come, the launcher has said
-how long the ranks have from there to SIGKILL (`backend.grace_s`), and that is less than the last save took. Then
+how long the ranks have from there to SIGKILL (`grace_s` of backend/environment.py), and that is less than the last save
+took. Then
 - with `checkpoint.target` the run directory gets the checkpoint, where it can be written: the next launch goes on from
   the newest of both; an upload under way then has what is left of the time;
 - else a save that is under way is finished, and no further one begun that would take the disk from it;

@@ -189,6 +189,15 @@ def test_how_long_a_save_will_take_counts_what_is_left_of_the_one_under_way(tmp_
     saver.settle()
 
 
+def test_what_is_given_the_rest_of_the_time_may_use_it(tmp_path: Path, gate: Gate) -> None:
+    with AsynchronousSaver(tmp_path) as saver:
+        saver({"n": 1}, name(1), {})
+        assert gate.entered.wait(30)
+        threading.Timer(0.1, gate.open).start()
+        saver.abandon(60)
+        assert committed(tmp_path) == [name(1)]
+
+
 def test_what_is_abandoned_is_waited_for_by_nobody(tmp_path: Path, gate: Gate) -> None:
     with AsynchronousSaver(tmp_path) as saver:
         saver({"n": 1}, name(1), {})
