@@ -1,8 +1,8 @@
-# Everything a user or CI types. `make help` lists it.
+# The commands that users and CI type. `make help` lists them.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Wheels of packages that lie in the pip cache or a local folder are used as pip is configured to.
+# pip uses its cache and local folders of wheels as it is configured.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 XLA_VENV ?= .venv-xla
@@ -11,13 +11,14 @@ XLA_STAMP := $(XLA_VENV)/.installed
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-xla slow soak lint types check format clean
 
-help:  ## list what can be made
+help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 setup: $(STAMP)  ## make the virtual environment in .venv, pinned by constraints.txt
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'disttrain needs Python 3.11 or newer; set PYTHON=/path/to/python3.11'; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'disttrain needs Python 3.11 or newer; set PYTHON=/path/to/python3.11'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
@@ -28,11 +29,12 @@ demo: setup  ## train the handwritten-digits example on 2 gloo ranks
 test: setup  ## run the test suite (about 6 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-slow: setup  ## run the long tests, which test leaves out
+slow: setup  ## run the long tests, which `make test` leaves out
 	$(BIN)/python -m pytest -m slow --timeout 900 -n 2 --dist loadfile
 
-soak: setup  ## kill runs 400 times, cut the power 80 times (root), disturb three hosts for 20 minutes (root), fuzz checkpoints (45 minutes)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --hypothesis-profile explore tests/properties tests/checkpoint tests/config
+soak: setup  ## 400 kills, 80 power losses (root), 20 minutes of faults on three hosts (root), fuzzing; 45 minutes
+	$(BIN)/python -m pytest -n 2 --dist loadfile --hypothesis-profile explore \
+		tests/properties tests/checkpoint tests/config
 	$(BIN)/python tests/soak/fuzz.py --seconds 60
 	$(BIN)/python tests/soak/power.py --losses 40
 	$(BIN)/python tests/soak/kills.py --kills 200
@@ -44,7 +46,8 @@ test-xla: $(XLA_STAMP)  ## run the XLA backend and the suite's core on torch 2.9
 	$(XLA_VENV)/bin/python -m pytest -n 2 --dist loadfile $(shell cat tests/xla/core.txt)
 
 $(XLA_STAMP): pyproject.toml constraints-xla.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo 'torch_xla 2.9.0 is tested with Python 3.11; set PYTHON=/path/to/python3.11'; exit 1; }
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+		{ echo 'torch_xla 2.9.0 is tested with Python 3.11; set PYTHON=/path/to/python3.11'; exit 1; }
 	$(PYTHON) -m venv $(XLA_VENV)
 	$(XLA_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement constraints-xla.txt
 	$(XLA_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --editable .
@@ -63,6 +66,6 @@ format: setup  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove what setup and the tools made; runs/ stays
+clean:  ## remove the files of setup and of the tools; runs/ stays
 	rm -rf $(VENV) $(XLA_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,10 +1,14 @@
-"""What does an engine cost an iteration, and how much longer is a supervised step than the same step by hand?
+"""Measures the cost of an iteration of the engine, and of a supervised step beside the same step by hand.
 
-In one run, interleaved so that a noisy machine is noisy for all: a bare `for` loop over a process function that does
-nothing; an engine without handlers; with five `every=100` handlers; with one plain handler; and a training step by
-hand beside the supervised trainer's. The same of pytorch-ignite, and what Lightning Fabric and Accelerate add to a
-DataLoader's iteration and to the step, where they are installed. Medians over the repetitions, minima in brackets;
-time on the CPU, so that other processes count less.
+One run measures, interleaved so that other load on the machine affects all of them:
+
+- a bare `for` loop over a process function that does nothing;
+- an engine without handlers, with five `every=100` handlers, and with one plain handler;
+- a training step by hand, and the supervised trainer's.
+
+It measures the same for pytorch-ignite, and the cost that Lightning Fabric and Accelerate add to a DataLoader's
+iteration and to the step, if they are installed. It prints medians over the repetitions, with minima in brackets. Times
+are CPU times, so other processes affect them less.
 
     python benchmarks/engine_overhead.py [--json FILE] [--repetitions 200] [--iterations 2000]
 """
@@ -32,14 +36,14 @@ OURS = "disttrain"
 ENGINES = {OURS: "disttrain.engine", "pytorch-ignite": "ignite.engine"}
 PEERS = {"pytorch-ignite": "ignite", "Lightning Fabric": "lightning_fabric", "Accelerate": "accelerate"}
 GOALS = {"no handler": 0.5, "five every=100": 0.3, "one plain": 0.3, "step": 1.02}
-STEPS_A_TIMING = 50  # so many that what a run costs to begin, 30 us, does not count
+STEPS_PER_TIMING = 50  # enough to make the start of a run, 30 us, negligible
 
 Contender = Callable[[], object]
 
 
 @dataclass
 class Figure:
-    """One cell: the median over the repetitions, and the figure of the quickest ones."""
+    """One cell of the table: the figure of the median over the repetitions, and that of the quickest ones."""
 
     who: str
     what: str
@@ -66,7 +70,7 @@ def bare_loop(data: Any) -> Contender:
 
 
 def engine_loop(module: str, data: Any, *filters: dict[str, int] | None) -> Contender:
-    """Return a run over data with one handler of ITERATION_COMPLETED for each filter (None: a plain one)."""
+    """Return a run over data with one handler of ITERATION_COMPLETED for each filter (None: a plain handler)."""
     api = importlib.import_module(module)
     engine = api.Engine(nothing)
     for arguments in filters:
@@ -84,14 +88,14 @@ Parts = tuple[nn.Module, torch.optim.Optimizer, nn.Module]
 
 
 def parts() -> Parts:
-    """Return a small model, its optimizer and loss: a step of a fraction of a millisecond."""
+    """Return a small model, its optimizer and its loss: a step takes a fraction of a millisecond."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
     return model, torch.optim.AdamW(model.parameters(), lr=1e-4), nn.CrossEntropyLoss()
 
 
 def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [(torch.randn(64, 64), torch.randint(10, (64,))) for _ in range(STEPS_A_TIMING)]
+    return [(torch.randn(64, 64), torch.randint(10, (64,))) for _ in range(STEPS_PER_TIMING)]
 
 
 def hand_steps(data: Any, shared: Parts) -> Contender:
@@ -159,22 +163,22 @@ def accelerate_contenders(loader: Any, data: Any) -> tuple[Contender, Contender]
 
 
 def timed(contenders: dict[Any, Contender], repetitions: int, iterations: int) -> dict[Any, list[float]]:
-    """Return each contender's microseconds an iteration, once a repetition, all of them in turn."""
-    found: dict[Any, list[float]] = {name: [] for name in contenders}
+    """Return each contender's microseconds per iteration, one value per repetition; the contenders take turns."""
+    times: dict[Any, list[float]] = {name: [] for name in contenders}
     for contender in contenders.values():
         contender()
     for _ in range(repetitions):
         for name, contender in contenders.items():
             began = time.process_time()
             contender()
-            found[name].append((time.process_time() - began) / iterations * 1e6)
-    return found
+            times[name].append((time.process_time() - began) / iterations * 1e6)
+    return times
 
 
-def above(found: dict[Any, list[float]], name: Any, base: Any) -> tuple[float, float]:
-    """Return how much more `name` takes than `base`: of the medians, and of the minima."""
-    medians = statistics.median(found[name]) - statistics.median(found[base])
-    return medians, min(found[name]) - min(found[base])
+def above(times: dict[Any, list[float]], name: Any, base: Any) -> tuple[float, float]:
+    """Return the difference of `name` and `base`: of their medians, and of their minima."""
+    medians = statistics.median(times[name]) - statistics.median(times[base])
+    return medians, min(times[name]) - min(times[base])
 
 
 def measure_loops(installed: list[str], repetitions: int, iterations: int) -> list[Figure]:
@@ -186,18 +190,18 @@ def measure_loops(installed: list[str], repetitions: int, iterations: int) -> li
             contenders[who, "no handler"] = engine_loop(module, data)
             contenders[who, "five every=100"] = engine_loop(module, data, *[{"every": 100}] * 5)
             contenders[who, "one plain"] = engine_loop(module, data, None)
-    found = timed(contenders, repetitions, iterations)
+    times = timed(contenders, repetitions, iterations)
     figures = []
     for who, what in (name for name in contenders if name != "bare"):
-        median, minimum = above(found, (who, what), "bare" if what == "no handler" else (who, "no handler"))
+        median, minimum = above(times, (who, what), "bare" if what == "no handler" else (who, "no handler"))
         figures.append(Figure(who, what, median, minimum, "us", GOALS[what] if who == OURS else None))
     return figures
 
 
 def measure_steps(installed: list[str], repetitions: int, iterations: int) -> tuple[list[Figure], float]:
-    """Return the ratios of the steps to the one by hand and what wrapped DataLoaders cost; and the step's time."""
+    """Return the ratios of the steps to the step by hand, the cost of wrapped DataLoaders, and the step's time."""
     data, loader = batches(), DataLoader[int](range(iterations), batch_size=None)  # type: ignore[arg-type]
-    shared = parts()  # one model for all that do not wrap theirs: where it lies in memory makes a difference
+    shared = parts()  # one model for all contenders that do not wrap it: its place in memory affects the times
     steps: dict[Any, Contender] = {"hand": hand_steps(data, shared), OURS: trainer_steps(ENGINES[OURS], data, shared)}
     loops: dict[Any, Contender] = {"hand": bare_loop(loader)}
     if "pytorch-ignite" in installed:
@@ -206,14 +210,14 @@ def measure_steps(installed: list[str], repetitions: int, iterations: int) -> tu
         loops["Lightning Fabric"], steps["Lightning Fabric"] = fabric_contenders(loader, data)
     if "Accelerate" in installed:
         loops["Accelerate"], steps["Accelerate"] = accelerate_contenders(loader, data)
-    found = timed(steps, max(5, repetitions // 4), STEPS_A_TIMING)
-    by_hand = statistics.median(found["hand"])
+    times = timed(steps, max(5, repetitions // 4), STEPS_PER_TIMING)
+    by_hand = statistics.median(times["hand"])
     figures = [
         Figure(
             who,
             "step",
-            statistics.median(found[who]) / by_hand,
-            min(found[who]) / min(found["hand"]),
+            statistics.median(times[who]) / by_hand,
+            min(times[who]) / min(times["hand"]),
             "ratio",
             GOALS["step"] if who == OURS else None,
         )
@@ -221,15 +225,15 @@ def measure_steps(installed: list[str], repetitions: int, iterations: int) -> tu
         if who != "hand"
     ]
     if len(loops) > 1:
-        found = timed(loops, max(5, repetitions // 10), iterations)
-        figures += [Figure(who, "no handler", *above(found, who, "hand"), "us", None) for who in loops if who != "hand"]
+        times = timed(loops, max(5, repetitions // 10), iterations)
+        figures += [Figure(who, "no handler", *above(times, who, "hand"), "us", None) for who in loops if who != "hand"]
     return figures, by_hand
 
 
 def table(figures: list[Figure], missing: list[str], by_hand: float) -> Table:
     shown = Table(
-        title="What an iteration costs above a bare loop: median (minimum)",
-        caption=f"us: microseconds; step: times the same step by hand, which took {by_hand:.0f} us",
+        title="The cost of an iteration above a bare loop: median (minimum)",
+        caption=f"us: microseconds; step: the ratio to the same step by hand, which took {by_hand:.0f} us",
     )
     headings = {"no handler": "no handler, us", "five every=100": "five every=100, us more"}
     headings |= {"one plain": "one plain, us more", "step": "step, ratio"}
@@ -249,7 +253,7 @@ def table(figures: list[Figure], missing: list[str], by_hand: float) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--repetitions", type=int, default=200)
     parser.add_argument("--iterations", type=int, default=2000)
     arguments = parser.parse_args()
@@ -261,7 +265,7 @@ def main() -> None:
     figures += more
     missing = [who for who in PEERS if who not in installed]
     console = Console()
-    console.width = max(console.width, 132)  # also where the output is a file
+    console.width = max(console.width, 132)  # also if the output is a file
     console.print(table(figures, missing, by_hand))
     if arguments.json is not None:
         about = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}

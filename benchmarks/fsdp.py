@@ -1,11 +1,12 @@
-"""What do sharded parameters cost in time, and what do they spare a rank in memory?
+"""Measures the time that sharded parameters cost, and the memory that they save a rank.
 
     python benchmarks/fsdp.py [--json FILE] [--worlds 2,4] [--repeats 15]
 
-It starts gloo ranks on this machine and trains a small GPT (that of reduction.py) with AdamW and clipping, in one run
-and in turn, so that what else the machine does hits all: by `strategy="ddp"`, by `strategy="fsdp"`, and by FSDP2 as
-torch ships it, whose gradients have other bits on other ranks. The ratio to ddp is the median of the rounds' ratios.
-Bytes are those that a rank holds between two steps: parameters and optimizer states.
+It starts gloo ranks on this machine and trains a small GPT (that of reduction.py) with AdamW and clipping: by
+`strategy="ddp"`, by `strategy="fsdp"`, and by FSDP2 as torch ships it, whose gradients have other bits on another
+number of ranks. The three take turns in one run, so that other load on the machine affects all of them. The ratio to
+ddp is the median of the rounds' ratios. The bytes are those that a rank holds between two steps: parameters and
+optimizer states.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 
 from disttrain.backend import Backend, connect, set_cpu_threads
-from disttrain.parallel import Slots, shard, slot_gradients
+from disttrain.parallel import Slots, World, strategy_for
 from disttrain.parallel.groups import groups_of
 
 WARMUPS = 3
@@ -38,25 +39,17 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 class Training:
-    """One way to train the GPT; `step` is a whole step."""
+    """The GPT, trained by a strategy of disttrain; `step` is a whole step."""
 
     def __init__(self, backend: Backend, strategy: Literal["ddp", "fsdp"], num_slots: int) -> None:
         torch.manual_seed(0)
         self.model: nn.Module = GPT()
         slots = Slots(num_slots, backend.rank, backend.world_size)
-        group = backend.process_group
-        self.layout = shard(self.model, strategy, slots, process_group=group, reduction="invariant", device=CPU)
+        world = World(slots=slots, device=CPU, process_group=backend.process_group)
+        chosen = strategy_for(strategy, self.model, world)
+        self.layout = chosen.layout
         self.optimizer = torch.optim.AdamW(self.model.parameters(), foreach=True)
-        self.gradients = slot_gradients(
-            self.model,
-            slots,
-            seed=0,
-            process_group=group,
-            gather=backend.gather_recorded,
-            reduction="invariant",
-            device=CPU,
-            layout=self.layout,
-        )
+        self.gradients = chosen.gradients(self.model, seed=0)
         self.batch = batch_of(backend, slots)
 
     def step(self) -> None:
@@ -104,7 +97,7 @@ def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 
 def measured(backend: Backend, repeats: int, num_slots: int) -> list[dict[str, Any]]:
-    """Return a row for each way: its step's median seconds as of the slowest rank, and the ratio to ddp's."""
+    """Return a row for each way to train: the median seconds of its step on the slowest rank, and the ratio to ddp."""
     ways: dict[str, Any] = {
         "ddp": Training(backend, "ddp", num_slots),
         "fsdp": Training(backend, "fsdp", num_slots),
@@ -115,11 +108,11 @@ def measured(backend: Backend, repeats: int, num_slots: int) -> list[dict[str, A
     for number in range(WARMUPS + repeats):
         taken = [0.0] * len(calls)
         for i in range(len(calls)):
-            which = (i + number) % len(calls)
+            turn = (i + number) % len(calls)
             backend.barrier()
             start = time.perf_counter()
-            calls[which]()
-            taken[which] = time.perf_counter() - start
+            calls[turn]()
+            taken[turn] = time.perf_counter() - start
         rounds.append(taken)
     slowest = backend.all_reduce(torch.tensor(rounds[WARMUPS:], dtype=torch.float64), op="max")
     return [
@@ -136,7 +129,7 @@ def measured(backend: Backend, repeats: int, num_slots: int) -> list[dict[str, A
 
 
 def measure(repeats: int, file: Path) -> None:
-    """Run on each rank; rank 0 writes the rows."""
+    """Measure on this rank; rank 0 writes the rows."""
     set_cpu_threads(1)
     with connect("gloo") as backend:
         world = backend.world_size
@@ -168,10 +161,10 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
     parser.add_argument("--worlds", default="2,4", help="numbers of ranks")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)  # this process is a rank: where the rows go
+    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)  # this process is a rank: the file of the rows
     arguments = parser.parse_args()
     if arguments.rank:
         measure(arguments.repeats, arguments.rank)

@@ -1,10 +1,10 @@
-"""Of the time that a job holds its machines, how much is spent on steps that are kept?
+"""Simulates goodput: the share of the time of a job that it spends on steps that are kept.
 
-A simulation, not a measurement: failures come at random (each rank dies on average once in its mean time between
-failures), each costs the work since the last checkpoint, the time to notice, and the time to start again; each
-checkpoint holds the training up for a while. The costs are given, and should be those that were measured. For each
-world size and mean time between failures it tries periods of checkpoints around Young's and Daly's optimum, which serve
-as a check, and marks the best.
+This is a simulation, not a measurement. Failures come at random: each rank dies on average once in its mean time
+between failures. Each failure costs the work since the last checkpoint, the time to notice it, and the time to restart.
+Each checkpoint holds the training up for a while. The costs are options; give those that you have measured. For each
+world size and mean time between failures it tries checkpoint periods around Young's and Daly's optimum, which serve as
+a check, and marks the best period.
 
     python benchmarks/goodput.py [--json FILE] [--stall-s 0.05] [--restart-s 5] [--hours 2000]
 """
@@ -22,13 +22,13 @@ from rich.table import Table
 HOUR = 3600.0
 WORLDS = (8, 64, 512, 4096)
 MTBF_HOURS = (1_000.0, 10_000.0, 50_000.0)
-"""Of one rank. 50,000 hours is what 419 failures in 54 days of 16,384 GPUs come to (Llama 3)."""
+"""Mean times between failures of one rank. 419 failures in 54 days of 16,384 GPUs make 50,000 hours (Llama 3)."""
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds: of a step, that a checkpoint holds the training up, to notice a failure, to be training again."""
+    """Seconds of a step, of the stall at a checkpoint, to notice a failure, and to restart the training."""
 
     step_s: float
     stall_s: float
@@ -37,12 +37,12 @@ class Costs:
 
 
 def young(costs: Costs, mean_s: float) -> float:
-    """Return the period of checkpoints, in seconds, that Young's first-order formula gives (1974)."""
+    """Return the checkpoint period, in seconds, by Young's first-order formula (1974)."""
     return math.sqrt(2 * costs.stall_s * mean_s)
 
 
 def daly(costs: Costs, mean_s: float) -> float:
-    """Return the period that Daly's higher-order formula gives (2006)."""
+    """Return the checkpoint period, in seconds, by Daly's higher-order formula (2006)."""
     if costs.stall_s >= 2 * mean_s:
         return mean_s
     x = costs.stall_s / (2 * mean_s)
@@ -52,7 +52,7 @@ def daly(costs: Costs, mean_s: float) -> float:
 def simulate(costs: Costs, mean_s: float, every_steps: int, wanted_s: float, seed: int = 0) -> float:
     """Return the share of wall-clock time spent on steps that were kept, over about `wanted_s` of such steps.
 
-    Failures strike at any moment, also while a checkpoint is made (it then does not count) or a restart is under way.
+    A failure may come at any moment, also during a checkpoint (which then does not count) or during a restart.
     """
     generator = np.random.default_rng(seed)
     block_s = every_steps * costs.step_s
@@ -61,14 +61,14 @@ def simulate(costs: Costs, mean_s: float, every_steps: int, wanted_s: float, see
     while kept < wanted_s:
         until_failure = generator.exponential(mean_s)
         cycles = int(until_failure // cycle_s)
-        left = wanted_s - kept
-        if cycles * block_s >= left:
-            wall += math.ceil(left / block_s) * cycle_s
-            kept += math.ceil(left / block_s) * block_s
+        remaining_s = wanted_s - kept
+        if cycles * block_s >= remaining_s:
+            wall += math.ceil(remaining_s / block_s) * cycle_s
+            kept += math.ceil(remaining_s / block_s) * block_s
             break
         kept += cycles * block_s
         wall += until_failure + costs.notice_s
-        # A restart that fails is begun again.
+        # A restart that fails begins again.
         while (next_failure := generator.exponential(mean_s)) < costs.restart_s:
             wall += next_failure + costs.notice_s
         wall += costs.restart_s
@@ -103,16 +103,16 @@ def study(costs: Costs, wanted_s: float) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--json", type=Path)
-    options.add_argument("--step-s", type=float, default=1.0)
-    options.add_argument("--stall-s", type=float, default=0.75)
-    options.add_argument("--notice-s", type=float, default=0.5)
-    options.add_argument("--restart-s", type=float, default=10.0)
-    options.add_argument("--hours", type=float, default=200.0)
-    given = options.parse_args()
-    costs = Costs(given.step_s, given.stall_s, given.notice_s, given.restart_s)
-    rows = study(costs, given.hours * HOUR)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--step-s", type=float, default=1.0)
+    parser.add_argument("--stall-s", type=float, default=0.75)
+    parser.add_argument("--notice-s", type=float, default=0.5)
+    parser.add_argument("--restart-s", type=float, default=10.0)
+    parser.add_argument("--hours", type=float, default=200.0)
+    options = parser.parse_args()
+    costs = Costs(options.step_s, options.stall_s, options.notice_s, options.restart_s)
+    rows = study(costs, options.hours * HOUR)
     table = Table(
         "ranks", "rank fails each", "job fails each", *(f"{factor} x Young" for factor in FACTORS), "Young", "Daly"
     )
@@ -131,8 +131,8 @@ def main() -> None:
             f"{first['daly_s']:,.0f} s",
         )
     Console(width=170).print(table)
-    if given.json:
-        given.json.write_text(json.dumps({"costs": asdict(costs), "rows": rows}, indent=2) + "\n")
+    if options.json:
+        options.json.write_text(json.dumps({"costs": asdict(costs), "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

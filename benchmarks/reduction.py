@@ -1,11 +1,14 @@
-"""What does a reduction that gives the same bits on any number of ranks cost?
+"""Measures the cost of a reduction that gives the same bits on any number of ranks.
 
     python benchmarks/reduction.py [--json FILE] [--worlds 2,4] [--repeats 15]
 
-It starts gloo ranks on this machine and measures, in one run and in turn, so that what else the machine does hits both:
-the mean of a flat gradient by `TreeReduce` and as DDP's own hook takes it (a division and `all_reduce`), and whole
-training steps of a small GPT under `SlotGradients` and under plain DDP. The ratio is the median of the rounds' ratios.
-Goals: at most 1.25 at 8 MB and more, 1.05 for a step.
+It starts gloo ranks on this machine and measures:
+
+- the mean of a flat gradient, by `TreeReduce` and as DDP's own hook takes it (a division and `all_reduce`);
+- whole training steps of a small GPT, under `SlotGradients` and under plain DDP.
+
+The two ways take turns in one run, so that other load on the machine affects both. The ratio is the median of the
+rounds' ratios. Goals: at most 1.25 at 8 MB and more, 1.05 for a step.
 """
 
 import argparse
@@ -61,20 +64,20 @@ class GPT(nn.Module):
 
 
 def in_turn(backend: Backend, repeats: int, all_reduce: Call, invariant: Call) -> dict[str, float]:
-    """Return the median seconds and ratios of the two over rounds of three calls, each as long as its slowest rank.
+    """Return the median seconds and ratios of the two ways over rounds of three calls, on the slowest rank of each.
 
-    `all_reduce` is called twice a round: its ratio to itself says how much of the other ratio is chance.
+    `all_reduce` is called twice per round: its ratio to itself shows how much of the other ratio is chance.
     """
     calls = (all_reduce, invariant, all_reduce)
     seconds: list[list[float]] = []
     for repetition in range(WARMUPS + repeats):
         taken = [0.0] * len(calls)
         for i in range(len(calls)):
-            which = (i + repetition) % len(calls)
+            turn = (i + repetition) % len(calls)
             backend.barrier()
             start = time.perf_counter()
-            calls[which]()
-            taken[which] = time.perf_counter() - start
+            calls[turn]()
+            taken[turn] = time.perf_counter() - start
         seconds.append(taken)
     slowest = backend.all_reduce(torch.tensor(seconds[WARMUPS:], dtype=torch.float64), op="max")
     first, new, again = slowest.unbind(dim=1)
@@ -131,7 +134,7 @@ def gpt_steps(backend: Backend, repeats: int, num_slots: int) -> dict[str, float
 
 
 def measure(repeats: int, file: Path) -> None:
-    """Run on each rank; rank 0 writes the rows."""
+    """Measure on this rank; rank 0 writes the rows."""
     set_cpu_threads(1)
     with connect("gloo") as backend:
         world = backend.world_size
@@ -160,7 +163,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = ("ranks", "what", "all_reduce, ms", "invariant, ms", "ratio", "to itself")
+    columns = ("ranks", "reduced", "all_reduce, ms", "invariant, ms", "ratio", "to itself")
     table = Table(*columns, title="The same bits on any number of ranks")
     for row in rows:
         times = [f"{row[name] * 1e3:.2f}" for name in ("all_reduce_s", "invariant_s")]
@@ -171,10 +174,10 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
     parser.add_argument("--worlds", default="2,4", help="numbers of ranks")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)  # this process is a rank: where the rows go
+    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)  # this process is a rank: the file of the rows
     arguments = parser.parse_args()
     if arguments.rank:
         measure(arguments.repeats, arguments.rank)

@@ -1,9 +1,9 @@
-"""How long from a killed worker until a run trains again, beside bare scripts?
+"""Measures the time from a killed worker until a run trains again, beside bare scripts.
 
-A rank is ended by SIGKILL, in turns; what is measured is the time from the kill until rank 0 is through with what it
-does first: a collective, or a step.
+SIGKILL ends one rank. The time is from the kill until rank 0 has completed its first collective or step afterwards.
+These take turns:
 
-- `import torch`: a script under torchrun that only imports torch and meets the others in a group;
+- `import torch`: a script under torchrun that only imports torch, joins a process group and makes one collective;
 - `bare DDP step`: such a script with DistributedDataParallel, an optimizer and one step, and nothing else;
 - `torchrun -m`: a run of disttrain under the same torchrun, which also loads its checkpoint;
 - `launch --ranks`: the same run, started by `disttrain launch --ranks`, whose ranks need not import torch.
@@ -71,10 +71,10 @@ config = Config(
 
 
 def commands(ranks: int) -> dict[str, tuple[str, list[str]]]:
-    """Return what is started, by name: the script, and the command."""
+    """Return the script and the command of each contender, by its name."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     torchrun += ["--max-restarts", "1", "--monitor-interval", "0.2"]
-    launch = [sys.executable, "-m", "disttrain.cli", "launch", "--ranks", str(ranks)]
+    launch = [sys.executable, "-m", "disttrain", "launch", "--ranks", str(ranks)]
     return {
         "import torch": (BARE.format(work=COLLECTIVE), torchrun),
         "bare DDP step": (BARE.format(work=STEP), torchrun),
@@ -83,20 +83,20 @@ def commands(ranks: int) -> dict[str, tuple[str, list[str]]]:
     }
 
 
-def restart_s(words: Sequence[str], folder: Path) -> float:
-    """Return the seconds from the kill to training again."""
-    # The agent's store outlives its ranks, which a bare script does not survive without this variable.
+def restart_s(command: Sequence[str], folder: Path) -> float:
+    """Return the seconds from the kill until the script trains again."""
+    # The agent's store outlives its ranks; without this variable a bare script fails in the second attempt.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     done = subprocess.run(
-        [*words, "script.py"], cwd=folder, env=environment, check=False, capture_output=True, text=True, timeout=300
+        [*command, "script.py"], cwd=folder, env=environment, check=False, capture_output=True, text=True, timeout=300
     )
-    if not (folder / "again").exists():  # how it ends is another matter: bare scripts now and then fail to
-        raise RuntimeError(f"{' '.join(words)} did not train again:\n{done.stderr}")
+    if not (folder / "again").exists():  # the exit code does not count: a bare script sometimes fails at its end
+        raise RuntimeError(f"{' '.join(command)} did not train again:\n{done.stderr}")
     return float((folder / "again").read_text()) - float((folder / "killed").read_text())
 
 
 def main() -> None:
-    """Measure in turns, print a table, write JSON."""
+    """Measure the contenders in turns, print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
@@ -104,15 +104,15 @@ def main() -> None:
     options = parser.parse_args()
     times: dict[str, list[float]] = {name: [] for name in commands(options.ranks)}
     for _ in range(options.rounds):
-        for name, (text, words) in commands(options.ranks).items():
+        for name, (text, command) in commands(options.ranks).items():
             with tempfile.TemporaryDirectory() as folder:
                 Path(folder, "script.py").write_text(text)
-                times[name].append(restart_s(words, Path(folder)))
+                times[name].append(restart_s(command, Path(folder)))
     bare = statistics.median(times["import torch"])
     for name, seconds in times.items():
-        middle = statistics.median(seconds)
-        said = f"{middle - bare:+6.2f} s" if name != "import torch" else " " * 8
-        print(f"{name:<15} {middle:6.2f} s {said}   ({', '.join(f'{s:.2f}' for s in seconds)})", flush=True)
+        median = statistics.median(seconds)
+        difference = f"{median - bare:+6.2f} s" if name != "import torch" else " " * 8
+        print(f"{name:<15} {median:6.2f} s {difference}   ({', '.join(f'{s:.2f}' for s in seconds)})", flush=True)
     if options.json:
         options.json.write_text(json.dumps({"ranks": options.ranks, "seconds": times}, indent=2) + "\n")
 

@@ -1,10 +1,10 @@
-"""How long and how much memory until the first index when a run resumes at the end of an epoch of n samples?
+"""Measures the time and the memory to the first index when a run resumes at the end of an epoch of n samples.
 
-Contenders, each in a process of its own: our `SlotBatchSampler` through `ReproducibleBatchSampler`; torch.randperm,
-what any shuffle that holds its order costs at least; torch's DistributedSampler; and pytorch-ignite's
-ReproducibleBatchSampler over torch's RandomSampler, where it is installed. Ours is measured at every n; the others
-up to what --memory-gib and --seconds allow, and the table says so where they are left out. Beside it: what
-one index costs in large slices, what seeding a microbatch costs, and whether the bars hold.
+The contenders run each in a process of its own: our `SlotBatchSampler` through `ReproducibleBatchSampler`;
+torch.randperm, the least that any shuffle costs which holds its order; torch's DistributedSampler; and pytorch-ignite's
+ReproducibleBatchSampler over torch's RandomSampler, if it is installed. Ours is measured at every n. The others are
+measured as far as --memory-gib and --seconds allow; the table marks where they are left out. The benchmark also prints
+the cost of one index in large slices, the cost of seeding a microbatch, and whether the goals are met.
 
     python benchmarks/sampler.py [--json FILE] [--memory-gib 4] [--seconds 30]
 """
@@ -37,7 +37,7 @@ OURS = "disttrain"
 
 
 class Sized:
-    """A dataset of n samples that holds none."""
+    """A dataset of n samples that are not stored: each is its index."""
 
     def __init__(self, num_samples: int) -> None:
         self.num_samples = num_samples
@@ -75,12 +75,12 @@ def last_batch_of_ignite(n: int) -> Any:
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to come to the last batch, and about what it takes a sample, to foresee what will not fit."""
+    """A way to reach the last batch, with its approximate cost per sample, which foretells what will not fit."""
 
     name: str
     last_batch: Callable[[int], Any]
-    bytes_a_sample: float
-    seconds_a_sample: float
+    bytes_per_sample: float
+    seconds_per_sample: float
 
 
 CONTENDERS = (
@@ -93,7 +93,7 @@ CONTENDERS = (
 
 @dataclass
 class Result:
-    """One contender at one n; `left_out` says why there are no figures."""
+    """The figures of one contender at one n; without figures, `left_out` has the reason."""
 
     contender: str
     n: int
@@ -103,7 +103,7 @@ class Result:
 
 
 def resident_bytes(peak: bool) -> int:
-    """Return what this process has in memory, or the most it had since it began."""
+    """Return the resident memory of this process, now or at its peak."""
     line = "VmHWM:" if peak else "VmRSS:"
     for text in Path("/proc/self/status").read_text().splitlines():
         if text.startswith(line):
@@ -111,38 +111,38 @@ def resident_bytes(peak: bool) -> int:
     raise RuntimeError(f"expected a line {line} in /proc/self/status")
 
 
-def measure(contender: Contender, n: int, answer: Connection) -> None:
+def measure(contender: Contender, n: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    contender.last_batch(1000)  # imports and first calls are not the question
+    contender.last_batch(1000)  # imports and first calls are not measured
     before = resident_bytes(peak=False)
     first = best_of(1, lambda: contender.last_batch(n))
     elapsed = min(first, best_of(5, lambda: contender.last_batch(n))) if first < WORTH_REPEATING_S else first
-    answer.send((elapsed, max(0, resident_bytes(peak=True) - before)))
+    pipe.send((elapsed, max(0, resident_bytes(peak=True) - before)))
 
 
 def run(contender: Contender, n: int, memory_bytes: float, seconds: float) -> Result:
-    """Measure in a forked process, whose peak of memory is its own."""
+    """Measure in a forked process, which has a memory peak of its own."""
     if contender.last_batch is last_batch_of_ignite and importlib.util.find_spec("ignite") is None:
         return Result(contender.name, n, left_out="not installed")
-    if contender.bytes_a_sample * n > memory_bytes:
-        return Result(contender.name, n, left_out=f"needs about {contender.bytes_a_sample * n / 2**30:.0f} GiB")
-    if contender.seconds_a_sample * n > seconds:
-        return Result(contender.name, n, left_out=f"takes about {contender.seconds_a_sample * n:.0f} s")
-    ours, theirs = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=measure, args=(contender, n, theirs))
+    if contender.bytes_per_sample * n > memory_bytes:
+        return Result(contender.name, n, left_out=f"needs about {contender.bytes_per_sample * n / 2**30:.0f} GiB")
+    if contender.seconds_per_sample * n > seconds:
+        return Result(contender.name, n, left_out=f"takes about {contender.seconds_per_sample * n:.0f} s")
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=measure, args=(contender, n, sender))
     process.start()
-    theirs.close()
+    sender.close()
     try:
-        elapsed, peak = ours.recv()
+        elapsed, peak = receiver.recv()
     except EOFError:
-        return Result(contender.name, n, left_out="ended without an answer, likely out of memory")
+        return Result(contender.name, n, left_out="ended without a result, probably out of memory")
     finally:
         process.join()
     return Result(contender.name, n, elapsed, peak)
 
 
 def best_of(repeats: int, work: Callable[[], Any]) -> float:
-    """Return the shortest of several times: what the machine's other work adds is not the question."""
+    """Return the shortest of several times, which other load on the machine lengthens least."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -152,20 +152,20 @@ def best_of(repeats: int, work: Callable[[], Any]) -> float:
 
 
 def slices() -> dict[str, float]:
-    """Return nanoseconds an index in slices of 65,536, of IndexShuffle at several n and of torch.randperm."""
-    found = {}
+    """Return nanoseconds per index in slices of 65,536, of IndexShuffle at several n and of torch.randperm."""
+    nanoseconds = {}
     for n in (10**5, 10**6, 10**9, 2**40 + 1, 10**12):
         order = IndexShuffle(n, 1)
         start = n // 2 if n // 2 + SLICE <= n else 0
         work = lambda order=order, start=start: order.indices(start, min(order.n, start + SLICE))  # noqa: E731
-        found[f"IndexShuffle n={n:.4g}"] = best_of(20, work) / min(SLICE, n - start) * 1e9
+        nanoseconds[f"IndexShuffle n={n:.4g}"] = best_of(20, work) / min(SLICE, n - start) * 1e9
     for n in (10**6, 10**7):
-        found[f"torch.randperm n={n:.4g}"] = best_of(3, lambda n=n: torch.randperm(n)) / n * 1e9
-    return found
+        nanoseconds[f"torch.randperm n={n:.4g}"] = best_of(3, lambda n=n: torch.randperm(n)) / n * 1e9
+    return nanoseconds
 
 
-def bars(results: list[Result]) -> dict[str, tuple[float, float]]:
-    """Return what each bar measures, in its own unit, and the bar."""
+def goals(results: list[Result]) -> dict[str, tuple[float, float]]:
+    """Return the measured value and the goal (an upper bound) of each figure, in the figure's own unit."""
     n = 10**12
 
     def first_slice() -> Any:
@@ -198,7 +198,7 @@ def cell(result: Result) -> str:
     return f"{result.first_index_s * 1e3:,.1f} ms\n{result.peak_bytes / 2**20:,.1f} MiB"
 
 
-def show(console: Console, results: list[Result], per_index: dict[str, float], held: dict[str, Any]) -> None:
+def show(console: Console, results: list[Result], per_index: dict[str, float], measured: dict[str, Any]) -> None:
     table = Table(title="To the first index at the end of an epoch of n samples, batches of 256")
     table.add_column("n", justify="right")
     for contender in CONTENDERS:
@@ -206,36 +206,36 @@ def show(console: Console, results: list[Result], per_index: dict[str, float], h
     for n in SIZES:
         table.add_row(f"{n:.0e}", *(cell(result) for result in results if result.n == n))
     console.print(table)
-    table = Table("", "ns an index", title="An index")
+    table = Table("", "ns per index", title="One index")
     for name, value in per_index.items():
         table.add_row(name, f"{value:.1f}")
     console.print(table)
-    table = Table("bar", "measured", "at most", "", title="Bars")
-    for name, (value, bar) in held.items():
-        table.add_row(name, f"{value:.3g}", f"{bar:g}", "holds" if value <= bar else "[red]MISSED[/]")
+    table = Table("figure", "measured", "at most", "", title="Goals")
+    for name, (value, goal) in measured.items():
+        table.add_row(name, f"{value:.3g}", f"{goal:g}", "met" if value <= goal else "[red]MISSED[/]")
     console.print(table)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
-    parser.add_argument("--memory-gib", type=float, default=4.0, help="most memory that a contender may need")
-    parser.add_argument("--seconds", type=float, default=30.0, help="longest that a contender may take at one n")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--memory-gib", type=float, default=4.0, help="the most memory that a contender may need")
+    parser.add_argument("--seconds", type=float, default=30.0, help="the most time that a contender may take at one n")
     args = parser.parse_args()
     torch.set_num_threads(1)
     results = [run(c, n, args.memory_gib * 2**30, args.seconds) for c in CONTENDERS for n in SIZES]
     per_index = slices()
-    held = bars(results)
-    show(Console(), results, per_index, held)
+    measured = goals(results)
+    show(Console(), results, per_index, measured)
     if args.json:
         figures = {
             "results": [asdict(result) for result in results],
             "ns_an_index": per_index,
-            "bars": {name: {"measured": value, "at_most": bar} for name, (value, bar) in held.items()},
+            "bars": {name: {"measured": value, "at_most": goal} for name, (value, goal) in measured.items()},
             "torch": torch.__version__,
         }
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
-    return 0 if all(value <= bar for value, bar in held.values()) else 1
+    return 0 if all(value <= goal for value, goal in measured.values()) else 1
 
 
 if __name__ == "__main__":

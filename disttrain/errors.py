@@ -1,12 +1,13 @@
-"""The few exceptions. Every message says what was expected, what was got and what to do.
+"""The exceptions of the package. Every message says what was expected, what was got and what to do.
 
-A `DisttrainError` is something a person can act on: the launcher prints its message alone, without a
-traceback. Anything else that escapes is a defect, ours or the user's, and keeps its traceback.
+*Contract*: a person can act on a `DisttrainError`, so the launcher prints its message without a traceback. Any other
+exception that reaches the launcher is a defect, ours or the user's, and keeps its traceback. Each class is also one of
+Python's own exceptions, so a program may catch it without importing disttrain.
 """
 
 
 class DisttrainError(Exception):
-    """Base of all errors that are shown to a person as one message, without a traceback."""
+    """Base of all errors that a person sees as one message, without a traceback."""
 
 
 class ConfigError(DisttrainError, ValueError):
@@ -14,19 +15,26 @@ class ConfigError(DisttrainError, ValueError):
 
 
 class BackendError(DisttrainError, RuntimeError):
-    """Ranks that cannot meet, or that called one collective with different arguments."""
+    """Ranks that cannot connect, or that called a collective with different arguments."""
 
 
 class DataError(DisttrainError, RuntimeError):
-    """A dataset that is empty, too small, changed since the run began, or raises on a sample."""
+    """A dataset that is empty, too small or changed since the run began, or that raises on a sample."""
 
 
 class CheckpointError(DisttrainError, RuntimeError):
     """A checkpoint that cannot be written, or that is damaged, incomplete or of another run."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint whose bytes are not those that were written; the next older checkpoint is loaded instead.
+
+    Any other CheckpointError (no permission, a newer format) stops the run: an older checkpoint would lose good steps.
+    """
+
+
 class NonFiniteError(DisttrainError, RuntimeError):
-    """A loss or a gradient became NaN or infinite, or a loss jumped; `step` says where, `reason` what it was."""
+    """A loss or a gradient that became NaN or infinite, or a loss that jumped, at `step`, for `reason`."""
 
     def __init__(self, message: str, step: int = 0, reason: str = "") -> None:
         super().__init__(message)
@@ -35,22 +43,22 @@ class NonFiniteError(DisttrainError, RuntimeError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the run where there was nothing to save: before the first step, or asked for twice.
+    """A signal that ended the run without a save: before the first step, or a second signal.
 
-    Like a KeyboardInterrupt, which it is, it is no `Exception`, so that `except Exception` lets it pass.
+    It is a KeyboardInterrupt and so no `Exception`: `except Exception` does not catch it.
     """
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 class HangError(DisttrainError, RuntimeError):
-    """A rank made no progress for `timeout_s`; the message says which, doing what, and where."""
+    """A rank that made no progress for `timeout_s`; the message names the rank, its work and its place in the code."""
 
 
 class RemoteError(DisttrainError, RuntimeError):
-    """Another rank failed; this rank stops with that rank's message.
+    """The failure of another rank, for which this rank stops.
 
-    `rank` is the rank that failed first, `message` what it said; `interrupted`: it was a signal that ended it.
+    `rank` is the rank that failed first and `message` the message of its error. `interrupted`: a signal ended it.
     """
 
     def __init__(self, rank: int, message: str) -> None:

@@ -1,19 +1,19 @@
-"""Seeds as functions of position, and the global generators' states.
+"""Seeds as functions of a position in the run, and the states of the global generators.
 
-*Contract*: nothing random depends on what was drawn before. Each use of randomness has a purpose and a
-position, and its seed is a hash of the run's seed and those two, so resuming is arithmetic:
+*Contract*: nothing random depends on earlier draws. Each use of randomness has a purpose and a position, and its seed
+is a hash of the run's seed and these two. So a resumed run computes its seeds instead of restoring generators:
 
 | purpose  | position                   | seeds                                                    |
 |----------|----------------------------|----------------------------------------------------------|
 | "init"   | -                          | building the model, the same on every rank               |
 | "order"  | epoch                      | the order of the samples                                 |
-| "batch"  | epoch, step in epoch, slot | python, numpy and torch where that microbatch is loaded  |
-| "stream" | epoch, slot                | as "batch", where the stream that a slot reads is opened |
+| "batch"  | epoch, step in epoch, slot | python, numpy and torch in the process that loads it     |
+| "stream" | epoch, slot                | as "batch", in the process that opens the slot's stream  |
 | "step"   | step, slot                 | torch's generators before that slot's forward: dropout   |
 | "valid"  | number of the batch        | as "batch", for validation data                          |
 | "data"   | -                          | building the datasets, the same on every rank            |
 
-Never `seed + i`: it aliases (seed 0 in epoch 1 is seed 1 in epoch 0).
+A seed is never `seed + i`, because such seeds coincide: seed 0 in epoch 1 is seed 1 in epoch 0.
 """
 
 import functools
@@ -33,12 +33,12 @@ R = TypeVar("R")
 def seed_for(seed: int, purpose: str, *position: int) -> int:
     """Return the seed of one use of randomness, 0 <= seed < 2**63: a stable hash of the arguments.
 
-    `seed` is the run's, any integer; `purpose` any text; `position` any number of integers, counted as you like but
-    always alike. The same on every platform, Python and process. It seeds nothing: hand it to a generator, or to
-    `manual_seed`.
+    `seed` is the run's seed, any integer. `purpose` is any text. `position` is any number of integers, always counted
+    in the same way. The result is the same on every platform, Python and process. This function seeds nothing: pass
+    its result to a generator, or to `manual_seed`.
 
     *Cost*: about 2 microseconds.
-    *Source*: BLAKE2b (RFC 7693), over the decimal text of the arguments, which no two of them share.
+    *Source*: BLAKE2b (RFC 7693) of the arguments as decimal text; different arguments have different texts.
     """
     text = f"{seed}/{len(purpose)}:{purpose}/{'/'.join(map(str, position))}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
@@ -47,8 +47,10 @@ def seed_for(seed: int, purpose: str, *position: int) -> int:
 def manual_seed(seed: int) -> None:
     """Seed the global generators of python, numpy and torch (every device, lazily) with `seed`.
 
-    numpy's takes 32 bits and gets the low ones. Cost: 100 to 200 microseconds, for torch notes down the caller's
-    place for each kind of device that has not started; see `seed_position` for what is done every step.
+    numpy's generator takes 32 bits and gets the low ones.
+
+    *Cost*: 100 to 200 microseconds, because torch records the caller's stack for each device type that has not
+    started. `seed_position` is the fast function for every step.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - people's augmentations draw from the global one
@@ -56,10 +58,12 @@ def manual_seed(seed: int) -> None:
 
 
 def seed_torch(seed: int) -> None:
-    """Seed torch's generators, of the CPU and of an accelerator that has started. Cost: about 2 microseconds.
+    """Seed torch's generators of the CPU and of an accelerator that has started.
 
-    `torch.manual_seed` queues a seed for an accelerator that sleeps, which would be in force when it starts,
-    long after the position that the seed belongs to.
+    `torch.manual_seed` would also queue the seed for an accelerator that has not started. It would take effect at the
+    start of the device, long after the position to which the seed belongs.
+
+    *Cost*: about 2 microseconds.
     """
     torch.default_generator.manual_seed(seed)
     if (module := _accelerator()) is not None:
@@ -67,7 +71,7 @@ def seed_torch(seed: int) -> None:
 
 
 def seed_position(seed: int) -> None:
-    """Seed python's, numpy's and torch's generators for one position of a run. Cost: about 10 microseconds."""
+    """Seed python's, numpy's and torch's generators for one position of a run; about 10 microseconds."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - people's augmentations draw from the global one
     seed_torch(seed)
@@ -76,7 +80,7 @@ def seed_position(seed: int) -> None:
 def _accelerator() -> Any:
     """Return the module of the accelerator in use (such as `torch.cuda`), or None before it has started.
 
-    Asking a sleeping accelerator for its state would create its context, which no seeding may do.
+    Reading the state of an accelerator that has not started would create its context; seeding must not do that.
     """
     device = torch.accelerator.current_accelerator()
     module = torch.get_device_module(device) if device is not None else None
@@ -87,7 +91,7 @@ def _accelerator() -> Any:
 def get_random_state() -> dict[str, Any]:
     """Return the states of all global generators as plain values and tensors.
 
-    What comes back survives `torch.save` and `torch.load(weights_only=True)`.
+    The result survives `torch.save` and `torch.load(weights_only=True)`.
     """
     twister: dict[str, Any] = np.random.get_state(legacy=False)  # noqa: NPY002
     keys = torch.from_numpy(twister["state"]["key"].astype(np.int64))
@@ -106,9 +110,9 @@ def get_random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put the global generators into a state that `get_random_state` returned.
+    """Set the global generators to a state that `get_random_state` returned.
 
-    An accelerator's part is skipped where there is none, so that a state saved on a GPU loads on a CPU.
+    The accelerator's part is ignored without an accelerator, so a state saved on a GPU loads on a CPU.
     """
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -124,7 +128,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Leave the global generators as they were found, also when the body raises."""
+    """Restore the global generators after the body, also when it raises."""
     state = get_random_state()
     try:
         yield
@@ -133,10 +137,7 @@ def random_state_kept() -> Iterator[None]:
 
 
 def keep_random_state(func: Callable[P, R]) -> Callable[P, R]:
-    """Decorate `func` so that it leaves python's, numpy's and torch's generators as it found them.
-
-    Returns what `func` returns, and restores also when it raises.
-    """
+    """Decorate `func` to restore python's, numpy's and torch's generators after each call, also when it raises."""
 
     @functools.wraps(func)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:

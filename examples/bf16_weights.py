@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc-per-node 2 -m disttrain.launch examples/bf16_weights.py
 
-Weights and gradients take half the memory and half the traffic of float32; small updates are not lost, for they add
-up in the copies. Vectors (biases, norms) stay in float32.
+Weights and gradients need half the memory and half the traffic of float32. Small updates are not lost, because they
+add up in the copies. Vectors (biases, norms) stay in float32.
 """
 
 import torch
@@ -22,7 +22,7 @@ class BF16Weights(FP32):
         self.device_type = torch.device(device).type
 
     def prepare(self, model, optimizer):
-        """Give the optimizer copies in float32 and the model bfloat16, before either has been used."""
+        """Give float32 copies to the optimizer and make the model bfloat16, before either is used."""
         self.pairs = []  # (the model's parameter, the optimizer's)
         for group in optimizer.param_groups:
             for i, weight in enumerate(group["params"]):
@@ -36,10 +36,10 @@ class BF16Weights(FP32):
         return torch.autocast(self.device_type, torch.bfloat16)
 
     def update(self, optimizer, before_step=None):
-        wanted = before_step is None or before_step() is not False  # clips the model's gradients
+        wanted = before_step is None or before_step() is not False  # before_step clips the model's gradients
         with torch.no_grad():
             for weight, master in self.pairs:
-                master.grad, weight.grad = weight.grad.float(), None  # zero_grad knows the optimizer's alone
+                master.grad, weight.grad = weight.grad.float(), None  # zero_grad clears only the copies' gradients
             stepped = wanted and super().update(optimizer)
             for weight, master in self.pairs:
                 weight.copy_(master)

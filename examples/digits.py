@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 -m disttrain.launch examples/digits.py
 
-Copy this file to begin your own. Everything it names is a factory, so reading it builds nothing.
+Copy this file to begin your own. It names functions that build the parts of a run, so reading it builds nothing.
 """
 
 from functools import partial
@@ -20,10 +20,10 @@ NUM_HELD_OUT = 360
 
 
 class RandomShift(Dataset):
-    """Moves each image by up to one pixel, another way each time it is drawn.
+    """Moves each image by up to one pixel, at random.
 
-    It draws from torch's global generator as any augmentation does; disttrain has seeded it for this place
-    in this epoch, so the same pixels come whatever happens to the run.
+    It draws from torch's global generator, as any augmentation does. disttrain seeds that generator for each microbatch
+    by its position in the run, so an interrupted run gets the same pixels.
     """
 
     def __init__(self, data: Dataset) -> None:
@@ -39,7 +39,7 @@ class RandomShift(Dataset):
 
 
 def digits() -> list[torch.Tensor]:
-    """Return the images to train on, those held out, and the labels of both."""
+    """Return the training images, the images that are held out, and the labels of both."""
     scans = load_digits()
     images = torch.tensor(scans.images, dtype=torch.float32).unsqueeze(1) / 16  # [1797, 1, 8, 8] in 0..1
     labels = torch.tensor(scans.target)

@@ -1,6 +1,7 @@
-"""What all tests share: the pool of ranks, and that no test depends on the machine being quick, or on luck.
+"""The pool of ranks and the hypothesis profiles of all tests.
 
-Laws are tried on the same examples each time; `make soak` looks for others (`--hypothesis-profile explore`).
+No test depends on the speed of the machine or on chance. Laws are tested on the same examples each time; `make soak`
+tests them on new examples (`--hypothesis-profile explore`).
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ settings.load_profile("same-examples")
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
-    """Real gloo ranks that stay alive over the session; see ranks.py."""
+    """Yield real gloo ranks that stay alive over the session; see ranks.py."""
     pool = Ranks()
     yield pool
     pool.close()

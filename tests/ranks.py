@@ -1,4 +1,4 @@
-"""A pool of real gloo ranks for tests: processes that stay alive, since importing torch costs seconds.
+"""A pool of real gloo ranks for tests: the processes stay alive, because importing torch takes seconds.
 
     def sums(backend, value):                     # a function of the test module, not a closure
         return backend.all_reduce(value + backend.rank)
@@ -7,12 +7,12 @@
         assert ranks(3, sums, 10) == [33, 33, 33]
 
 *Contract*: each call connects its ranks anew by `disttrain.backend.connect`, through the rank variables that torchrun
-sets and a store of the agent's kind that outlives the calls. Afterwards every process gets back its environment,
-working directory, threads, seeds and torch settings. `fresh=True` takes processes of the call's own, for functions that
-kill themselves or leave something behind that cannot be undone.
+sets and a store that outlives the calls, like that of torchrun's agent. After a call, every process restores its
+environment and its working directory; before the next call, it resets threads, seeds and torch settings. `fresh=True`
+starts processes for this call alone, for functions that kill themselves or leave something that cannot be undone.
 
-*Errors*: a rank's exception comes back as `Err`, its death as `Died`; calling the pool raises RankFailure for any of
-them. Ranks that take too long are dumped (all stacks), killed and renewed.
+*Errors*: a rank's exception becomes `Err`, its death `Died`; a call of the pool raises RankFailure for either. If ranks
+take too long, the pool prints all their stacks, kills them and replaces them.
 """
 
 import faulthandler
@@ -34,19 +34,19 @@ from typing import Any, NamedTuple
 
 MAX_RANKS = 8
 GRACE_S = 8.0
-"""What the ranks get beyond a call's timeout, and after the death of one of them, before they are killed."""
+"""Seconds before the ranks are killed, after the timeout of a call or the failure of one rank."""
 
 
 @dataclass(frozen=True)
 class Ok:
-    """What a rank returned."""
+    """The value that a rank returned."""
 
     value: Any
 
 
 @dataclass(frozen=True)
 class Err:
-    """What a rank raised, and its traceback as text."""
+    """The exception that a rank raised, and its traceback as text."""
 
     error: BaseException
     text: str
@@ -54,7 +54,7 @@ class Err:
 
 @dataclass(frozen=True)
 class Died:
-    """A rank that ended without an answer; a negative code is the signal that killed it. `log` is its output."""
+    """A rank that ended without a result; a negative code is the signal that killed it. `log` is its output."""
 
     code: int
     log: str
@@ -64,7 +64,7 @@ Outcome = Ok | Err | Died
 
 
 class RankFailure(AssertionError):
-    """A rank raised, died or took too long; `outcomes` holds what came of each."""
+    """A rank raised, died or took too long; `outcomes` has the outcome of each rank."""
 
     def __init__(self, message: str, outcomes: list[Outcome]) -> None:
         super().__init__(message)
@@ -72,7 +72,7 @@ class RankFailure(AssertionError):
 
 
 class Task(NamedTuple):
-    """What a process is told to run: where its function lives, the variables, and the pickled arguments."""
+    """The call that a process makes: the place of its function, the variables, and the pickled arguments."""
 
     module: str
     file: str
@@ -84,11 +84,11 @@ class Task(NamedTuple):
 
 
 class Ranks:
-    """The pool. `Ranks()` starts nothing; processes start when a call needs them."""
+    """The pool. `Ranks()` starts nothing; a process starts when a call needs it."""
 
     def __init__(self, grace_s: float = GRACE_S) -> None:
         self._grace_s = grace_s
-        # torch asks the nameserver for the name of every peer: one lost packet would cost 5 s.
+        # torch looks the name of every peer up at the nameserver: one lost packet would cost 5 s.
         os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
         self._processes: list[_Process] = []
         self._store: Any = None
@@ -106,7 +106,7 @@ class Ranks:
     def outcomes(
         self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0, fresh: bool = False
     ) -> list[Outcome]:
-        """Run `function(backend, *args)` on every rank and return what came of it by rank."""
+        """Run `function(backend, *args)` on every rank and return the outcomes by rank."""
         processes = [_Process() for _ in range(world_size)] if fresh else self._first(world_size)
         try:
             for rank, process in enumerate(processes):
@@ -195,18 +195,18 @@ class _Process:
         self._pipe.send_bytes(pickle.dumps(tuple(task)))
 
     def receive(self) -> Outcome:
-        """Return the outcome that has arrived, or that the process has died."""
+        """Return the outcome that has arrived, or `Died`."""
         try:
             is_ok, data, text = pickle.loads(self._pipe.recv_bytes())
             value = pickle.loads(data)
         except (EOFError, OSError):
             return Died(self._popen.wait(GRACE_S), self.log())
-        except Exception as error:  # a result that cannot be rebuilt here is the test's mistake, not the pool's
+        except Exception as error:  # a result that cannot be unpickled here is a mistake of the test, not of the pool
             return Err(error, traceback.format_exc())
         return Ok(value) if is_ok else Err(value, text)
 
     def dump(self) -> str:
-        """Return the stacks of all its threads, below what it printed."""
+        """Return the output of the process, with the stacks of all its threads at the end."""
         self._popen.send_signal(signal.SIGUSR1)
         time.sleep(0.5)
         return self.log()
@@ -250,7 +250,7 @@ def _show(outcome: Outcome) -> str:
 
 
 def serve(pipe: Connection) -> None:
-    """Run tasks until the parent has gone: the life of a process of the pool."""
+    """Run tasks until the parent has ended: the main loop of a process of the pool."""
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     while True:
         try:
@@ -261,7 +261,7 @@ def serve(pipe: Connection) -> None:
 
 
 def _answer(task: Task) -> tuple[bool, bytes, str]:
-    """Return whether it went well, the pickled result or error, and the error's traceback."""
+    """Run a task; return whether it succeeded, the pickled result or error, and the error's traceback."""
     environment, directory = dict(os.environ), Path.cwd()
     try:
         _reset()
@@ -293,7 +293,7 @@ def _run(task: Task) -> Any:
 
 
 def _module(task: Task) -> Any:
-    """Import the test module under the name that pytest gave it, so that what it pickles is found."""
+    """Import the test module under the name that pytest gave it, so that its objects can be pickled by that name."""
     sys.path[:] = task.path
     if task.module not in sys.modules:
         spec = importlib.util.spec_from_file_location(task.module, task.file)

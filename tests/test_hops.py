@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import disttrain.launch
+import disttrain.commands.launch
 from disttrain.config import Config, load_config
 
-PACKAGE = Path(disttrain.launch.__file__).parent
+PACKAGE = Path(disttrain.commands.launch.__file__).parents[1]
 
 CFG = """
 import torch
@@ -31,9 +31,9 @@ config = Config(
 
 
 class Witness(nn.Linear):
-    """A model that remembers who called it."""
+    """A model that records the files on the stack of each call."""
 
-    ways: list[list[str]] = []
+    paths: list[list[str]] = []
 
     def __init__(self) -> None:
         super().__init__(4, 1)
@@ -41,7 +41,7 @@ class Witness(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         files = [Path(frame.filename) for frame in traceback.extract_stack()]
         ours = [str(f.relative_to(PACKAGE)) for f in files if f.is_relative_to(PACKAGE)]
-        self.ways.append([name for i, name in enumerate(ours) if i == 0 or ours[i - 1] != name])
+        self.paths.append([name for i, name in enumerate(ours) if i == 0 or ours[i - 1] != name])
         return super().forward(x)
 
 
@@ -49,15 +49,15 @@ def test_at_most_four_hops_from_launch_to_the_model(tmp_path: Path) -> None:
     cfg = tmp_path / "cfg.py"
     cfg.write_text(CFG)
     sys.modules.setdefault("test_hops", sys.modules[__name__])
-    Witness.ways.clear()
+    Witness.paths.clear()
     threads = torch.get_num_threads()
     try:
-        assert disttrain.launch.main([str(cfg), "--runs", str(tmp_path)]) == 0
+        assert disttrain.commands.launch.main([str(cfg), "--runs", str(tmp_path)]) == 0
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)
     assert isinstance(load_config(cfg), Config)
-    assert len(Witness.ways) == 2
-    for way in Witness.ways:
-        assert way == ["launch.py", "recipe.py", "engine/engine.py", "engine/supervised.py"]
-        assert len(way) <= 4  # launch -> recipe -> engine -> step -> the user's model: four hops
+    assert len(Witness.paths) == 2
+    for path in Witness.paths:
+        assert path == ["commands/launch.py", "run/train.py", "engine/engine.py", "engine/supervised.py"]
+        assert len(path) <= 4  # launch -> train -> engine -> step -> the user's model: four hops

@@ -1,44 +1,48 @@
-"""The command before its ranks are connected. What it does afterwards is in integration/, by real commands."""
+"""`python -m disttrain.launch` and `python -m disttrain` run the commands `launch` and `main`."""
 
-import os
-from pathlib import Path
+import runpy
+import sys
 
 import pytest
 
-from disttrain import launch
-from disttrain.config import load_config
-from disttrain.errors import BackendError
+from disttrain.commands import launch, main
+from disttrain.version import __version__
 
 
-@pytest.mark.parametrize("of_the_users", [None, ":16:8"])
-def test_cublas_has_its_workspace_before_connecting_starts_cuda(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], of_the_users: str | None
-) -> None:
-    seen = []
+def run_module(name: str, *arguments: str) -> int:
+    """Run a module as `python -m` does, in this process; return its exit code."""
+    sys.modules.pop(name, None)
+    sys.argv[:] = ["replaced by runpy", *arguments]
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    return int(ended.value.code or 0)
 
-    def connect(name: str, *, timeout_s: float, spmd: bool | None) -> None:
-        seen.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
-        raise BackendError("no ranks here")
 
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", of_the_users or "")
-    if of_the_users is None:
-        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    monkeypatch.setattr(launch, "connect", connect)
-    assert launch.main([str(Path(__file__).parents[1] / "examples" / "digits.py")]) == launch.FAILED
-    assert seen == [of_the_users or ":4096:8"]
-    assert capsys.readouterr().err == "BackendError: no ranks here\n"
+@pytest.fixture(autouse=True)
+def own_argv(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [])
+
+
+@pytest.mark.parametrize("module", ["disttrain.launch", "disttrain"])
+def test_both_modules_print_the_version(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_module(module, "--version") == 0
+    assert capsys.readouterr().out == f"disttrain {__version__}\n"
 
 
 @pytest.mark.parametrize(
-    ("fields", "asks"),
+    ("module", "arguments", "command"),
     [
-        ([], False),
-        (["backend=xla", "spmd=true"], True),
-        (["strategy=fsdp"], None),  # on XLA devices, if the backend turns out to be theirs
-        (["strategy=fsdp", "spmd=true"], True),
+        ("disttrain.launch", ["no-such-cfg.py", "--check"], launch.main),
+        ("disttrain", ["launch", "no-such-cfg.py", "--check"], main.main),
+        ("disttrain", ["compare", "no-such-run", "no-such-run"], main.main),
     ],
 )
-def test_one_rank_drives_all_xla_devices_where_the_config_asks_for_it(fields: list[str], asks: bool | None) -> None:
-    config = load_config(Path(__file__).parents[1] / "examples" / "digits.py", fields)
-    assert launch.asks_spmd(config) is asks
-    assert launch.asks_spmd(None) is False
+def test_output_and_exit_code_are_those_of_the_command(
+    module: str, arguments: list[str], command: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run_module(module, *arguments)
+    printed = capsys.readouterr()
+    assert (code, printed.out) == (2, "")
+    assert printed.err.startswith("ConfigError: ")
+    assert command(arguments) == code  # type: ignore[operator]
+    assert capsys.readouterr().err == printed.err

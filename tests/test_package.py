@@ -1,8 +1,12 @@
-"""Importing disttrain is cheap and has no effect."""
+"""Importing disttrain is cheap and has no effect, and its lists of public names agree."""
 
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 import disttrain
 
@@ -19,7 +23,8 @@ import disttrain
 for name in disttrain.__all__:
     getattr(disttrain, name)
 drawn = drawn != random.getstate()
-import disttrain.launch, disttrain.cli  # rich, which these load, draws from python's generator as it is imported
+# These modules import rich, and that draws from Python's generator.
+import disttrain.commands.launch, disttrain.commands.main, disttrain.launch
 print(json.dumps({
     "changed": before != effects(),
     "drawn": drawn,
@@ -32,12 +37,12 @@ print(json.dumps({
 
 def test_importing_everything_has_no_effect() -> None:
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
-    seen = json.loads(done.stdout)
-    assert seen == {"changed": False, "drawn": False, "group": False, "cuda": False, "optional": []}
+    effects = json.loads(done.stdout)
+    assert effects == {"changed": False, "drawn": False, "group": False, "cuda": False, "optional": []}
 
 
 def test_import_loads_nothing_heavy_beyond_torch() -> None:
-    # What a cheap import means, without a clock: none of the slow packages is loaded before it is used.
+    # Without a timed test: no slow package is loaded before its first use.
     code = (
         "import sys, torch; b = {*sys.modules}; import disttrain; print(*{m.split('.')[0] for m in {*sys.modules} - b})"
     )
@@ -45,8 +50,23 @@ def test_import_loads_nothing_heavy_beyond_torch() -> None:
     assert set(done.stdout.split()) <= {"disttrain"}
 
 
-def test_public_names_are_few_and_real() -> None:
+def test_the_public_names_are_few_and_exist() -> None:
     assert len(disttrain.__all__) <= 40
     for name in disttrain.__all__:
         assert getattr(disttrain, name) is not None
-    assert set(disttrain.__all__) <= set(dir(disttrain))
+    assert disttrain.__all__ == dir(disttrain)
+    with pytest.raises(AttributeError, match="module 'disttrain' has no attribute 'Motor'"):
+        _ = disttrain.Motor
+
+
+def test_type_checkers_see_the_same_names_from_the_same_rooms() -> None:
+    tree = ast.parse(Path(disttrain.__file__).read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    rooms: dict[str, list[str]] = {}
+    for node in block.body:
+        assert isinstance(node, ast.ImportFrom)
+        for alias in node.names:
+            assert alias.asname == alias.name  # the form by which a type checker exports a name
+            rooms.setdefault(str(node.module).removeprefix("disttrain."), []).append(alias.name)
+    assert rooms == disttrain._ROOMS

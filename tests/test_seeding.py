@@ -1,4 +1,4 @@
-"""seed_for is a stable hash of its arguments; the global generators come back as they were."""
+"""seed_for is a stable hash of its arguments, and the global generators are restored exactly."""
 
 import hashlib
 import io
@@ -21,7 +21,7 @@ from disttrain.seeding import (
 
 
 def draw() -> list[float]:
-    """Draw from all three generators, through their cached second gaussians too."""
+    """Draw from all three generators, and from their cached second gaussians."""
     return [
         random.random(),
         random.gauss(0, 1),
@@ -33,7 +33,7 @@ def draw() -> list[float]:
 
 
 def blake(text: bytes) -> int:
-    """The first 63 of 64 bits of BLAKE2b, by hand: eight bytes, the least significant first."""
+    """Return the first 63 of 64 bits of BLAKE2b, by hand: eight bytes, the least significant first."""
     digest = hashlib.blake2b(text, digest_size=8).digest()
     return sum(byte << (8 * place) for place, byte in enumerate(digest)) // 2
 
@@ -83,7 +83,7 @@ def test_manual_seed_seeds_all_three(seed):
 
 def test_state_survives_a_weights_only_file_with_the_cached_gaussians():
     manual_seed(3)
-    draw()  # an odd number of gaussians from python and numpy: each holds its second one back
+    draw()  # an odd number of gaussians from python and numpy: each caches its second one
     file = io.BytesIO()
     torch.save(get_random_state(), file)
     expected = draw() + draw()
@@ -108,7 +108,7 @@ def test_a_state_with_an_accelerator_loads_where_there_is_none():
         assert draw() == expected
 
 
-def test_keep_random_state_returns_what_the_function_returns_and_restores():
+def test_keep_random_state_returns_the_functions_result_and_restores():
     @keep_random_state
     def disturb(base: int, *, factor: int) -> int:
         """Reseed everything."""

@@ -1,17 +1,17 @@
-"""Where a run happens: the contract that `single`, `gloo`, `nccl` and `xla` obey alike.
+"""The contract of every backend: `single`, `gloo`, `nccl`, `xla` and threads.
 
-*Contract*: a `Backend` is passed to whoever needs a rank or a collective; there is no ambient one. One rank
-obeys the same checks, shapes and errors as many. Every rank calls the same collectives in the same order,
-from one thread at a time. Inputs are never changed; results are new and live on the input's device.
+*Contract*: code that needs a rank or a collective gets a `Backend` as an argument; there is no global one. One rank
+has the same checks, shapes and errors as many ranks. Every rank calls the same collectives in the same order, from one
+thread at a time. A collective never changes its input; its result is a new object on the input's device.
 
-*Errors*: where the ranks' calls differ (another operation, dtype, shape, op, source), every rank gets a
-`BackendError` that names what each rank called; none hangs and none aborts. An argument that is wrong on
-all ranks alike is a `ValueError` or `TypeError` on all. A rank that stops for another rank's error raises
-`RemoteError`. A peer that dies or stays away longer than `timeout_s` is a `BackendError`.
+*Errors*: if the ranks' calls differ (another operation, dtype, shape, op, source), every rank raises a `BackendError`
+that names the call of each rank; no rank hangs or aborts. An argument that is wrong on all ranks is a `ValueError` or
+`TypeError` on all ranks. A rank that stops for another rank's error raises `RemoteError`. A peer that dies, or is
+absent for longer than `timeout_s`, is a `BackendError`.
 
-*Cost*: these collectives are for control and metrics, not for the hot path. Each begins with one gather of
-a 1 KiB header over the CPU's network (under a millisecond between processes of one host), which is all that
-numbers, small objects and barriers need. Gradients use `process_group`.
+*Cost*: these collectives are for control and metrics, not for the hot path. Each begins with one gather of a 1 KiB
+header over the CPUs' network, which takes under a millisecond between processes of one host. Numbers, small objects
+and barriers need no more than this gather. Gradients use `process_group`.
 """
 
 import functools
@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from disttrain.environment import Topology
 from disttrain.errors import RemoteError
+from disttrain.seeding import seed_position
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -38,97 +40,86 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Op = Literal["sum", "mean", "min", "max", "product"]
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where this process stands among the others; the defaults are one process alone."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-    node_rank: int = 0
-    num_nodes: int = 1
-
-
 @dataclass
 class Contact:
-    """One call of this rank's to the others: the `number`-th since it connected, as `text` tells it."""
+    """One call of this rank that waits for the others: its `number` since the connection, and its `text`."""
 
     number: int
     text: str
     began: float
-    """By `time.monotonic()`; so is `ended`, None while it is under way."""
+    """The time of `time.monotonic()`; `ended` has the same clock, and is None while the call is under way."""
     ended: float | None = None
 
     def words(self, now: float) -> str:
-        """Return it as a person reads it."""
-        since = now - (self.began if self.ended is None else self.ended)
-        how = f"under way for {since:.0f} s" if self.ended is None else f"ended {since:.0f} s ago"
-        return f"{self.text} (call {self.number}), {how}"
+        """Return the call and its state in words."""
+        seconds = now - (self.began if self.ended is None else self.ended)
+        state = f"under way for {seconds:.0f} s" if self.ended is None else f"ended {seconds:.0f} s ago"
+        return f"{self.text} (call {self.number}), {state}"
 
 
 @dataclass(frozen=True)
 class Programs:
-    """What a device's compiler did in this process so far."""
+    """The programs that a device's compiler has compiled in this process."""
 
     num_compiled: int
     fallback_ops: tuple[str, ...]
-    """Operations that it does not know and the CPU ran in its stead, with a copy there and back."""
+    """Operations that the compiler does not know; the CPU ran them, with a copy to the host and back."""
 
 
 class Backend(ABC):
     """Rank, sizes, device and collectives of one process of a run.
 
-    A context manager: leaving it normally closes it; leaving it by an exception first tells the other ranks
-    (`fail`), so that they stop with that message instead of waiting.
+    A context manager: a normal exit closes it. An exit by an exception first reports the exception to the other ranks
+    (`fail`), so they stop with its message instead of waiting.
     """
 
     name: str
     device: torch.device
-    place: Place
+    topology: Topology
     restarts: int
-    """How often the launcher has restarted this process's group within this launch."""
+    """The number of times that the launcher has restarted this process's group within this launch."""
     last_contact: Contact | None = None
-    """The newest of this rank's calls to the others; those of `process_group` are not among them."""
+    """The newest call of this rank that waits for the others; calls of `process_group` do not count."""
     num_devices: int = 1
-    """Devices over which this rank spreads its tensors: several in XLA's SPMD mode, where `device` stands for all."""
+    """The devices over which this rank spreads its tensors: several in XLA's SPMD mode, where `device` means all."""
 
     @property
     def rank(self) -> int:
-        return self.place.rank
+        return self.topology.rank
 
     @property
     def world_size(self) -> int:
-        return self.place.world_size
+        return self.topology.world_size
 
     @property
     def local_rank(self) -> int:
-        return self.place.local_rank
+        return self.topology.local_rank
 
     @property
     def local_world_size(self) -> int:
-        return self.place.local_world_size
+        return self.topology.local_world_size
 
     @property
     def node_rank(self) -> int:
-        return self.place.node_rank
+        return self.topology.node_rank
 
     @property
     def num_nodes(self) -> int:
-        return self.place.num_nodes
+        return self.topology.num_nodes
 
     @property
     @abstractmethod
     def process_group(self) -> "ProcessGroup | None":
-        """The process group for gradients and shards, on `device`; None on `single` and on `xla`, which needs none."""
+        """The process group for gradients and shards, on `device`; None on `single` and `xla`, which need none."""
 
     @abstractmethod
     def all_reduce(self, value: T, op: Op = "sum") -> T:
         """Reduce a tensor or a number over all ranks, folding in rank order: the same bits on every rank.
 
-        Tensors keep shape, dtype and device; bool, int and float stay what they are. The mean of integers is
-        a float. bool takes min (all) and max (any) alone. Python's integers do not overflow; tensors' do.
-        Cost for a tensor of n bytes: world_size * n received, in pieces of bounded memory.
+        Tensors keep their shape, dtype and device; a bool, an int and a float keep their type. The mean of integers is
+        a float. A bool takes min (all) and max (any) only. Python's integers do not overflow; tensors' integers do.
+
+        *Cost*: for a tensor of n bytes each rank receives world_size * n bytes, in pieces of bounded memory.
         """
 
     @abstractmethod
@@ -142,100 +133,104 @@ class Backend(ABC):
     def broadcast(self, value: T | None, source: int = 0) -> T:
         """Return rank `source`'s tensor, number, string or plain object on every rank.
 
-        What the other ranks pass is ignored; None will do. A tensor arrives on the CPU if it lay there and
-        on `device` otherwise.
+        The values of the other ranks are ignored and may be None. The result is on the CPU if the source's tensor is
+        there, and on `device` otherwise.
         """
 
     @abstractmethod
     def barrier(self) -> None:
-        """Wait until every rank is here. Work queued on an accelerator is not waited for."""
+        """Wait until every rank calls this. Work that is queued on an accelerator may still run."""
 
     @abstractmethod
     def start_any(self, flag: bool) -> Callable[[], bool]:
-        """Start to ask whether any rank says True; the function returned waits for the answer.
+        """Start a reduction of `flag` by "or" over all ranks; the returned function waits for the result.
 
-        The ranks talk while the caller goes on: start it at the end of a step, collect it at the next one's.
-        Collecting twice gives the same answer.
+        The exchange runs while the caller continues: start it at the end of one step and collect it at the end of the
+        next. A second call of the function returns the same result.
         """
 
     @abstractmethod
     def agree(self, what: str) -> AbstractContextManager[None]:
-        """Run the body on every rank; if it raises on any, it raises on all.
+        """Run the body on every rank; if it raises on any rank, raise on all.
 
-        A rank whose body raised gets its own error, the others the RemoteError of the lowest such rank.
-        `what` names the body ("building the model") and must be the same on all ranks.
+        A rank whose body raised gets its own error. The others get the RemoteError of the lowest such rank. `what`
+        names the body ("building the model") and must be the same on all ranks.
         """
 
     @abstractmethod
     def one_rank_first(self, *, local: bool = False) -> AbstractContextManager[None]:
-        """Let rank 0 (or each node's local rank 0) through the body first, then the others; for downloads.
+        """Run the body on rank 0 first (or on each node's local rank 0), then on the others; for downloads.
 
-        If the body raises there, the others raise RemoteError instead of running it. The body calls no
-        collectives and ends within `timeout_s`.
+        If the body raises on the first rank, the others raise RemoteError and do not run it. The body must call no
+        collectives and end within `timeout_s`.
         """
 
     @abstractmethod
     def fail(self, error: BaseException) -> None:
-        """Tell all ranks that this one failed, wherever they are; those blocked in a collective wake with an error.
+        """Report to all ranks that this one failed; a rank that is blocked in a collective wakes with an error.
 
-        The first failure of the run wins. Returns when the others have heard, after 5 s at the latest.
-        Never raises; afterwards no collective works on any rank.
+        The first failure of the run wins. Returns when the others have received it, and after 5 s at the latest. Never
+        raises. Afterwards no collective works on any rank.
         """
 
     @abstractmethod
     def first_failure(self, wait_s: float = 2.0) -> RemoteError | None:
-        """Return the first failure that any rank reported by `fail`, waiting for one up to `wait_s`.
+        """Return the first failure that any rank reported by `fail`, after a wait of at most `wait_s`.
 
-        What to ask when a collective of `process_group` broke. None: no rank reported one; it was killed.
+        Call it when a collective of `process_group` has failed. None: no rank reported a failure; a rank was killed.
         """
 
     def flight_record(self) -> bytes | None:
-        """Return what torch remembers of the newest collectives of all process groups, as JSON; None where nothing."""
+        """Return torch's record of the newest collectives of all process groups, as JSON; None without a record."""
         return None
 
     def hurry(self) -> None:
-        """Wait no longer for what other ranks have to say about a failure: the launcher is ending them.
+        """Stop waiting for other ranks' failures, because the launcher is ending the ranks.
 
-        Called by any thread; `fail` and whoever asks for the first failure then return at once.
+        Any thread may call it. `fail` and `first_failure` then return at once.
         """
         return
 
     @abstractmethod
     def close(self) -> None:
-        """Leave the group; any number of times. Every later collective raises BackendError."""
+        """Leave the group. Every later collective raises BackendError; a second close does nothing."""
 
     @property
     def metrics_device(self) -> torch.device:
-        """Where validation metrics are computed: on `device`, except where it compiles every shape anew."""
+        """The device that computes validation metrics: `device`, or the CPU if `device` compiles every new shape."""
         return self.device
 
     def move(self, module: ModuleT) -> ModuleT:
-        """Return the module on `device`; parameters that are tied stay so."""
+        """Return the module on `device`; tied parameters stay tied."""
         return module.to(self.device)
 
     def compile(self, module: nn.Module) -> None:
-        """Let `torch.compile` compile the module in place; ConfigError where the device cannot."""
+        """Compile the module in place by `torch.compile`; ConfigError if the device cannot."""
         module.compile()
 
+    def seed(self, seed: int) -> None:
+        """Seed python's, numpy's and torch's generators, those of `device` too, for one position of a run."""
+        seed_position(seed)
+
     def fetch(self, values: Sequence[Tensor]) -> list[float]:
-        """Return 0-dimensional tensors on `device` as numbers, brought to the host together."""
+        """Return 0-dimensional tensors on `device` as numbers, by one copy to the host."""
         return torch.stack(list(values)).cpu().double().tolist() if values else []
 
     def gather_recorded(self, tensor: Tensor) -> Tensor:
-        """Gather a tensor on `device` as `all_gather` does; XLA checks nothing and sends nothing before `flush`."""
+        """Gather a tensor on `device` as `all_gather` does; XLA only records it until `flush`, and checks nothing."""
         gathered: Tensor = self.all_gather(tensor)
         return gathered
 
     def flush(self) -> None:
-        """Send to the device what was recorded for it; nothing where operations are sent as they are called."""
+        """Send the recorded operations to the device; does nothing on a device that runs them at once."""
         return
 
     def programs(self) -> Programs | None:
-        """Return what the device's compiler did so far; None where there is none that compiles whole steps."""
+        """Return the programs that were compiled so far; None on a device that does not compile whole steps."""
         return None
 
     def rank_zero_only(self, func: Callable[P, R]) -> Callable[P, R | None]:
-        """Decorate `func` to run on rank 0 alone; the others get None."""
+        """Decorate `func` to run on rank 0 only; it returns None on the others."""
 
         @functools.wraps(func)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R | None:

@@ -1,18 +1,20 @@
-"""Choosing a backend and connecting it; the only place that knows them all."""
+"""Chooses the backend of this process and connects it.
+
+*Contract*: this is the only module that knows all backends.
+"""
 
 import math
 
 import torch
 
-from disttrain.backend.base import Backend, Place
-from disttrain.backend.environment import Launch, pjrt_device, read_launch
-from disttrain.backend.native import GROUPS, NativeBackend, choose_device
+from disttrain.backend.base import Backend
+from disttrain.backend.native import NativeBackend, choose_device
 from disttrain.backend.single import SingleBackend
-from disttrain.backend.spmd import connect_spmd
-from disttrain.backend.xla import connect_xla, has_torch_xla
+from disttrain.backend.xla import connect_xla
+from disttrain.backend.xla_spmd import connect_spmd
+from disttrain.devices import backend_names, device_row, has_torch_xla, process_groups
+from disttrain.environment import Launch, Topology, pjrt_device, read_launch
 from disttrain.errors import BackendError, ConfigError
-
-NAMES = ("auto", *GROUPS.values(), "single", "xla")
 
 
 def connect(
@@ -20,21 +22,23 @@ def connect(
 ) -> Backend:
     """Connect this process to the other ranks of its run and return its backend.
 
-    "auto": xla where PJRT_DEVICE=TPU is set and torch_xla is there; else under a launcher nccl where CUDA is there and
-    gloo where not; `single` without a launcher. "gloo" and
-    "nccl" without a launcher are a world of one. `timeout_s` is the longest silence of a rank in a collective, at
-    the start too. `device` overrides the choice: an accelerator where there is one and the backend runs there. `spmd`:
-    one rank drives all XLA devices as one; None: where the backend is xla.
+    `name="auto"` is xla if PJRT_DEVICE=TPU is set and torch_xla is installed. Otherwise it is `single` without a
+    launcher; under a launcher it is the accelerator's backend (nccl for CUDA), or gloo on CPUs. "gloo" and "nccl"
+    without a launcher are a world of one. `timeout_s` is the longest absence of a rank from a collective and from the
+    start. `device` overrides the default, which is the accelerator if the backend runs on one. With `spmd=True` one
+    rank drives all XLA devices as one; `spmd=None` does so if the backend is xla.
 
-    What comes back is closed by `close()` or as a context manager, which also tells the other ranks of an exception.
-    It has `rank`, `world_size`, `device`, `process_group` and collectives; see `Backend`.
-    *Errors*: ConfigError for a name, device or timeout that cannot be; BackendError for a launcher's variables that do
-    not fit together, a missing accelerator, and ranks that do not meet within `timeout_s`.
-    *Cost*: one rank: none. Several: the meeting, below a second on one host, one sleeping thread and, beside an
-    accelerator's group, a gloo group for numbers and objects.
+    The backend has `rank`, `world_size`, `device`, `process_group` and collectives; see `Backend`. Close it by
+    `close()`, or use it as a context manager, which also reports an exception to the other ranks.
+
+    *Errors*: ConfigError for an impossible name, device or timeout. BackendError for a launcher's variables that
+    contradict each other, for a missing accelerator, and for ranks that do not connect within `timeout_s`.
+
+    *Cost*: none for one rank. Several ranks cost the rendezvous, below a second on one host, one sleeping thread and,
+    beside an accelerator's group, a gloo group for numbers and objects.
     """
-    if name not in NAMES:
-        raise ConfigError(f"expected backend to be one of {', '.join(NAMES)}, got {name!r}")
+    if name not in backend_names():
+        raise ConfigError(f"expected backend to be one of {', '.join(backend_names())}, got {name!r}")
     if not (math.isfinite(timeout_s) and timeout_s > 0):
         raise ConfigError(f"expected timeout_s to be a positive number of seconds, got {timeout_s!r}")
     launch = read_launch()
@@ -43,7 +47,7 @@ def connect(
         name = "xla"
     if name == "xla":
         if asked is not None and asked.type != "xla":
-            raise ConfigError(f"backend='xla' runs on 'xla', got device={str(asked)!r}; leave device out")
+            raise ConfigError(f"expected an xla device for backend='xla', got device={str(asked)!r}; leave device out")
         return connect_xla(launch, timeout_s) if spmd is False else connect_spmd(launch)
     if spmd:
         raise ConfigError(
@@ -55,33 +59,35 @@ def connect(
         name = choose_name(launch, asked or accelerator)
     if name == "single":
         return _single(launch, asked or accelerator or torch.device("cpu"))
-    device_type = next(kind for kind, group in GROUPS.items() if group == name)
+    device_type = next(kind for kind, group in process_groups().items() if group == name)
     if device_type != "cpu" and (accelerator is None or accelerator.type != device_type):
         raise BackendError(
             f"backend={name!r} expected a {device_type} device, got {accelerator or 'none'}; "
             "use backend='gloo' on CPUs, or install a torch build and a driver for the device"
         )
     if asked is not None and asked.type != device_type:
-        raise ConfigError(f"backend={name!r} runs on {device_type!r}, got device={str(asked)!r}; leave device out")
+        raise ConfigError(
+            f"expected a {device_type} device for backend={name!r}, got device={str(asked)!r}; leave device out"
+        )
     if asked is None or asked.index is None:
         num_devices = 0 if device_type == "cpu" else torch.accelerator.device_count()
-        asked = choose_device(device_type, num_devices, launch.place if launch is not None else Place())
+        asked = choose_device(device_type, num_devices, launch.topology if launch is not None else Topology())
     return NativeBackend(launch, asked, timeout_s)
 
 
 def choose_name(launch: Launch | None, device: torch.device | None) -> str:
-    """Return what "auto" means for a process of this launch on this device (None: the CPU)."""
+    """Return the backend that "auto" means for a process of this launch on this device (None: the CPU)."""
     if launch is None:
         return "single"
-    return GROUPS.get(device.type, "gloo") if device is not None else "gloo"
+    return process_groups().get(device.type, "gloo") if device is not None else "gloo"
 
 
 def _single(launch: Launch | None, device: torch.device) -> SingleBackend:
-    if launch is not None and launch.place.world_size > 1:
+    if launch is not None and launch.topology.world_size > 1:
         raise BackendError(
-            f"backend='single' is one process, got {launch.place.world_size} ranks from {launch.launcher}, "
-            "each of which would do the whole run; use backend='auto', or start one process"
+            f"expected one process for backend='single', got {launch.topology.world_size} ranks from "
+            f"{launch.launcher}, each of which would do the whole run; use backend='auto', or start one process"
         )
-    if device.index is None and device.type not in ("cpu", "mps"):
+    if device.index is None and device_row(device).has_index:
         device = torch.device(device.type, 0)
     return SingleBackend(device, launch.restarts if launch is not None else 0)

@@ -1,8 +1,8 @@
-"""Settings without which the same program gives other bits on the same device, and what is said of what they refuse.
+"""The settings without which a program gives other bits on the same device, and messages for refused operations.
 
-*Contract*: called by the recipe before the model is built and before an accelerator starts; no effect of an import
-nor of `connect()`. It changes settings of the whole process and leaves them so. What each is for, and what it does
-not reach: docs/guarantees.md.
+*Contract*: the run calls these functions before it builds the model and before an accelerator starts. They change
+settings of the whole process for good; no import and no `connect()` does. docs/guarantees.md gives the reason for each
+setting, and its limits.
 
 *Errors*: ConfigError for an operation without a deterministic kernel, and for a CUBLAS_WORKSPACE_CONFIG under which
 cuBLAS is not deterministic.
@@ -13,6 +13,7 @@ cuBLAS is not deterministic.
 import os
 import re
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +21,11 @@ from pathlib import Path
 import torch
 import torch.utils.deterministic
 
-from disttrain.backend.environment import pjrt_device, set_default
+from disttrain.environment import pjrt_device, set_default
 from disttrain.errors import ConfigError
 
 CUBLAS_WORKSPACES = (":4096:8", ":16:8")
-"""The values for which cuBLAS documents the same bits each time; the first costs 24 MiB a device and is faster."""
+"""The values for which cuBLAS documents reproducible bits; the first costs 24 MiB a device and is faster."""
 
 _REFUSED = re.compile(r"(\w+) does not have a deterministic implementation, but you set")
 _NOT_THE_USERS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
@@ -33,14 +34,15 @@ _NOT_THE_USERS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).p
 def make_deterministic(cpu_threads: int = 1, *, strict: bool = True) -> None:
     """Choose deterministic kernels, and `cpu_threads` threads inside an operation on the CPU, for this process.
 
-    CPU kernels cut their work by the number of threads, so it changes results and is part of the run. An operation
-    that has no deterministic kernel raises RuntimeError where it is used; `strict=False`: it warns, and goes on with
-    other bits each time, and so do the backwards of flash and memory-efficient attention on CUDA, which torch makes
-    deterministic in strict mode alone. Call it before anything runs on an accelerator.
+    CPU kernels divide their work by the number of threads, so the number changes results and is part of the run. An
+    operation without a deterministic kernel raises RuntimeError when it is called. With `strict=False` it warns and
+    gives other bits each time. So do the backwards of flash and memory-efficient attention on CUDA then, which torch
+    makes deterministic in strict mode only. Call this before anything runs on an accelerator.
 
-    *Errors*: ConfigError for another CUBLAS_WORKSPACE_CONFIG than those two where the user has set one (not where
-    `strict=False`), ValueError for `cpu_threads` below 1.
-    *Cost*: none on the CPU. On CUDA deterministic kernels are slower, by how much depends on the model.
+    *Errors*: ConfigError if the user has set CUBLAS_WORKSPACE_CONFIG to another value than `CUBLAS_WORKSPACES` (not
+    with `strict=False`); ValueError for `cpu_threads` below 1.
+
+    *Cost*: none on the CPU. On CUDA deterministic kernels are slower; how much depends on the model.
     """
     set_cpu_threads(cpu_threads)
     workspace = set_default("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACES[0])
@@ -50,10 +52,10 @@ def make_deterministic(cpu_threads: int = 1, *, strict: bool = True) -> None:
             "cuBLAS may give other bits each time; unset it, or set one of those"
         )
     torch.use_deterministic_algorithms(True, warn_only=not strict)
-    # A debugging aid that costs a write of every new buffer; a property of the module, which no stub knows.
+    # This debugging aid would write every new buffer. It is a property of the module, which torch's stubs lack.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = False  # else the kernel is the one that was fastest today
-    torch.backends.cudnn.deterministic = True  # what looks at this flag alone, such as CTC's loss
+    torch.backends.cudnn.benchmark = False  # else cuDNN takes the kernel that is fastest in a trial
+    torch.backends.cudnn.deterministic = True  # some operations, such as the CTC loss, read this flag only
 
 
 def set_cpu_threads(num_threads: int) -> None:
@@ -64,13 +66,13 @@ def set_cpu_threads(num_threads: int) -> None:
 
 
 def kernels_of(device: torch.device) -> str:
-    """Return what chooses the kernels, and so decides a run's bits: torch's version and the kind of processor.
+    """Return torch's version and the kind of processor, which choose the kernels and so decide a run's bits.
 
-    Of a CPU that is the instruction set which torch uses; MKL and oneDNN choose by themselves, mostly alike.
+    The kind of a CPU is the instruction set that torch uses; MKL and oneDNN mostly choose the same one.
     """
     if device.type == "cpu":
         kind = torch.backends.cpu.get_cpu_capability()
-    elif device.type == "xla":  # torch has no module for it
+    elif device.type == "xla":  # torch has no device module for XLA
         kind = pjrt_device() or "of its own choice"
     else:
         kind = getattr(torch.get_device_module(device), "get_device_name", str)(device)
@@ -79,11 +81,11 @@ def kernels_of(device: torch.device) -> str:
 
 @contextmanager
 def refused_operations_named() -> Iterator[None]:
-    """Turn the error of an operation that strict mode refuses into one message for a person: a ConfigError."""
+    """Turn the error of an operation that strict mode refuses into a ConfigError for a person."""
     try:
         yield
     except Exception as error:
-        # By their texts: what a loader's worker raised comes as another error, which quotes it.
+        # The texts are compared, not the types: the error of a loader's worker arrives quoted in another error.
         refused = [cause for cause in _causes(error) if _REFUSED.search(str(cause))]
         if not refused:
             raise
@@ -102,6 +104,21 @@ def _refusal(error: BaseException) -> str:
     called = f" (called in {frames[-1].name}, {frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     return (
         f"expected operations that give the same bits each time, got {operation}{called}, for which torch has no "
-        "deterministic kernel here; use another operation, or deterministic=false, which goes on with a warning and "
-        "gives up the promise of the same bits"
+        "deterministic kernel here; use another operation, or deterministic=false, which only warns and gives up the "
+        "promise of the same bits"
     )
+
+
+def set_tf32(enabled: bool) -> None:
+    """Let CUDA compute float32 matrix products and convolutions in TF32 (10 bits of mantissa), or forbid it.
+
+    This is a setting of the whole process. It starts no device, and changes nothing on other devices than CUDA. It uses
+    `allow_tf32`, because from torch 2.9 to 2.13 this older name also sets the newer `fp32_precision`. After the newer
+    name alone, code that reads the older one (torch.compile does) gets an error.
+
+    *Source*: torch's note "CUDA semantics", "TensorFloat-32".
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*TF32", category=UserWarning)  # it recommends the newer names
+        torch.backends.cuda.matmul.allow_tf32 = enabled
+        torch.backends.cudnn.allow_tf32 = enabled

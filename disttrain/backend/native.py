@@ -1,10 +1,10 @@
-"""Ranks that torch.distributed connects: gloo on CPUs, and an accelerator's own library where there is one.
+"""Ranks that torch.distributed connects: gloo on CPUs, and the library of an accelerator's row in `devices.py`.
 
-*Contract*: `process_group` is the default group and runs on `device`. Beside it every backend keeps a gloo group
-of its own for headers, numbers, objects and CPU tensors, so that agreeing on something never waits for an
-accelerator's queue, and never meets the gradients' traffic. Both have the timeout `timeout_s`.
+*Contract*: `process_group` is the default group and runs on `device`. Beside it every backend has a gloo group of its
+own, the control group, for headers, numbers, objects and CPU tensors. So an agreement never waits for the queue of an
+accelerator, nor behind the traffic of the gradients. Both groups have the timeout `timeout_s`.
 
-*Cost*: one more TCP connection for each pair of ranks, and one sleeping thread (failure.py).
+*Cost*: one more TCP connection for each pair of ranks, and one sleeping thread (`failure.py`).
 """
 
 import atexit
@@ -19,26 +19,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from disttrain.backend.base import Place
 from disttrain.backend.checked import CheckedBackend
-from disttrain.backend.environment import Launch, set_default
 from disttrain.backend.failure import Board, StoreBoard
-from disttrain.backend.rendezvous import Meeting, meet
+from disttrain.backend.rendezvous import Rendezvous, meet
 from disttrain.backend.sockets import loopback_name, notice_lost_hosts, open_sockets, shut_down
 from disttrain.backend.stores import HashStore, PrefixStore, Store
+from disttrain.devices import process_groups
+from disttrain.environment import Launch, Topology, set_default
 from disttrain.errors import BackendError
 
 logger = logging.getLogger(__name__)
 
-GROUPS = {"cpu": "gloo", "cuda": "nccl"}
-"""Device type to the library that connects it. Another accelerator of torch.accelerator is another row."""
-
 LOOK_UP_EVERY = timedelta(seconds=1)
-"""How often a rank that waits for the others looks whether its connections are broken."""
+"""How often a rank that waits for the others checks whether its connections are broken."""
 
 
 class NativeBackend(CheckedBackend):
-    """Ranks connected by torch.distributed; without a launch, a world of one."""
+    """Ranks that torch.distributed connects; without a launch, a world of one."""
 
     def __init__(self, launch: Launch | None, device: torch.device, timeout_s: float) -> None:
         if dist.is_initialized():
@@ -46,9 +43,9 @@ class NativeBackend(CheckedBackend):
                 "expected no process group in this process, got one that is initialized already; "
                 "close the other backend, or call dist.destroy_process_group(), before connect()"
             )
-        self.name = GROUPS[device.type]
+        self.name = process_groups()[device.type]
         self.device = device
-        self.place = launch.place if launch is not None else Place()
+        self.topology = launch.topology if launch is not None else Topology()
         self.restarts = launch.restarts if launch is not None else 0
         self._timeout = timedelta(seconds=timeout_s)
         self._sockets: dict[int, str] = {}
@@ -56,12 +53,12 @@ class NativeBackend(CheckedBackend):
         self._stuck = False
         self._board = Board(self.rank)
         before = open_sockets()
-        meeting = meet(launch, timeout_s) if launch is not None and self.world_size > 1 else None
+        rendezvous = meet(launch, timeout_s) if launch is not None and self.world_size > 1 else None
         try:
-            self._open_groups(meeting)
-            self._board = self._open_board(meeting)
+            self._open_groups(rendezvous)
+            self._board = self._open_board(rendezvous)
             self._check_devices()
-            self.barrier()  # which none passes before all have opened their connections to rank 0's store
+            self.barrier()  # after it all ranks have opened their connections to rank 0's store
             notice_lost_hosts({fd: inode for fd, inode in open_sockets().items() if before.get(fd) != inode})
         except BaseException:
             self._board.close()
@@ -71,15 +68,15 @@ class NativeBackend(CheckedBackend):
         self._owner = os.getpid()
         atexit.register(self._close_at_exit)
 
-    def _open_groups(self, meeting: Meeting | None) -> None:
-        """Open both groups, and note which connections are theirs.
+    def _open_groups(self, rendezvous: Rendezvous | None) -> None:
+        """Open both groups, and record the sockets of their connections.
 
-        What is new among this process's sockets is theirs, except that rank 0 answers at the store's port meanwhile.
+        Every new socket of this process belongs to a group, except rank 0's answers at the port of the store.
         """
-        store: Store = meeting.store if meeting is not None else HashStore()
-        port = meeting.port if meeting is not None else None
-        if self.place.local_world_size == self.world_size and (loopback := loopback_name()) is not None:
-            # A host whose name resolves to an address that it does not have would stall gloo for minutes.
+        store: Store = rendezvous.store if rendezvous is not None else HashStore()
+        port = rendezvous.port if rendezvous is not None else None
+        if self.topology.local_world_size == self.world_size and (loopback := loopback_name()) is not None:
+            # gloo would wait for minutes on a host whose name resolves to an address that the host does not have.
             set_default("GLOO_SOCKET_IFNAME", loopback)
         bound = self.device if self.device.type != "cpu" else None
         if bound is not None and bound.index is not None:
@@ -99,19 +96,19 @@ class NativeBackend(CheckedBackend):
         self._sockets = {fd: inode for fd, inode in open_sockets(port).items() if before.get(fd) != inode}
         self._group = dist.group.WORLD
 
-    def _open_board(self, meeting: Meeting | None) -> Board:
-        if meeting is None:
+    def _open_board(self, rendezvous: Rendezvous | None) -> Board:
+        if rendezvous is None:
             return Board()
-        return StoreBoard(self.rank, self.world_size, meeting.connect, self._break)
+        return StoreBoard(self.rank, self.world_size, rendezvous.connect, self._break)
 
     def _check_devices(self) -> None:
-        """Refuse two ranks on one accelerator, which its library would refuse later and less clearly."""
+        """Refuse two ranks on one accelerator; its library would refuse them later and less clearly."""
         if self.device.type == "cpu":
             return
         properties = torch.get_device_module(self.device).get_device_properties(self.device)
-        mine = str(getattr(properties, "uuid", f"node {self.node_rank}, {self.device}"))
+        own_name = str(getattr(properties, "uuid", f"node {self.node_rank}, {self.device}"))
         ranks_by_device: dict[str, list[int]] = {}
-        for rank, name in enumerate(self.all_gather(mine)):
+        for rank, name in enumerate(self.all_gather(own_name)):
             ranks_by_device.setdefault(name, []).append(rank)
         for name, ranks in ranks_by_device.items():
             if len(ranks) > 1:
@@ -123,13 +120,13 @@ class NativeBackend(CheckedBackend):
     @property
     def process_group(self) -> dist.ProcessGroup | None:
         if self._closed:
-            raise BackendError("process_group was asked of a backend that is closed; call connect() again")
+            raise BackendError("expected an open backend for process_group, got a closed one; call connect() again")
         return self._group
 
     def flight_record(self) -> bytes | None:
         library: Any = torch._C._distributed_c10d
-        name = "_dump_nccl_trace_json" if self.name == "nccl" else "_dump_fr_trace_json"
-        dump = getattr(library, name, None)  # neither is in every torch
+        own = getattr(library, f"_dump_{self.name}_trace_json", None)  # nccl has a recorder of its own
+        dump = own or getattr(library, "_dump_fr_trace_json", None)  # neither is in every torch
         return None if dump is None else bytes(dump(includeCollectives=True, onlyActive=False))
 
     def close(self) -> None:
@@ -139,7 +136,7 @@ class NativeBackend(CheckedBackend):
         atexit.unregister(self._close_at_exit)
         self._board.close()
         if self._stuck:
-            # Freeing a group waits for its threads, and one of them waits for its timeout: it is never freed.
+            # To free a group waits for its threads, and one of them waits for the timeout. So the group is never freed.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._control))
         try:
             if dist.is_initialized():
@@ -150,12 +147,12 @@ class NativeBackend(CheckedBackend):
             logger.debug("a broken process group could not be destroyed: %s", error)
 
     def _close_at_exit(self) -> None:
-        """Stop the listener before the interpreter goes; not in a child that was forked, which shares its socket."""
+        """Stop the listener before the interpreter ends; not in a forked child, which shares the listener's socket."""
         if os.getpid() == self._owner:
             self.close()
 
     def _break(self) -> None:
-        """Make every collective under way on this rank raise. Called by the listener's thread too."""
+        """Make every running collective of this rank raise. The listener's thread calls it too."""
         if self._broken or self._closed:
             return
         self._broken = True
@@ -175,18 +172,19 @@ class NativeBackend(CheckedBackend):
         return collect
 
     def _finish(self, work: dist.Work | None, group: dist.ProcessGroup | None) -> None:
-        """Wait for a collective; RuntimeError where it fails, or where it was under way when the connections broke.
+        """Wait for a collective; RuntimeError if it fails, or if it was running when the connections broke.
 
-        Then gloo may never say so: a send that its loop takes up as the connection breaks is forgotten, and who waits
-        for it waits for the whole timeout (in about one failure of twenty, three ranks, torch 2.13).
+        gloo may not report a broken connection: it forgets a send that its loop begins as the connection breaks, and
+        the wait for that send lasts for the whole timeout. This happens in about one failure of twenty (three ranks,
+        torch 2.13).
         """
         while work is not None:
             try:
-                # A wait with a limit blocks the host where the accelerator's library needs no more than its stream.
+                # On an accelerator a wait with a limit would block the host; without one only the stream waits.
                 work.wait(LOOK_UP_EVERY) if group is self._control else work.wait()
                 return
             except RuntimeError:
-                if work.is_completed():  # by an error, or while this wait gave up
+                if work.is_completed():  # by an error, or just after the limit of this wait
                     work.wait()
                     return
                 if self._broken:
@@ -200,21 +198,21 @@ class NativeBackend(CheckedBackend):
             data.copy_(sent)
 
     def _route(self, data: Tensor) -> tuple[dist.ProcessGroup | None, Tensor]:
-        """Return the group that moves `data`, and `data` where that group wants it."""
+        """Return the group that moves `data`, and `data` on the device of that group."""
         if data.device.type == self.device.type and self.device.type != "cpu":
             return self._group, data
         return self._control, data.cpu()
 
 
-def choose_device(device_type: str, num_devices: int, place: Place) -> torch.device:
-    """Return the device of one rank: its local rank's, or the only one that the launcher lets it see."""
+def choose_device(device_type: str, num_devices: int, topology: Topology) -> torch.device:
+    """Return the device of one rank: the device of its local rank, or the only visible device."""
     if device_type == "cpu":
         return torch.device("cpu")
-    if num_devices >= place.local_world_size:
-        return torch.device(device_type, place.local_rank)
+    if num_devices >= topology.local_world_size:
+        return torch.device(device_type, topology.local_rank)
     if num_devices == 1:
-        return torch.device(device_type, 0)  # its own by --gpus-per-task, or shared: connecting finds out
+        return torch.device(device_type, 0)  # its own (--gpus-per-task) or a shared one; _check_devices finds out
     raise BackendError(
         f"expected at most {num_devices} ranks on this host, one for each {device_type} device, got "
-        f"{place.local_world_size}; start fewer, or use backend='gloo'"
+        f"{topology.local_world_size}; start fewer ranks, or use backend='gloo'"
     )

@@ -1,15 +1,16 @@
-"""How the ranks of one attempt find each other: a store that belongs to this attempt alone.
+"""Brings the ranks of one attempt together at a store that belongs to this attempt alone.
 
-*Contract*: `meet` returns, on every rank, a connection to a store that rank 0 of this attempt hosts, after all
-ranks of this attempt and no others have joined it.
+*Contract*: `meet` returns, on every rank, a connection to a store that rank 0 of this attempt hosts. It returns after
+all ranks of this attempt, and no others, have joined the store.
 
-*How*: torchrun's agent keeps one store over all restarts, and in it the addresses of ranks that died. So rank 0
-opens a new store and posts its address with a nonce in the agent's. Every other rank signs the nonce there with a
-token of its own, and rank 0 answers with the list of the tokens: a rank that finds its token is among its
-contemporaries and connects; one that does not has read what an earlier attempt left, and looks again. So nobody
-connects to a store that is gone. Without an agent's store rank 0's own, at the launcher's address, takes its part.
+*How*: torchrun's agent keeps one store over all restarts, and this store holds the addresses of ranks that died. So
+rank 0 opens a new store, and posts its address and a nonce in the agent's store. Every other rank writes a token of its
+own under the nonce, and rank 0 answers with the list of the tokens. A rank that finds its token belongs to the same
+attempt as rank 0, and connects. A rank that does not find it has read the keys of an earlier attempt, and reads again.
+So no rank connects to a store that has ended. Without an agent's store, rank 0's own store at the launcher's address
+holds these keys.
 
-*Errors*: after `timeout_s` a BackendError on every rank that came, naming the ranks that did not.
+*Errors*: after `timeout_s` a BackendError on every rank that came, with the ranks that did not come.
 
 *Source*: pytorch/pytorch#167288 (a restart finds the keys of the last attempt).
 """
@@ -21,8 +22,8 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from disttrain.backend.environment import Launch
 from disttrain.backend.stores import Store, connect_store, open_store
+from disttrain.environment import Launch
 from disttrain.errors import BackendError
 
 _POSTED = "disttrain/rendezvous"
@@ -31,8 +32,8 @@ _GRACE_S = 1.5
 
 
 @dataclass(frozen=True)
-class Meeting:
-    """The store that the ranks share, and where further connections to it are opened."""
+class Rendezvous:
+    """The store that the ranks share, and its address."""
 
     store: Store
     host: str
@@ -40,19 +41,19 @@ class Meeting:
     timeout_s: float
 
     def connect(self) -> Store:
-        """Open another connection, for another thread."""
+        """Open another connection to the store, for another thread."""
         return connect_store(self.host, self.port, self.timeout_s)
 
 
-def meet(launch: Launch, timeout_s: float) -> Meeting:
-    """Bring the ranks of this attempt together around one new store."""
-    if launch.place.rank == 0:
+def meet(launch: Launch, timeout_s: float) -> Rendezvous:
+    """Wait for all ranks of this attempt; return the store that they share."""
+    if launch.topology.rank == 0:
         return _host(launch, timeout_s)
     return _join(launch, timeout_s)
 
 
-def _host(launch: Launch, timeout_s: float) -> Meeting:
-    """Open the store, post it, and wait until every other rank has signed."""
+def _host(launch: Launch, timeout_s: float) -> Rendezvous:
+    """Open the store, post its address, and wait until every other rank has written its token."""
     port = 0 if launch.has_agent_store else launch.port
     try:
         store = open_store(port, timeout_s)
@@ -61,51 +62,53 @@ def _host(launch: Launch, timeout_s: float) -> Meeting:
             f"expected port {port} (MASTER_PORT) of this host to be free for rank 0, got: {error}; "
             "choose another port, or end the process that holds it"
         ) from error
-    desk = _agent_store(launch, timeout_s) if launch.has_agent_store else store
+    meeting_store = _agent_store(launch, timeout_s) if launch.has_agent_store else store
     nonce = uuid.uuid4().hex
     store.set("nonce", nonce)
-    desk.set(_POSTED, json.dumps([_own_addresses(launch), store.port, nonce]))
-    keys = [f"{nonce}/join/{rank}" for rank in range(1, launch.place.world_size)]
-    # Not `desk.wait`: in there a signal, such as torchrun's when the hosts have changed meanwhile, is not heard.
-    everybody = any(desk.check(keys) for _ in _attempts(timeout_s, longest_rest_s=0.05))
-    absent = [] if everybody else [rank for rank, key in enumerate(keys, start=1) if not desk.check([key])]
-    tokens = [desk.get(key).decode() for rank, key in enumerate(keys, start=1) if rank not in absent]
-    desk.set(f"{nonce}/answer", json.dumps([tokens, absent]))
+    meeting_store.set(_POSTED, json.dumps([_own_addresses(launch), store.port, nonce]))
+    keys = [f"{nonce}/join/{rank}" for rank in range(1, launch.topology.world_size)]
+    # Not `meeting_store.wait`, during which no signal is handled; torchrun sends one when the hosts have changed.
+    complete = any(meeting_store.check(keys) for _ in _polls(timeout_s, longest_rest_s=0.05))
+    absent = [] if complete else [rank for rank, key in enumerate(keys, start=1) if not meeting_store.check([key])]
+    tokens = [meeting_store.get(key).decode() for rank, key in enumerate(keys, start=1) if rank not in absent]
+    meeting_store.set(f"{nonce}/answer", json.dumps([tokens, absent]))
     if absent:
-        time.sleep(_GRACE_S)  # this process may keep the store in which the others read that
-        raise _absent(absent, launch.place.world_size, timeout_s)
-    return Meeting(store, "localhost", store.port, timeout_s)
+        time.sleep(_GRACE_S)  # the others read the answer in a store that may end with this process
+        raise _absent(absent, launch.topology.world_size, timeout_s)
+    return Rendezvous(store, "localhost", store.port, timeout_s)
 
 
-def _join(launch: Launch, timeout_s: float) -> Meeting:
-    """Sign what rank 0 posted, until it answers with this rank's token."""
-    rank, token, signed = launch.place.rank, uuid.uuid4().hex, ""
-    attempts = _attempts(timeout_s + _GRACE_S)
-    desk = _agent_store(launch, timeout_s) if launch.has_agent_store else _desk_of_rank_0(launch, timeout_s, attempts)
-    for _ in attempts:
-        if not desk.check([_POSTED]):
+def _join(launch: Launch, timeout_s: float) -> Rendezvous:
+    """Write a token under the nonce that rank 0 posted, until rank 0 answers with this token."""
+    rank, token, signed_nonce = launch.topology.rank, uuid.uuid4().hex, ""
+    polls = _polls(timeout_s + _GRACE_S)
+    meeting_store = (
+        _agent_store(launch, timeout_s) if launch.has_agent_store else _store_of_rank_0(launch, timeout_s, polls)
+    )
+    for _ in polls:
+        if not meeting_store.check([_POSTED]):
             continue
-        hosts, port, nonce = json.loads(desk.get(_POSTED))
-        if nonce != signed:
-            desk.set(f"{nonce}/join/{rank}", token)
-            signed = nonce
-        if not desk.check([f"{nonce}/answer"]):
+        hosts, port, nonce = json.loads(meeting_store.get(_POSTED))
+        if nonce != signed_nonce:
+            meeting_store.set(f"{nonce}/join/{rank}", token)
+            signed_nonce = nonce
+        if not meeting_store.check([f"{nonce}/answer"]):
             continue
-        tokens, absent = json.loads(desk.get(f"{nonce}/answer"))
+        tokens, absent = json.loads(meeting_store.get(f"{nonce}/answer"))
         if token in tokens and absent:
-            raise _absent(absent, launch.place.world_size, timeout_s)
+            raise _absent(absent, launch.topology.world_size, timeout_s)
         if token in tokens:
             return _connect(hosts, port, nonce, timeout_s)
     raise _no_rank_0(launch, timeout_s)
 
 
-def _connect(hosts: list[str], port: int, nonce: str, timeout_s: float) -> Meeting:
-    """Connect to rank 0's store at the first of `hosts` where it answers with the nonce."""
+def _connect(hosts: list[str], port: int, nonce: str, timeout_s: float) -> Rendezvous:
+    """Connect to rank 0's store at the first of `hosts` that answers with the nonce."""
     for host in hosts:
         if _answers(host, port):
             store = connect_store(host, port, timeout_s)
             if store.check(["nonce"]) and store.get("nonce").decode() == nonce:
-                return Meeting(store, host, port, timeout_s)
+                return Rendezvous(store, host, port, timeout_s)
     raise BackendError(
         f"expected rank 0's store at port {port} of {' or '.join(hosts)}, got no answer; "
         "let the hosts reach each other on all ports, or set MASTER_ADDR to an address of rank 0 that they reach"
@@ -122,9 +125,9 @@ def _agent_store(launch: Launch, timeout_s: float) -> Store:
         ) from error
 
 
-def _desk_of_rank_0(launch: Launch, timeout_s: float, attempts: Iterator[None]) -> Store:
+def _store_of_rank_0(launch: Launch, timeout_s: float, polls: Iterator[None]) -> Store:
     """Connect to the store at the launcher's address as soon as rank 0 has opened it."""
-    for _ in attempts:
+    for _ in polls:
         if _answers(launch.address, launch.port):
             return connect_store(launch.address, launch.port, timeout_s)
     raise _no_rank_0(launch, timeout_s)
@@ -139,22 +142,22 @@ def _answers(host: str, port: int) -> bool:
 
 
 def _own_addresses(launch: Launch) -> list[str]:
-    """Return where others may reach this host: the address that routes to the agent's, then the agent's own.
+    """Return the addresses of this host for other hosts: its address on the route to the agent, then the agent's.
 
-    Rank 0 need not run on the agent's host; and where it does, that address may be a loopback's, of use to this
-    host alone. The nonce tells the others which of the two is right.
+    Rank 0 may run on another host than the agent, so the agent's address may be wrong. On the agent's host the first
+    address may be a loopback address, which no other host reaches. The nonce shows the other ranks the right one.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(launch.address, launch.port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.connect(address)
             return [str(probe.getsockname()[0]), launch.address]
-    except OSError:  # no route: whoever is here connects by the address that brought us here
+    except OSError:  # without a route, the ranks that came use the launcher's address, as this rank did
         return [launch.address]
 
 
-def _attempts(limit_s: float, longest_rest_s: float = 0.5) -> Iterator[None]:
-    """Yield until the time is over, resting 5 ms at first and `longest_rest_s` in the end."""
+def _polls(limit_s: float, longest_rest_s: float = 0.5) -> Iterator[None]:
+    """Yield until `limit_s` is over, with pauses that grow from 5 ms to `longest_rest_s`."""
     deadline, rest_s = time.monotonic() + limit_s, 0.005
     while time.monotonic() < deadline:
         yield
@@ -171,6 +174,7 @@ def _absent(ranks: list[int], world_size: int, timeout_s: float) -> BackendError
 
 def _no_rank_0(launch: Launch, timeout_s: float) -> BackendError:
     return BackendError(
-        f"rank {launch.place.rank} of {launch.place.world_size} expected rank 0 at {launch.address}:{launch.port} "
-        f"within {timeout_s:g} s, got no answer; check that all ranks were started and can reach that address"
+        f"rank {launch.topology.rank} of {launch.topology.world_size} expected rank 0 at "
+        f"{launch.address}:{launch.port} within {timeout_s:g} s, got no answer; "
+        "check that all ranks were started and can reach that address"
     )

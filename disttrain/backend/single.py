@@ -1,4 +1,4 @@
-"""One process alone, under the contract of many: same checks, same shapes, same errors, no process group."""
+"""The backend of one process: the checks, shapes and errors of many ranks, without a process group."""
 
 from collections.abc import Callable
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from disttrain.backend.base import Place
 from disttrain.backend.checked import CheckedBackend
 from disttrain.backend.failure import Board
+from disttrain.environment import Topology
 
 
 class SingleBackend(CheckedBackend):
@@ -18,7 +18,7 @@ class SingleBackend(CheckedBackend):
 
     def __init__(self, device: torch.device, restarts: int = 0) -> None:
         self.device = device
-        self.place = Place()
+        self.topology = Topology()
         self.restarts = restarts
         self._board = Board()
 
@@ -34,4 +34,4 @@ class SingleBackend(CheckedBackend):
         return lambda: gathered
 
     def _spread(self, data: Tensor, source: int) -> None:
-        """Rank 0's bytes are here already."""
+        """Do nothing: the bytes of the only rank are in `data` already."""

@@ -1,15 +1,15 @@
-"""The connections that a process group opened, so that a failure can break them, and a lost host does.
+"""The connections of a process group: they break when a rank fails or a host is lost.
 
-gloo has no abort: its connections live as long as any object that refers to the group, and a peer that waits for
-one of them waits until this process ends. Shutting the sockets down wakes both ends at once. It is done to the
-descriptor's own socket, checked by inode, and closes nothing: gloo still does that.
+*How*: gloo has no abort. Its connections live as long as any object that refers to the group, and a peer that waits for
+one of them waits until this process ends. `shut_down` shuts their sockets down, which wakes both ends at once. It
+checks by inode that a descriptor still is the same socket, and closes nothing, because gloo closes its sockets later.
 
-A host that loses its power or its link says goodbye to nobody: its peers would wait until the group's timeout. So the
-kernel is told to ask the other end of a silent connection whether it is there. A process that is busy, stopped or
-hangs still answers, through its kernel; but one that is stopped while it receives answers that it has no room, and
-that counts as no answer. So connections within a host, which cannot be lost without this process, are not asked.
+A host that loses its power or its link closes no connection, so its peers would wait for the group's timeout.
+`notice_lost_hosts` lets the kernel probe the other end of a silent connection. The kernel of a busy, stopped or hanging
+process answers the probes. But the kernel of a process that was stopped while it receives answers that its buffer is
+full, and this counts as no answer. So connections within a host are not probed: they are lost only with this process.
 
-*Contract*: Linux only (/proc); elsewhere nothing is found, nothing is shut down, and peers hear when the process ends.
+*Contract*: Linux only (/proc). Elsewhere no socket is found and none is shut down; peers notice when the process ends.
 
 *Source*: tcp(7), TCP_KEEPIDLE and TCP_USER_TIMEOUT.
 """
@@ -21,43 +21,43 @@ from collections.abc import Mapping
 from typing import Any
 
 LOST_AFTER_S = 3
-"""Seconds without an answer after which a connection counts as broken; torchrun's agents wait as long for another."""
+"""Seconds without an answer after which a connection counts as broken; torchrun's agents use the same limit."""
 _FDS = "/proc/self/fd"
 
 
 def loopback_name() -> str | None:
-    """Return the name of the loopback interface, None where there is none that we know."""
+    """Return the name of the loopback interface; None if no interface has a known name."""
     names = {name for _, name in socket.if_nameindex()}
     return next((name for name in ("lo", "lo0") if name in names), None)
 
 
 def open_sockets(except_port: int | None = None) -> dict[int, str]:
-    """Return this process's sockets, descriptor to inode, but for connections from or to `except_port`."""
+    """Return the inodes of this process's sockets by descriptor, without the connections of `except_port`."""
     if not os.path.isdir(_FDS):
         return {}
-    found: dict[int, str] = {}
+    sockets: dict[int, str] = {}
     for name in os.listdir(_FDS):
-        target = _target(int(name))
-        if target.startswith("socket:") and (except_port is None or except_port not in _ports(int(name))):
-            found[int(name)] = target
-    return found
+        inode = _inode(int(name))
+        if inode.startswith("socket:") and (except_port is None or except_port not in _ports(int(name))):
+            sockets[int(name)] = inode
+    return sockets
 
 
 def notice_lost_hosts(sockets: Mapping[int, str]) -> None:
-    """Let those connections break when the other end is another host, and has not answered for `LOST_AFTER_S`."""
+    """Let the connections to other hosts break when the other end has not answered for `LOST_AFTER_S`."""
     for descriptor, inode in sockets.items():
-        if _target(descriptor) == inode and not _within_this_host(descriptor):
-            _ask_the_other_end(descriptor)
+        if _inode(descriptor) == inode and not _is_within_this_host(descriptor):
+            _probe_when_silent(descriptor)
 
 
 def shut_down(sockets: Mapping[int, str]) -> None:
-    """Break those connections that are still open; listening sockets are left alone."""
+    """Break the connections that are still open; leave listening sockets alone."""
     for descriptor, inode in sockets.items():
-        if _target(descriptor) == inode:
+        if _inode(descriptor) == inode:
             _break(descriptor)
 
 
-def _ask_the_other_end(descriptor: int) -> None:
+def _probe_when_silent(descriptor: int) -> None:
     try:
         with socket.socket(fileno=os.dup(descriptor)) as connection:
             if connection.family not in (socket.AF_INET, socket.AF_INET6) or connection.type != socket.SOCK_STREAM:
@@ -71,20 +71,20 @@ def _ask_the_other_end(descriptor: int) -> None:
         return
 
 
-def _target(descriptor: int) -> str:
+def _inode(descriptor: int) -> str:
     try:
         return os.readlink(f"{_FDS}/{descriptor}")
     except OSError:  # closed since it was listed
         return ""
 
 
-def _within_this_host(descriptor: int) -> bool:
-    addresses = [_address(address) for address, *_ in _ends(descriptor)]
-    return len(set(addresses)) == 1 or (bool(addresses) and all(each.is_loopback for each in addresses))
+def _is_within_this_host(descriptor: int) -> bool:
+    addresses = [_address(text) for text, *_ in _ends(descriptor)]
+    return len(set(addresses)) == 1 or (bool(addresses) and all(address.is_loopback for address in addresses))
 
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    address = ipaddress.ip_address(text)  # which may have a scope, as fe80::1%eth0
+    address = ipaddress.ip_address(text)  # the text may have a scope, as in fe80::1%eth0
     return getattr(address, "ipv4_mapped", None) or address
 
 
@@ -93,7 +93,7 @@ def _ports(descriptor: int) -> set[int]:
 
 
 def _ends(descriptor: int) -> list[tuple[Any, ...]]:
-    """Return address and port of the two ends of a connection, nothing for what is none."""
+    """Return the addresses and ports of both ends of a connection; empty for a descriptor that is no connection."""
     try:
         with socket.socket(fileno=os.dup(descriptor)) as connection:
             ends = connection.getsockname(), connection.getpeername()
@@ -105,7 +105,7 @@ def _ends(descriptor: int) -> list[tuple[Any, ...]]:
 def _break(descriptor: int) -> bool:
     try:
         with socket.socket(fileno=os.dup(descriptor)) as connection:
-            connection.getpeername()  # raises for a listening socket, which gloo would abort over
+            connection.getpeername()  # raises for a listening socket; gloo would abort if that were shut down
             connection.shutdown(socket.SHUT_RDWR)
     except OSError:  # broken already, or listening
         return False

@@ -1,10 +1,11 @@
 """Ranks that are threads of one process, as XLA's replicas are on its CPU device and on two-core TPU chips.
 
-*Contract*: the first thread that calls `join` opens a group, the last closes it; the next call opens another. What is
-gathered passes through memory that the threads share, in the order of each rank's calls. A failure posted by one rank
-is known to all at once and wakes those that wait.
+*Contract*: the first backend of a world size opens a group, and the last rank completes it; the next backend opens
+another group. Gathered values pass through memory that the threads share, in the order of each rank's calls. A failure
+that one rank posts reaches all ranks at once and wakes those that wait.
 
-*Errors*: RuntimeError, from what waits, where a rank is closed, has failed or stays away for `timeout_s`.
+*Errors*: BackendError, from the rank that waits, if a rank is closed or stays away for `timeout_s`; RemoteError if a
+rank has failed.
 """
 
 import threading
@@ -13,14 +14,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from disttrain.backend.base import Place
 from disttrain.backend.checked import CheckedBackend
 from disttrain.backend.failure import Board
+from disttrain.environment import Topology
 from disttrain.errors import BackendError
 
 
-class ThreadGroup:
-    """What the threads of one world share: the values on their way, and who has left or failed."""
+class _ThreadGroup:
+    """The state that the threads of one world share: values in transit, and the ranks that left or failed."""
 
     def __init__(self, world_size: int, timeout_s: float) -> None:
         self.world_size = world_size
@@ -34,13 +35,13 @@ class ThreadGroup:
         self._num_read: dict[int, int] = {}
 
     def post(self, rank: int, number: int, value: Tensor) -> None:
-        """Bring a rank's value to its gather of that number."""
+        """Add a rank's value to the gather `number`."""
         with self._changed:
             self._values.setdefault(number, {})[rank] = value
             self._changed.notify_all()
 
     def collect(self, number: int) -> list[Tensor]:
-        """Return all ranks' values of a gather, by rank, as soon as they are there."""
+        """Wait for all ranks' values of the gather `number`; return them by rank."""
         with self._changed:
             values = self._values.setdefault(number, {})
             complete = self._changed.wait_for(
@@ -59,12 +60,12 @@ class ThreadGroup:
     def _is_broken(self, values: dict[int, Tensor]) -> bool:
         return self._failed is not None or any(rank not in values for rank in self._closed)
 
-    def fail(self, posted: str) -> None:
-        """Let every rank hear of the first failure, wherever it waits."""
+    def fail(self, failure: str) -> None:
+        """Send the first failure to every rank, and wake the ranks that wait."""
         with self._changed:
-            self._failed = self._failed or posted
+            self._failed = self._failed or failure
             for board in self.boards.values():
-                board.hear(self._failed)
+                board.receive(self._failed)
             self._changed.notify_all()
 
     def leave(self, rank: int) -> None:
@@ -73,47 +74,48 @@ class ThreadGroup:
             self._changed.notify_all()
 
 
-_opening = threading.Lock()
-_open: dict[int, ThreadGroup] = {}
-"""By world size, the group that has not got all its ranks yet."""
+_joining = threading.Lock()
+_incomplete: dict[int, _ThreadGroup] = {}
+"""The group that still waits for ranks, by world size."""
 
 
-def join(rank: int, world_size: int, timeout_s: float) -> ThreadGroup:
-    """Return the group that the other threads of this world join too."""
-    with _opening:
-        group = _open.setdefault(world_size, ThreadGroup(world_size, timeout_s))
+def _join(rank: int, world_size: int, timeout_s: float) -> _ThreadGroup:
+    """Return the group that all threads of this world join."""
+    with _joining:
+        group = _incomplete.setdefault(world_size, _ThreadGroup(world_size, timeout_s))
         if rank in group.joined:
             raise BackendError(
-                f"rank {rank} connects again before all {world_size} ranks have; connect once in every thread"
+                f"expected each of {world_size} ranks to connect once, got rank {rank} again before the others; "
+                "connect once in every thread"
             )
         group.joined.add(rank)
         group.boards[rank] = _ThreadBoard(rank, group)
         if len(group.joined) == world_size:
-            del _open[world_size]
+            del _incomplete[world_size]
     return group
 
 
 class _ThreadBoard(Board):
-    """The board of one thread: what it posts, all boards of the group have."""
+    """The board of one thread; a failure that it posts reaches all boards of the group."""
 
-    def __init__(self, rank: int, group: ThreadGroup) -> None:
+    def __init__(self, rank: int, group: _ThreadGroup) -> None:
         super().__init__(rank)
         self._group = group
 
-    def post(self, posted: str) -> None:
-        self._group.fail(posted)
+    def post(self, failure: str) -> None:
+        self._group.fail(failure)
 
 
 class ThreadsBackend(CheckedBackend):
-    """One of the threads of a world; tensors stay on the CPU."""
+    """One rank that is a thread; its tensors are on the CPU."""
 
     name = "threads"
     device = torch.device("cpu")
     restarts = 0
 
     def __init__(self, rank: int, world_size: int, timeout_s: float) -> None:
-        self.place = Place(rank, world_size, local_rank=rank, local_world_size=world_size)
-        self._group = join(rank, world_size, timeout_s)
+        self.topology = Topology(rank, world_size, local_rank=rank, local_world_size=world_size)
+        self._group = _join(rank, world_size, timeout_s)
         self._board = self._group.boards[rank]
         self._next = 0
 

@@ -1,19 +1,38 @@
-"""What one rank did, or each did, and how it ended, known to every rank.
+"""One outcome for all ranks: an action runs on one rank or on every rank, and all ranks return or raise together.
 
-*Errors*: what fails on one rank fails on all: a CheckpointError as a CheckpointError with the same words, anything
-else (`on_one_rank` only) as itself there and as a RemoteError on the others. No rank waits for one that has failed.
+*Contract*: every rank calls the same helper at the same point of its program. No rank waits for one that has failed.
+Without a backend, or with one rank, an action runs as it is. There are four helpers of this kind:
+
+| helper          | runs on    | returns                         | an error elsewhere is raised here as      |
+|-----------------|------------|---------------------------------|-------------------------------------------|
+| `on_one_rank`   | one rank   | its result, on every rank       | a CheckpointError if it is one, or        |
+|                 |            |                                 | a RemoteError                             |
+| `by_rank`       | every rank | the results of all, as a list   | the same as `on_one_rank`                 |
+| `on_every_rank` | every rank | this rank's own result          | a CheckpointError or DamagedError, as the |
+|                 |            |                                 | other ranks raise it                      |
+| `Backend.agree` | every rank | nothing: it is a context        | a RemoteError                             |
+
+- Take `on_one_rank` for work that one rank does for all, such as a listing or a commit.
+- Take `by_rank` if every rank needs the results of all ranks. Results are plain values, for they are sent.
+- Take `on_every_rank` if the result stays on its rank (it may be a whole state), and if the caller acts on the kind of
+  the error: after a DamagedError all ranks go back to the same older checkpoint. It exchanges CheckpointErrors only.
+  Any other exception leaves it at once; the backend reports it to the other ranks.
+- Take `Backend.agree` outside this room, for a body that may raise anything and after whose failure the run ends. Its
+  RemoteError has the number of the rank that failed and the message, but not the kind of its error.
+
+*Errors*: a CheckpointError keeps its message on every rank. `on_one_rank` and `by_rank` raise the exception itself on
+the rank that failed.
 """
 
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, cast
 
-from disttrain.checkpoint.damage import DamagedError
-from disttrain.errors import CheckpointError, RemoteError
+from disttrain.errors import CheckpointError, DamagedError, RemoteError
 
 T = TypeVar("T")
 
 
-class Ranks(Protocol):
+class CheckpointRanks(Protocol):
     """The part of a `Backend` that checkpoints need; None in its place means one process alone."""
 
     @property
@@ -29,10 +48,10 @@ class Ranks(Protocol):
         """Return rank `source`'s plain object on every rank."""
 
 
-def on_every_rank(backend: Ranks | None, action: Callable[[], T]) -> T:
-    """Run `action` on every rank and return its result; a CheckpointError on one rank is raised on all.
+def on_every_rank(backend: CheckpointRanks | None, action: Callable[[], T]) -> T:
+    """Run `action` on every rank and return this rank's result; a CheckpointError on one rank is raised on all.
 
-    Where ranks fail differently all raise the same one, and a DamagedError only if there is no other.
+    If ranks fail differently, all raise the same error. It is a DamagedError only if no rank has another kind.
     """
     failure: CheckpointError | None = None
     try:
@@ -40,8 +59,8 @@ def on_every_rank(backend: Ranks | None, action: Callable[[], T]) -> T:
     except CheckpointError as error:
         failure = error
     if backend is not None and backend.world_size > 1:
-        own = (failure is not None, isinstance(failure, DamagedError), str(failure or ""))
-        failures = [(damaged, text) for failed, damaged, text in backend.all_gather(own) if failed]
+        report = (failure is not None, isinstance(failure, DamagedError), str(failure or ""))
+        failures = [(damaged, text) for failed, damaged, text in backend.all_gather(report) if failed]
         if failures:
             damaged, text = min(failures)
             failure = DamagedError(text) if damaged else CheckpointError(text)
@@ -50,34 +69,34 @@ def on_every_rank(backend: Ranks | None, action: Callable[[], T]) -> T:
     return result
 
 
-def by_rank(backend: Ranks | None, action: Callable[[], T]) -> list[T]:
-    """Run `action` on every rank and return the results, plain values, by rank; what fails on one fails on all.
+def by_rank(backend: CheckpointRanks | None, action: Callable[[], T]) -> list[T]:
+    """Run `action` on every rank and return the results, which are plain values, by rank.
 
-    The lowest rank's failure is told: its own error there, on the others a CheckpointError with its words or, if it
-    is none, a RemoteError.
+    If it fails, the error is that of the lowest rank that failed. That rank raises its own exception. The others raise
+    a CheckpointError with the same message or, if it was another exception, a RemoteError.
     """
     failure: Exception | None = None
     result: T | None = None
     try:
         result = action()
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks are waiting to hear of it
+    except Exception as error:  # noqa: BLE001 - the other ranks wait for the outcome, whatever it is
         failure = error
-    said = [(failure, result)]
+    results = [result]
     if backend is not None and backend.world_size > 1:
-        own = None if failure is None else (isinstance(failure, CheckpointError), str(failure) or repr(failure))
-        answers = backend.all_gather((own, result))
-        for rank, (told, _) in enumerate(answers):
-            if told is not None and rank != backend.rank:
-                raise CheckpointError(told[1]) if told[0] else RemoteError(rank, told[1])
-            if told is not None:
+        report = None if failure is None else (isinstance(failure, CheckpointError), str(failure) or repr(failure))
+        outcomes = backend.all_gather((report, result))
+        for rank, (failed, _) in enumerate(outcomes):
+            if failed is not None and rank != backend.rank:
+                raise CheckpointError(failed[1]) if failed[0] else RemoteError(rank, failed[1])
+            if failed is not None:
                 break
-        said = [(None, value) for _, value in answers]
+        results = [value for _, value in outcomes]
     if failure is not None:
         raise failure
-    return [cast(T, value) for _, value in said]
+    return [cast(T, value) for value in results]
 
 
-def on_one_rank(backend: Ranks | None, action: Callable[[], T], rank: int = 0) -> T:
+def on_one_rank(backend: CheckpointRanks | None, action: Callable[[], T], rank: int = 0) -> T:
     """Run `action` on one rank; return its result, a plain value, on every rank."""
     if backend is None or backend.world_size == 1:
         return action()
@@ -86,7 +105,7 @@ def on_one_rank(backend: Ranks | None, action: Callable[[], T], rank: int = 0) -
     if backend.rank == rank:
         try:
             outcome = ("done", action())
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks are waiting to hear of it
+        except Exception as error:  # noqa: BLE001 - the other ranks wait for the outcome, whatever it is
             failure = error
             outcome = ("refused" if isinstance(error, CheckpointError) else "failed", str(error) or repr(error))
     kind, result = backend.broadcast(outcome, source=rank)

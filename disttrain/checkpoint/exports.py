@@ -1,9 +1,9 @@
-"""One safetensors file with the tensors of a model, out of a checkpoint that any number of ranks wrote.
+"""Writes the tensors of a model as one safetensors file, from a checkpoint that any number of ranks wrote.
 
-*Contract*: the checkpoint is verified first. The file appears whole and durable or not at all, under the names that
-the model's `state_dict` has; a tensor that it has twice is there twice, for the format holds no ties.
+*Contract*: the checkpoint is verified first. The file appears whole and durable, or not at all. The tensors have the
+names of the model's `state_dict`. A tensor with two names is in the file twice, for the format holds no ties.
 
-*Cost*: memory for the largest tensor; each is read, written and let go.
+*Cost*: memory for the largest tensor; the tensors are read and written one after another.
 """
 
 from pathlib import Path
@@ -14,17 +14,18 @@ from torch import Tensor
 
 from disttrain.checkpoint.check import verify
 from disttrain.checkpoint.state_reader import StateReader
+from disttrain.checkpoint.state_tree import Json, restore_state
 from disttrain.checkpoint.storage import replacing
-from disttrain.checkpoint.stored import dtype_of
-from disttrain.checkpoint.tensors import send_tensors
-from disttrain.checkpoint.tree import Json, restore
+from disttrain.checkpoint.tensor_reader import dtype_of
+from disttrain.checkpoint.tensor_writer import send_tensors
 from disttrain.errors import CheckpointError
 
-PART = "model"
+_MODEL = "model"
+"""The key of the model in a state."""
 
 
 class Exported(NamedTuple):
-    """What was written."""
+    """The result of an export."""
 
     step: int
     num_tensors: int
@@ -32,40 +33,40 @@ class Exported(NamedTuple):
 
 
 def export(directory: str | Path, file: str | Path) -> Exported:
-    """Write the model's tensors in a checkpoint to the new file `file`; those of all of it if it has no "model"."""
+    """Write the tensors of the model in a checkpoint to the new file `file`; all tensors if it has no "model"."""
     directory, file = Path(directory), Path(file)
     if file.exists():
         raise CheckpointError(f"{file} is there already; remove it or choose another name")
     manifest = verify(directory)
-    tensors, sources = _described(manifest.state)
+    tensors, stored = _model_tensors(manifest.state)
     if not tensors:
         raise CheckpointError(f"the checkpoint {directory} holds no tensors of a model; see disttrain checkpoint show")
-    # One for all: memory that is asked for and freed again and again need not be given back, nor fit the next.
-    room = torch.empty(max(tensor.nbytes for tensor in tensors.values()), dtype=torch.uint8)
+    # One buffer for all: memory that is freed and allocated again might not be returned, or might not fit the next.
+    buffer = torch.empty(max(tensor.nbytes for tensor in tensors.values()), dtype=torch.uint8)
 
-    def values(name: str) -> Tensor:
+    def read_values(name: str) -> Tensor:
         tensor = tensors[name]
-        into = room[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        return reader.read(*sources[name], into)
+        values = buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        return reader.read(*stored[name], values)
 
     with StateReader(directory, manifest) as reader:
         try:
             with replacing(file) as out:
-                size_bytes, _ = send_tensors(out, tensors, values)
+                size_bytes, _ = send_tensors(out, tensors, read_values)
         except OSError as error:
             raise CheckpointError(f"cannot write {file}: {error.strerror or error}") from error
     return Exported(manifest.step, len(tensors), size_bytes)
 
 
-def _described(state: Json) -> tuple[dict[str, Tensor], dict[str, tuple[str, str, tuple[int, ...]]]]:
-    """Return the tensors, without values, by their path in the model, and how the checkpoint calls them."""
+def _model_tensors(state: Json) -> tuple[dict[str, Tensor], dict[str, tuple[str, str, tuple[int, ...]]]]:
+    """Return two dicts by the path in the model: tensors without values, and (name, dtype, shape) in the checkpoint."""
     tensors: dict[str, Tensor] = {}
-    sources: dict[str, tuple[str, str, tuple[int, ...]]] = {}
+    stored: dict[str, tuple[str, str, tuple[int, ...]]] = {}
 
-    def note(name: str, dtype: str, shape: tuple[int, ...], path: str) -> Tensor:
-        sources[path or name] = (name, dtype, shape)
+    def add(name: str, dtype: str, shape: tuple[int, ...], path: str) -> Tensor:
+        stored[path or name] = (name, dtype, shape)
         tensors[path or name] = torch.empty(shape, dtype=dtype_of(dtype), device="meta")
         return tensors[path or name]
 
-    restore(state[PART] if isinstance(state, dict) and PART in state else state, note)
-    return tensors, sources
+    restore_state(state[_MODEL] if isinstance(state, dict) and _MODEL in state else state, add)
+    return tensors, stored

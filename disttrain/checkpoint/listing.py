@@ -1,9 +1,9 @@
-"""What lies in a place of checkpoints, each with its verdict, for a person to read.
+"""Lists the checkpoints of a store, each with its verdict, and plans which of them to remove.
 
-*Contract*: nothing is changed. Whatever a checkpoint says about itself was written by others: only a manifest that
-has the hash of its SHA256SUMS is believed, and `tensors_of` reads shapes from it, never the tensors.
+*Contract*: nothing is changed. A stranger may have written a checkpoint, so a manifest is used only if it has the hash
+that SHA256SUMS lists. `tensors_of` reads names and shapes from the manifest, and never the tensors.
 
-*Cost*: every byte of every checkpoint is read, unless `quick`, which looks at the manifests and the files' sizes.
+*Cost*: every byte of every checkpoint is read, unless `quick`, which checks the manifests and the sizes of the files.
 """
 
 import math
@@ -13,56 +13,55 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from disttrain.checkpoint.check import verify
-from disttrain.checkpoint.damage import DamagedError
 from disttrain.checkpoint.manifest import Cut, Manifest
-from disttrain.checkpoint.place import Place, place_of
+from disttrain.checkpoint.state_tree import Json
 from disttrain.checkpoint.storage import step_in
-from disttrain.checkpoint.tree import Json
-from disttrain.errors import CheckpointError
+from disttrain.checkpoint.store import CheckpointStore, store_at
+from disttrain.errors import CheckpointError, DamagedError
 
-State = Literal["good", "complete", "damaged", "tmp"]
-"""good: every byte is what was written; complete: all files are there, unread; tmp: under way, or cut off."""
+CheckpointStatus = Literal["good", "complete", "damaged", "tmp"]
+"""good: every byte is as written; complete: all files are there, unread; tmp: a save under way, or cut off."""
 
 
-class Entry(NamedTuple):
-    """One checkpoint, or what is left of one."""
+class ListedCheckpoint(NamedTuple):
+    """One checkpoint, or the rest of one."""
 
     name: str
     step: int
-    state: State
+    state: CheckpointStatus
     reason: str
-    """What is wrong with it; empty where nothing is."""
+    """The damage; empty if there is none."""
     manifest: Manifest | None
     size_bytes: int | None
     written: datetime | None
 
 
-def survey(root: str | Path | Place, *, quick: bool = False) -> list[Entry]:
-    """Return what is there: the committed newest first, then those set aside as damaged, then leftovers."""
-    place = place_of(root)
-    found = [inspect(place, name, quick=quick) for name in place.committed()]
-    for name in place.set_aside():
-        aside = "found damaged before and set aside"
-        found += [Entry(name, step_in(name), "damaged", aside, None, None, place.written(name))]
-    for name in place.leftovers():
-        found += [Entry(name, step_in(name), "tmp", "", None, None, place.written(name))]
-    return found
+def survey(root: str | Path | CheckpointStore, *, quick: bool = False) -> list[ListedCheckpoint]:
+    """Return the committed checkpoints, newest first, then those set aside as damaged, then leftovers."""
+    store = store_at(root)
+    entries = [inspect(store, name, quick=quick) for name in store.committed()]
+    for name in store.set_aside():
+        reason = "found damaged before and set aside"
+        entries += [ListedCheckpoint(name, step_in(name), "damaged", reason, None, None, store.written(name))]
+    for name in store.leftovers():
+        entries += [ListedCheckpoint(name, step_in(name), "tmp", "", None, None, store.written(name))]
+    return entries
 
 
-def inspect(root: str | Path | Place, name: str, *, quick: bool = False) -> Entry:
-    """Return one committed checkpoint with its verdict; CheckpointError where none can be given."""
-    place = place_of(root)
-    step, written = step_in(name), place.written(name)
+def inspect(root: str | Path | CheckpointStore, name: str, *, quick: bool = False) -> ListedCheckpoint:
+    """Return one committed checkpoint with its verdict; CheckpointError if it cannot be checked."""
+    store = store_at(root)
+    step, written = step_in(name), store.written(name)
     try:
         if quick:
-            manifest = place.manifest(name)
+            manifest = store.manifest(name)
         else:
-            with place.opened(name) as directory:
+            with store.opened(name) as directory:
                 manifest = verify(directory)
     except DamagedError as error:
-        return Entry(name, step, "damaged", str(error), None, None, written)
+        return ListedCheckpoint(name, step, "damaged", str(error), None, None, written)
     size = sum(record.size_bytes for record in manifest.files.values())
-    return Entry(name, step, "complete" if quick else "good", "", manifest, size, written)
+    return ListedCheckpoint(name, step, "complete" if quick else "good", "", manifest, size, written)
 
 
 class TensorRow(NamedTuple):
@@ -72,21 +71,21 @@ class TensorRow(NamedTuple):
     dtype: str
     shape: list[int]
     where: str = ""
-    """Such as "2", or "1-4 along 0": the numbers of the files that hold it, where there are several."""
+    """The number of its file, such as "2", or the numbers of several: "1-4 along 0"; empty for a single file."""
 
 
 def tensors_of(manifest: Manifest) -> list[TensorRow]:
-    """Return the tensors of a checkpoint in the order of its state, one held under two paths once."""
+    """Return the tensors of a checkpoint in the order of its state; a tensor with two paths is listed once."""
     rows = {row.name: row for row in _tensors(manifest.state)}
-    return [row._replace(where=_where(manifest, row.name)) for row in rows.values()]
+    return [row._replace(where=_files_of(manifest, row.name)) for row in rows.values()]
 
 
-def _where(manifest: Manifest, name: str) -> str:
-    where = (manifest.tensors or {}).get(name, "")
-    if not isinstance(where, Cut):
-        return str(where)
-    numbers = sorted(number for number, _, _ in where.chunks)
-    return f"{numbers[0]}-{numbers[-1]} along {where.dim}" if numbers else "none"
+def _files_of(manifest: Manifest, name: str) -> str:
+    entry = (manifest.tensors or {}).get(name, "")
+    if not isinstance(entry, Cut):
+        return str(entry)
+    numbers = sorted(number for number, _, _ in entry.chunks)
+    return f"{numbers[0]}-{numbers[-1]} along {entry.dim}" if numbers else "none"
 
 
 def _tensors(tree: Json) -> Iterator[TensorRow]:
@@ -102,7 +101,7 @@ def _tensors(tree: Json) -> Iterator[TensorRow]:
 
 
 class BestStep(NamedTuple):
-    """The step with the best result of the validation data, in a run that keeps that one's checkpoint."""
+    """The step with the best result on the validation data; a run with `checkpoint.monitor` keeps its checkpoint."""
 
     step: int
     monitor: str
@@ -110,30 +109,31 @@ class BestStep(NamedTuple):
 
 
 def best_in(position: Mapping[str, Any]) -> BestStep | None:
-    """Return which step a manifest's position says was the best up to there; None where it says none."""
+    """Return the best step up to a manifest's position; None if the position names none."""
     match position.get("best"):
         case {"step": int(step), "monitor": str(monitor), "value": int() | float() as value} if math.isfinite(value):
             return BestStep(step, monitor, float(value))
     return None
 
 
-def best_of(entries: Iterable[Entry]) -> BestStep | None:
-    """Return the best step according to the newest of `entries` that can be believed."""
+def best_of(entries: Iterable[ListedCheckpoint]) -> BestStep | None:
+    """Return the best step according to the newest of `entries` that is not damaged."""
     newest = next((entry.manifest for entry in entries if entry.manifest is not None), None)
     return None if newest is None else best_in(newest.position)
 
 
 class Pruned(NamedTuple):
-    """What `plan_prune` would keep and remove."""
+    """The checkpoints that stay and those to remove, as `plan_prune` plans it."""
 
-    keep: list[Entry]
-    remove: list[Entry]
+    keep: list[ListedCheckpoint]
+    remove: list[ListedCheckpoint]
 
 
-def plan_prune(entries: list[Entry], keep: int, *, damaged: bool = False) -> Pruned:
-    """Return which go so that the `keep` newest good ones stay, and the best; CheckpointError where none is good.
+def plan_prune(entries: list[ListedCheckpoint], keep: int, *, damaged: bool = False) -> Pruned:
+    """Return a plan by which the `keep` newest good checkpoints stay, at least one, and the best.
 
-    What is damaged stays for a person to look at, unless `damaged`; leftovers are the next run's to remove.
+    Damaged checkpoints stay for a person to inspect, unless `damaged`. Leftovers stay: the next run removes them.
+    CheckpointError if no checkpoint is good.
     """
     good = [entry for entry in entries if entry.state == "good"]
     if not good:

@@ -1,10 +1,10 @@
-"""MANIFEST.json and SHA256SUMS: what a checkpoint says about itself, and how that is checked.
+"""MANIFEST.json and SHA256SUMS: the description of a checkpoint, and the hashes that guard it.
 
-*Contract*: the same checkpoint gives the same manifest, byte for byte: no times, no host names. SHA256SUMS
-follows from the manifest (its own hash included), so each of the two guards the other, and `sha256sum -c
-SHA256SUMS` checks a checkpoint without this package.
+*Contract*: the same checkpoint gives the same manifest, byte for byte: no times, no host names. SHA256SUMS follows from
+the manifest and holds the manifest's own hash, so each of the two guards the other. `sha256sum -c SHA256SUMS` checks a
+checkpoint without this package.
 
-*Errors*: a manifest that no release wrote is a DamagedError; one of a newer format a CheckpointError.
+*Errors*: a manifest that no release wrote is a DamagedError. One of a newer format is a CheckpointError.
 """
 
 import hashlib
@@ -15,32 +15,31 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError
 
-from disttrain.checkpoint.damage import DamagedError
-from disttrain.checkpoint.tree import Json
-from disttrain.errors import CheckpointError
+from disttrain.checkpoint.state_tree import Json
+from disttrain.errors import CheckpointError, DamagedError
 from disttrain.version import __version__
 
 FORMAT = 2
-"""2: tensors in several files, each of which a rank wrote. One file is still described by format 1."""
+"""2: the tensors lie in several files, one from each rank that wrote. A single file still has format 1."""
 MANIFEST = "MANIFEST.json"
 SUMS = "SHA256SUMS"
 TENSORS = "tensors.safetensors"
 MAX_STEP = 10**15 - 1
 MAX_MANIFEST_BYTES = 64 * 2**20
-"""Largest manifest that is written, and read into memory; long lists of numbers belong into a tensor."""
+"""The largest manifest that is written, or read into memory; long lists of numbers belong in a tensor."""
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
-"""A plain name: no separator, no leading dot, so that it cannot leave the directory."""
+"""A plain name, without a separator or a leading dot, so it cannot leave the directory."""
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
-class About(BaseModel):
-    """What a checkpoint says about the run that wrote it, besides the state; all of it optional."""
+class CheckpointInfo(BaseModel):
+    """Facts about the run that wrote a checkpoint, besides the state; all of them are optional."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
     position: dict[str, JsonValue] = {}
-    """Where the run stands: epoch, step in epoch, samples seen, global batch size, fingerprint of the data."""
+    """The position of the run: epoch, step in epoch, samples seen, global batch size, fingerprint of the data."""
     seed: int | None = None
     num_slots: Annotated[int, Field(ge=1)] | None = None
     config_sha256: Sha256 | None = None
@@ -56,62 +55,62 @@ class FileRecord(BaseModel):
 
 
 class Cut(BaseModel):
-    """A tensor that lies in several files, cut along one dimension."""
+    """A tensor that is cut along one dimension, with its chunks in several files."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
     dim: Annotated[int, Field(ge=0)]
     chunks: list[Annotated[list[int], Field(min_length=3, max_length=3)]]
-    """[number of the file, start, length], both along `dim`, in any order."""
+    """[number of the file, start, length] for each chunk, in any order; start and length count along `dim`."""
 
 
-class Manifest(About):
-    """All that MANIFEST.json holds."""
+class Manifest(CheckpointInfo):
+    """The content of MANIFEST.json."""
 
     format: Annotated[int, Field(ge=1, le=FORMAT)] = 1
     step: Annotated[int, Field(ge=0, le=MAX_STEP)]
     world_size: Annotated[int, Field(ge=1)] = 1
     versions: dict[str, str] = {}
-    """Of disttrain, torch and python, when it was written."""
+    """The versions of disttrain, torch and python that wrote it."""
     files: dict[FileName, FileRecord]
     tensors: dict[str, int | Cut] | None = None
-    """Of format 2: in which file a tensor lies, counted from 1, or how it is cut."""
+    """The table of format 2: the number of each tensor's file, from 1, or its cut."""
     state: Any = None
-    """The tree of plain values, with references to the tensors (see `tree`)."""
+    """The tree of plain values, with references to the tensors (see `state_tree`)."""
 
 
 def part_name(number: int, num_files: int) -> str:
-    """Return the name of one of the files that hold the tensors, counted from 1."""
+    """Return the name of the tensor file `number`, from 1."""
     return TENSORS if num_files == 1 else f"tensors-{number:05d}-of-{num_files:05d}.safetensors"
 
 
 Table = dict[str, int | Cut]
-"""Where each tensor lies: the number of its file, or how it is cut."""
+"""The number of each tensor's file, or its cut."""
 
 
-def describe(
+def manifest_of(
     step: int,
     tree: Json,
-    about: About,
+    info: CheckpointInfo,
     world_size: int,
     files: dict[str, FileRecord],
     tensors: Table | None = None,
 ) -> Manifest:
-    """Return the manifest of a state that was taken apart; CheckpointError where it cannot be described."""
+    """Return the manifest of a flattened state; CheckpointError if a manifest cannot hold it."""
     versions = {"disttrain": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
     rest: dict[str, Any] = {} if tensors is None else {"format": FORMAT, "tensors": tensors}
     try:
         return Manifest(
-            **dict(about), step=step, world_size=world_size, versions=versions, files=files, state=tree, **rest
+            **dict(info), step=step, world_size=world_size, versions=versions, files=files, state=tree, **rest
         )
     except ValidationError as error:
-        raise CheckpointError(f"a checkpoint cannot be described so: {explain(error)}") from error
+        raise CheckpointError(f"the manifest of step {step} cannot be written: {_first_problem(error)}") from error
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
     """Return the content of MANIFEST.json."""
     fields = manifest.model_dump(exclude={"state"} if manifest.tensors is not None else {"state", "tensors"})
-    # One field a line: short enough to read, and `grep` finds a field.
+    # One field a line, so that a person can read it and `grep` finds a field.
     lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in fields.items()]
     lines.append(f'"state": {json.dumps(manifest.state, allow_nan=False)}')
     data = ("{\n" + ",\n".join(lines) + "\n}\n").encode()
@@ -128,9 +127,9 @@ def parse_manifest(data: bytes) -> Manifest:
     try:
         fields: Json = json.loads(data.decode(), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{MANIFEST} is no JSON: {error}") from error
+        raise DamagedError(f"{MANIFEST} is not JSON: {error}") from error
     if not isinstance(fields, dict) or type(fields.get("format")) is not int:
-        raise DamagedError(f"{MANIFEST} is no manifest of a checkpoint: it has no format number")
+        raise DamagedError(f"{MANIFEST} is not a manifest of a checkpoint: it has no format number")
     if fields["format"] > FORMAT:
         raise CheckpointError(
             f"{MANIFEST} has format {fields['format']}, this release reads up to {FORMAT}: "
@@ -141,7 +140,7 @@ def parse_manifest(data: bytes) -> Manifest:
     try:
         manifest = Manifest.model_validate(fields)
     except ValidationError as error:
-        raise DamagedError(f"{MANIFEST} is no manifest of a checkpoint: {explain(error)}") from error
+        raise DamagedError(f"{MANIFEST} is not a manifest of a checkpoint: {_first_problem(error)}") from error
     if reserved := {MANIFEST, SUMS} & set(manifest.files):
         raise DamagedError(f"{MANIFEST} lists {sorted(reserved)} among the files")
     if manifest.format > 1:
@@ -152,11 +151,11 @@ def parse_manifest(data: bytes) -> Manifest:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON number")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
-def explain(error: ValidationError) -> str:
-    """Return the first thing that is wrong, in one line."""
+def _first_problem(error: ValidationError) -> str:
+    """Return the first problem of a validation, in one line."""
     first = error.errors(include_url=False, include_input=False)[0]
     return f"{'.'.join(map(str, first['loc']))[:200]}: {first['msg']}"
 

@@ -1,14 +1,14 @@
-"""Names and durable operations in a directory of checkpoints on a local or shared file system.
+"""The names in a directory of checkpoints on a local or shared file system, and durable operations on its files.
 
-*Contract*: a name tells what a thing is, and changes only by one rename:
+*Contract*: a name gives the state of a checkpoint, and changes only by one rename:
 
-| name                              | what it is                                                                 |
+| name                              | meaning                                                                    |
 |-----------------------------------|----------------------------------------------------------------------------|
-| `.tmp-00000040-1f2e3d4c`          | a save under way, or cut off: never read, removed at the next start         |
+| `.tmp-00000040-1f2e3d4c`          | a save under way, or cut off: never read, removed at the next start        |
 | `step-00000040`                   | committed: complete and durable                                            |
-| `step-00000040.replaced-1f2e3d4c` | committed, and being replaced by another of the same step                  |
-| `.del-00000040-1f2e3d4c`          | a removal under way, or cut off: never read, removed at the next start      |
-| `damaged-00000040-1f2e3d4c`       | found damaged, set aside for a person to look at: never read, never removed |
+| `step-00000040.replaced-1f2e3d4c` | committed, and being replaced by another checkpoint of the same step       |
+| `.del-00000040-1f2e3d4c`          | a removal under way, or cut off: never read, removed at the next start     |
+| `damaged-00000040-1f2e3d4c`       | damaged, set aside for a person to inspect: never read, never removed      |
 
 Everything else in the directory is left alone.
 """
@@ -41,11 +41,11 @@ def checkpoint_name(step: int) -> str:
 
 
 def step_of(name: str) -> int | None:
-    """Return the step of a committed checkpoint's name, None for any other name."""
-    found = _COMMITTED.fullmatch(name)
-    if found is None or f"{int(found[1]):08d}" != found[1]:
+    """Return the step of a committed checkpoint's name; None for any other name."""
+    match = _COMMITTED.fullmatch(name)
+    if match is None or f"{int(match[1]):08d}" != match[1]:
         return None
-    return int(found[1])
+    return int(match[1])
 
 
 def unique_name(kind: str, step: int) -> str:
@@ -59,14 +59,14 @@ def replaced_name(name: str) -> str:
 
 
 def note_name(number: int) -> str:
-    """Return the name of the note that one of the writing ranks leaves beside its part."""
+    """Return the name of the note that rank `number` leaves beside its part."""
     return f"note-{number}.json"
 
 
 def note_number(name: str) -> int | None:
-    """Return whose note a file is; None where it is none."""
-    found = _NOTE.fullmatch(name)
-    return None if found is None else int(found[1])
+    """Return the number of the rank that left a note; None for a file that is not a note."""
+    match = _NOTE.fullmatch(name)
+    return None if match is None else int(match[1])
 
 
 def _folders(root: Path) -> list[str]:
@@ -77,12 +77,12 @@ def _folders(root: Path) -> list[str]:
         return []
     except OSError as error:
         raise CheckpointError(
-            f"cannot list the checkpoints in {root}: {error.strerror}; see its permissions"
+            f"cannot list the checkpoints in {root}: {error.strerror}; check its permissions"
         ) from error
 
 
 def committed(root: Path) -> list[str]:
-    """Return the names of the committed checkpoints, newest first; none where there is no such directory."""
+    """Return the names of the committed checkpoints, newest first; none if there is no such directory."""
     steps = {name: step for name in _folders(root) if (step := step_of(name)) is not None}
     return sorted(steps, key=lambda name: (steps[name], name == checkpoint_name(steps[name])), reverse=True)
 
@@ -99,8 +99,8 @@ def leftovers(root: Path) -> list[str]:
 
 def step_in(name: str) -> int:
     """Return the step in a name of any kind that the table above lists."""
-    found = _STEP.search(name)
-    return int(found[1]) if found else 0
+    match = _STEP.search(name)
+    return int(match[1]) if match else 0
 
 
 def fsync_directory(path: Path) -> None:
@@ -109,14 +109,14 @@ def fsync_directory(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # what file systems say that cannot flush a directory, such as CIFS
+        if error.errno != errno.EINVAL:  # a file system that cannot flush a directory, such as CIFS
             raise
     finally:
         os.close(descriptor)
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory and those above it where they are missing, durably."""
+    """Make a directory and its missing parents, durably."""
     if not path.is_dir():
         make_directory(path.parent)
         path.mkdir(exist_ok=True)
@@ -132,28 +132,28 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def discard(root: Path, name: str, step: int) -> None:
-    """Remove a checkpoint: first its name, at once, then its files. What fails is logged: nothing depends on it."""
+    """Remove a checkpoint: first its name, by one rename, then its files. A failure is only logged."""
     doomed = root / unique_name(".del", step)
     try:
         (root / name).rename(doomed)
         shutil.rmtree(doomed)
     except FileNotFoundError:
-        logger.debug("%s was gone already", root / name)
+        logger.debug("%s had been removed already", root / name)
     except OSError as error:
         logger.warning("cannot remove the old checkpoint %s: %s; remove it by hand", root / name, error)
 
 
 def clean(root: Path) -> list[str]:
-    """Remove what a killed process left half-written or half-removed; return the names.
+    """Remove the saves and removals that a kill cut off; return their names.
 
-    To be called by one process only, before the first save of a run.
+    Only one process may call this, before the first save of a run.
     """
     removed = []
     names = _folders(root)
     for name in names:
         step = step_of(name)
-        superseded = step is not None and name != checkpoint_name(step) and checkpoint_name(step) in names
-        if not (superseded or _LEFTOVER.fullmatch(name)) or (root / name).is_symlink():
+        is_replaced = step is not None and name != checkpoint_name(step) and checkpoint_name(step) in names
+        if not (is_replaced or _LEFTOVER.fullmatch(name)) or (root / name).is_symlink():
             continue
         try:
             shutil.rmtree(root / name)
@@ -165,7 +165,7 @@ def clean(root: Path) -> list[str]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file whose content takes the name `path`, whole and durable, when the body ends without an error."""
+    """Yield a new file; it replaces `path`, whole and durable, if the body ends without an error."""
     temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
     try:
         with temporary.open("xb") as file:
@@ -180,11 +180,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def cannot_write(path: Path, error: Exception, needed_bytes: int) -> CheckpointError:
-    """Return the error for a save that failed: where, why, needed and free bytes, and what to do."""
-    place = path
-    while not place.is_dir() and place != place.parent:
-        place = place.parent
-    free_bytes = shutil.disk_usage(place).free
+    """Return the error for a failed save: the path, the reason, the needed and the free bytes, and the remedy."""
+    folder = path
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    free_bytes = shutil.disk_usage(folder).free
     reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
     return CheckpointError(
         f"cannot write the checkpoint {path}: {reason}; it needs {needed_bytes} bytes and {free_bytes} are free there. "

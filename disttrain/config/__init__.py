@@ -1,9 +1,30 @@
-"""Config: what a cfg.py declares; loading it, `key=value` overrides, and what a run keeps of it.
+"""WHAT a run is: the Config that a cfg.py declares, the overrides of it, and the copy that a run keeps.
 
-*Contract*: frozen and typed; unknown fields are refused; reading a cfg.py builds nothing, since its parts are
-functions. The same config has the same description and hash on every rank, process and machine.
+    fields       `Config` and its groups of fields
+    annotations  the types of the fields, and the notes that a field carries beside its type
+    checks       the rules between fields: one length, one loss, slots that divide the global batch
+    load         makes a Config from a cfg.py or from a run directory
+    overrides    applies `key=value` from the command line to a Config
+    parse        reads the text after `key=` as a value
+    describe     writes a Config as plain JSON values, and hashes them
+    stored       writes and reads config.json, and compares the config of a resumed run with it
+    reference    makes the table of all fields, for --help and for docs/reference/config.md
+    wording      the phrases of the error messages
 
-*Errors*: ConfigError alone, whose message a person can act on: what was expected, what was got, the nearest name.
+| noun        | meaning                                                                              |
+|-------------|--------------------------------------------------------------------------------------|
+| field       | one setting of a Config, such as `seed`                                              |
+| group       | several fields under one name, such as `checkpoint`                                  |
+| leaf        | a field with its dotted name, such as `checkpoint.keep`                              |
+| note        | the unit of a field, whether a resumed run may change it, the form of its function   |
+| override    | a text `key=value`; the key is a leaf, or a keyword of a function: `optimizer.lr`    |
+| description | a Config as one flat dict, from dotted names to JSON values                          |
+| origin      | the file and the overrides from which a Config was loaded                            |
+
+*Contract*: a Config is frozen and typed. Unknown fields are refused. Reading a cfg.py builds nothing, because its
+parts are functions. A config has the same description and hash on every rank, in every process, on every machine.
+
+*Errors*: ConfigError only. Its message gives what was expected, what was got, and the nearest name.
 """
 
 from disttrain.config.checks import check_devices, check_slots
@@ -21,14 +42,22 @@ from disttrain.config.fields import (
 from disttrain.config.load import load_config
 from disttrain.config.overrides import apply_overrides, settable
 from disttrain.config.reference import FieldRow, field_table, reference_markdown
-from disttrain.config.stored import Difference, Stored, blocking_differences, differences, from_json, to_json
+from disttrain.config.stored import (
+    FieldDifference,
+    Stored,
+    blocking_differences,
+    differences,
+    differences_that_matter,
+    from_json,
+    to_json,
+)
 
 __all__ = [
     "JSON",
     "CheckpointConfig",
     "Config",
     "Description",
-    "Difference",
+    "FieldDifference",
     "FieldRow",
     "LedgerConfig",
     "LogConfig",
@@ -42,6 +71,7 @@ __all__ = [
     "config_hash",
     "describe",
     "differences",
+    "differences_that_matter",
     "field_table",
     "from_json",
     "load_config",

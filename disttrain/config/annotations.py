@@ -1,7 +1,7 @@
-"""What a field's annotation says beyond its type: bounds, unit, a function's form, whether a resume may change it.
+"""The annotations of a Config's fields: types with bounds, units, forms of functions, changes allowed on resume.
 
-Contract: everything a person reads about a field (`--help`, the reference page, error messages) is made
-from the annotation and the docstring below the field, so that it is written down once.
+*Contract*: all texts about a field (`--help`, the reference page, error messages) are made from its annotation and
+from the docstring below it. So each fact about a field is written down once.
 """
 
 import re
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, ge
 from annotated_types import Ge, Gt
 from pydantic import AllowInfNan, BaseModel, Strict
 from pydantic.fields import FieldInfo
+
+from disttrain.devices import backend_names
 
 if TYPE_CHECKING:
     import torch
@@ -32,9 +34,11 @@ if TYPE_CHECKING:
     Collate = Callable[[list[Any]], Any]
     PrecisionFactory = Callable[[torch.device], Any]
     Handler = Callable[[Any, Any], object]
-else:  # pydantic only asks whether they can be called; torch stays unimported
+    BackendName = str
+else:  # pydantic checks only that they are callable, so torch is not imported
     ModelFactory = DataFactory = Loss = Forward = OptimizerFactory = Callable[..., Any]
     ScheduleFactory = MetricFactory = Collate = Handler = PrecisionFactory = Callable[..., Any]
+    BackendName = Literal[backend_names()]
 
 Integer = Annotated[int, Strict()]
 Positive = Annotated[int, Strict(), Gt(0)]
@@ -46,43 +50,45 @@ Flag = Annotated[bool, Strict()]
 
 
 @dataclass(frozen=True)
-class About:
-    """What a field says of itself that its type cannot.
+class FieldNote:
+    """The facts about a field that its type cannot express.
 
-    `takes` is the form of a function, such as "(optimizer, total_steps) -> LRScheduler"; `within` what holds
-    the functions where there are several. `may_change`: a resumed run may have another value.
+    `may_change`: a resumed run may have another value. `harmless`: the field does not change the result of a step, so
+    `disttrain compare` does not mention it. `takes`: the form of a function, such as
+    "(optimizer, total_steps) -> LRScheduler". `within`: the container, if the field holds several functions.
     """
 
     unit: str = ""
     may_change: bool = False
+    harmless: bool = False
     takes: str = ""
     within: Literal["", "list of ", "dict of name: "] = ""
 
     @property
     def num_arguments(self) -> int:
-        """With how many positional arguments the function is called."""
-        inside = self.takes[1 : self.takes.index(")")] if self.takes else ""
-        return len(inside.split(",")) if inside else 0
+        """The number of positional arguments with which the function is called."""
+        parameters = self.takes[1 : self.takes.index(")")] if self.takes else ""
+        return len(parameters.split(",")) if parameters else 0
 
 
 PLAIN_KEY = re.compile(r"[^.=\s]+")
-"""What can be one part of a dotted name on the command line: a metric's name, a key of a dict."""
+"""The form of one part of a dotted name on the command line: a metric's name, a key of a dict."""
 
 
 class Leaf(NamedTuple):
-    """One field that holds a value: its dotted name and what it says of itself."""
+    """One field that holds a value: its dotted name, its declaration and its note."""
 
     name: str
     info: FieldInfo
-    about: About
+    note: FieldNote
 
     @property
     def type_text(self) -> str:
-        """The type as a person reads it, such as `int > 0 | None`."""
-        if not self.about.takes:
+        """The type in the form that people read, such as `int > 0 | None`."""
+        if not self.note.takes:
             return type_text(self.info.annotation, self.info.metadata)
         optional = " | None" if types.NoneType in get_args(self.info.annotation) else ""
-        return self.about.within + self.about.takes + optional
+        return self.note.within + self.note.takes + optional
 
 
 def is_group(annotation: Any) -> bool:
@@ -90,23 +96,23 @@ def is_group(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def leaves(model: type[BaseModel], prefix: str = "", parent: About | None = None) -> Iterator[Leaf]:
-    """Yield the fields in the order of their declaration, those of groups by dotted name."""
+def leaves(model: type[BaseModel], prefix: str = "", parent: FieldNote | None = None) -> Iterator[Leaf]:
+    """Yield the fields in the order of their declaration; a field of a group has a dotted name."""
     for name, info in model.model_fields.items():
-        about = next((m for m in info.metadata if isinstance(m, About)), parent or About())
+        note = next((item for item in info.metadata if isinstance(item, FieldNote)), parent or FieldNote())
         if is_group(info.annotation):
             group: Any = info.annotation
-            yield from leaves(group, f"{prefix}{name}.", about)
+            yield from leaves(group, f"{prefix}{name}.", note)
         else:
-            yield Leaf(prefix + name, info, about)
+            yield Leaf(prefix + name, info, note)
 
 
 def type_text(annotation: Any, metadata: Iterable[Any] = ()) -> str:
-    """Return a type with its bounds as a person reads it: `int > 0 | None`, `"ddp" | "fsdp"`."""
+    """Return a type and its bounds in the form that people read: `int > 0 | None`, `"ddp" | "fsdp"`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        if takes := next((m.takes for m in arguments[1:] if isinstance(m, About)), ""):
-            return takes
+        if form := next((item.takes for item in arguments[1:] if isinstance(item, FieldNote)), ""):
+            return form
         return type_text(arguments[0], [*arguments[1:], *metadata])
     if origin in (Union, types.UnionType):
         return " | ".join(type_text(argument) for argument in arguments)
@@ -119,7 +125,7 @@ def type_text(annotation: Any, metadata: Iterable[Any] = ()) -> str:
 
 
 def alternatives(annotation: Any) -> list[Any]:
-    """Return the plain types and Literals of a union, without their bounds: `int > 0 | None` gives [int, NoneType]."""
+    """Return the types and Literals of a union, without bounds: `int > 0 | None` gives [int, NoneType]."""
     if get_origin(annotation) is Annotated:
         return alternatives(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):

@@ -1,6 +1,6 @@
-"""What makes a Config sound beyond each field's type: functions that can be called, slots that fit.
+"""Checks of a whole Config, after each field's type: callable functions, fields that fit together, slots that fit.
 
-*Errors*: every problem is one line that says what was expected, what was got and what to do.
+*Errors*: each problem is one line: what was expected, what was got, what to do.
 """
 
 import inspect
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
-from disttrain.config.annotations import PLAIN_KEY, About, leaves
+from disttrain.config.annotations import PLAIN_KEY, FieldNote, leaves
 from disttrain.config.wording import either, got
 from disttrain.errors import ConfigError
 
@@ -23,32 +23,32 @@ def value_of(config: "Config", name: str) -> Any:
 
 
 def problems(config: "Config") -> Iterator[str]:
-    """Yield what keeps the config, whose fields have the right types, from being run."""
+    """Yield the reasons why a config cannot be run; its fields already have the right types."""
     yield from _name(config.name)
     if config.checkpoint.target is not None and not config.checkpoint.target.strip():
         yield "checkpoint.target: expected a folder or a URL such as 's3://bucket/runs', or None, got ''"
     yield from _one_of(
-        "loss", "forward", config, "loss takes y_pred and y, forward replaces it for batches of another form"
+        "loss", "forward", config, "loss takes y_pred and y; forward replaces it for batches of another form"
     )
     yield from _one_of(
         "max_epochs",
         "max_steps",
         config,
-        "each gives the length of the run; the other is None (on the command line: none)",
+        "each gives the length of the run; set the other to None (on the command line: none)",
     )
     if config.spike_factor is not None and config.on_nan == "skip":
         yield (
-            "spike_factor: expected None with on_nan='skip', which looks at gradients alone, "
-            f"got {config.spike_factor}; use on_nan='rollback' or 'stop' with it"
+            "spike_factor: expected None with on_nan='skip', which checks gradients only, "
+            f"got {config.spike_factor}; use it with on_nan='rollback' or 'stop'"
         )
     for leaf in leaves(type(config)):
-        yield from _callables(leaf.name, leaf.about, value_of(config, leaf.name))
+        yield from _callables(leaf.name, leaf.note, value_of(config, leaf.name))
     yield from _metric_names(config.metrics)
     yield from _monitor(config)
     if config.strategy == "fsdp":
         yield from _with_fsdp(config)
     if config.spmd and config.backend not in ("auto", "xla"):
-        yield f"spmd: expected False with backend={config.backend!r}, got True; use backend='xla', which alone has it"
+        yield f"spmd: expected False with backend={config.backend!r}, got True; use backend='xla', or leave spmd out"
     if config.num_slots is not None:
         try:
             check_slots(config.global_batch_size, config.num_slots)
@@ -57,7 +57,7 @@ def problems(config: "Config") -> Iterator[str]:
 
 
 def _name(name: str | None) -> Iterator[str]:
-    """The run directory is `runs/NAME`, so a name is one plain part of a path."""
+    """Yield a problem unless the name is one plain part of a path, since the run directory is `runs/NAME`."""
     if name is None:
         return
     plain = name.isprintable() and name == name.strip() and not set(name) & set("/\\") and not name.startswith(".")
@@ -71,31 +71,34 @@ def _one_of(first: str, second: str, config: "Config", advice: str) -> Iterator[
         yield f"{first}, {second}: expected one of the two, got {'both' if num_given else 'neither'}; {advice}"
 
 
-def _callables(name: str, about: About, value: Any) -> Iterator[str]:
-    """Look whether functions can be called as they will be, without calling them."""
-    if not about.takes or value is None:
+def _callables(name: str, note: FieldNote, value: Any) -> Iterator[str]:
+    """Yield a problem for each function that cannot be called with its arguments; no function is called."""
+    if not note.takes or value is None:
         return
-    if about.within:
-        named = value.items() if about.within.startswith("dict") else enumerate(value)
-        for key, each in named:
-            yield from _callables(f"{name}.{key}", About(takes=about.takes), each)
-    elif about.num_arguments == 0 and hasattr(value, "state_dict") and not isinstance(value, type):
-        yield f"{name}: expected {about.takes}, got {got(value)}, built already; give a function that builds it"
+    if note.within:
+        functions = value.items() if note.within.startswith("dict") else enumerate(value)
+        for key, function in functions:
+            yield from _callables(f"{name}.{key}", FieldNote(takes=note.takes), function)
+    elif note.num_arguments == 0 and hasattr(value, "state_dict") and not isinstance(value, type):
+        yield f"{name}: expected {note.takes}, got {got(value)}, built already; give a function that builds it"
     else:
         try:
             signature = inspect.signature(value)
-        except (TypeError, ValueError):  # some built-ins have none: what they take shows when they are called
+        except (TypeError, ValueError):  # some built-ins have no signature; the call itself will show it
             return
         try:
-            signature.bind(*[None] * about.num_arguments)
+            signature.bind(*[None] * note.num_arguments)
         except TypeError as error:
-            yield f"{name}: expected {about.takes}, got {got(value)}, which cannot be called so: {error}"
+            yield f"{name}: expected {note.takes}, got {got(value)}, which does not take these arguments: {error}"
 
 
 def _with_fsdp(config: "Config") -> Iterator[str]:
-    """What does not go with sharded parameters; parallel/groups.py looks at the model and the optimizer themselves."""
+    """Yield the settings that exclude sharded parameters; parallel/groups.py checks the model and the optimizer."""
     if config.precision == "apex":
-        yield 'precision: expected "fp32", "bf16" or "fp16" with strategy="fsdp", got "apex", which takes whole ones'
+        yield (
+            'precision: expected "fp32", "bf16" or "fp16" with strategy="fsdp", got "apex", which needs whole '
+            'parameters; use one of these, or strategy="ddp"'
+        )
     if config.compile:
         yield 'compile: expected False with strategy="fsdp", got True; leave it out, or use strategy="ddp"'
 
@@ -103,23 +106,26 @@ def _with_fsdp(config: "Config") -> Iterator[str]:
 def _metric_names(names: Any) -> Iterator[str]:
     for name in names:
         if not PLAIN_KEY.fullmatch(name):
-            yield f"metrics: expected names without '.', '=' and blanks, such as 'accuracy', got {got(name)}"
+            yield f"metrics: expected names without '.', '=' and spaces, such as 'accuracy', got {got(name)}"
 
 
 def _monitor(config: "Config") -> Iterator[str]:
-    monitor, there = config.checkpoint.monitor, list(dict.fromkeys(["loss", *config.metrics]))
+    monitor, results = config.checkpoint.monitor, list(dict.fromkeys(["loss", *config.metrics]))
     if monitor is None and config.checkpoint.mode != "auto":
-        yield f"checkpoint.mode: expected 'auto' without checkpoint.monitor, got {got(config.checkpoint.mode)}"
+        yield (
+            f"checkpoint.mode: expected 'auto' without checkpoint.monitor, got {got(config.checkpoint.mode)}; "
+            "set checkpoint.monitor too"
+        )
     elif monitor is not None and config.valid_data is None:
-        yield f"checkpoint.monitor: expected None without valid_data, got {got(monitor)}; give it validation data"
-    elif monitor is not None and monitor not in there:
-        yield f"checkpoint.monitor: expected {either(map(repr, there))}, got {got(monitor)}"
+        yield f"checkpoint.monitor: expected None without valid_data, got {got(monitor)}; set valid_data too"
+    elif monitor is not None and monitor not in results:
+        yield f"checkpoint.monitor: expected {either(map(repr, results))}, got {got(monitor)}"
 
 
 def check_slots(global_batch_size: int, num_slots: int | None, world_size: int = 1) -> int:
-    """Return the number of slots, which is the world size where `num_slots` is None.
+    """Return the number of slots: `num_slots`, or the world size if that is None.
 
-    *Errors*: ConfigError where the slots do not divide the global batch or are fewer than the ranks.
+    *Errors*: ConfigError if the slots do not divide the global batch, or if there are fewer slots than ranks.
     """
     slots = world_size if num_slots is None else num_slots
     if global_batch_size % slots == 0 and slots >= world_size:
@@ -128,20 +134,21 @@ def check_slots(global_batch_size: int, num_slots: int | None, world_size: int =
     if global_batch_size % slots:
         below = global_batch_size // slots * slots
         sizes = either(size for size in (below, below + slots) if size)
-        which = f"num_slots={slots}" + (" (the world size)" if num_slots is None else "")
+        source = " (the world size)" if num_slots is None else ""
         counts = f", or num_slots={either(fitting)}" if fitting else ""
         raise ConfigError(
-            f"global_batch_size={global_batch_size} cannot be cut into {which} equal slots; use {sizes}{counts}."
+            f"global_batch_size={global_batch_size} cannot be cut into num_slots={slots}{source} equal slots; "
+            f"use {sizes}{counts}."
         )
     counts = f", or start a new run with num_slots={either(fitting)}" if fitting else ""
     raise ConfigError(
-        f"num_slots={slots} is too few for {world_size} ranks, each of which needs a slot; "
+        f"num_slots={slots} is too few for {world_size} ranks, since each rank needs a slot; "
         f"use at most {slots} rank{'s' if slots > 1 else ''}{counts}."
     )
 
 
 def check_devices(global_batch_size: int, num_slots: int, num_devices: int) -> None:
-    """ConfigError where the devices that work on each slot together do not divide its samples."""
+    """Raise ConfigError unless the devices that share a slot divide its samples into equal parts."""
     samples = global_batch_size // num_slots
     if samples % num_devices == 0:
         return
@@ -158,7 +165,7 @@ def check_devices(global_batch_size: int, num_slots: int, num_devices: int) -> N
 
 
 def divisors(number: int) -> list[int]:
-    """Return what divides a positive number, in order."""
+    """Return the divisors of a positive number, in ascending order."""
     low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return sorted({*low, *(number // d for d in low)})
 

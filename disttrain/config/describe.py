@@ -1,9 +1,12 @@
-"""A Config as plain values: the same text for the same run on every rank, process and machine.
+"""Describes a Config by plain values: the same config has the same text on every rank, process and machine.
 
-Contract: `describe` gives one flat dict of dotted names to JSON values. A function stands there by its
-qualified name, the cfg.py's module always as `cfg`; the keywords of a partial by dotted names of their own
-(`optimizer.lr`), as overrides name them; an object by its repr without addresses; a tensor by its hash. What
-a function does is not looked at: change its body and the description stays.
+*Contract*: `describe` returns one flat dict, from dotted names to JSON values.
+
+- A function is described by its qualified name. The module of the cfg.py is always called `cfg`.
+- A keyword of a partial has a dotted name of its own, the one that overrides use: `optimizer.lr`.
+- An object is described by its repr without addresses, a tensor by its hash.
+
+The body of a function is not read: if only the body changes, the description stays the same.
 """
 
 import enum
@@ -32,10 +35,10 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 def describe(config: Config) -> Description:
     """Return every field, by dotted name, as a value that JSON can hold."""
     modules = {"__main__", *([config.origin.module] if config.origin else [])}
-    found: Description = {}
+    description: Description = {}
     for leaf in leaves(type(config)):
-        _flatten(found, leaf.name, value_of(config, leaf.name), modules)
-    return found
+        _flatten(description, leaf.name, value_of(config, leaf.name), modules)
+    return description
 
 
 def canonical(value: JSON) -> str:
@@ -48,22 +51,22 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(canonical(describe(config)).encode()).hexdigest()
 
 
-def _flatten(found: Description, key: str, value: Any, modules: set[str]) -> None:
-    """Put a value under its key, and what overrides can name inside it under dotted keys of its own."""
+def _flatten(description: Description, key: str, value: Any, modules: set[str]) -> None:
+    """Add a value under its key, and each part of it that has a name of its own under a dotted key."""
     if isinstance(value, functools.partial):
-        found[key] = _call(value.func, value.args, {}, modules)
-        inside: Mapping[str, Any] = value.keywords
+        description[key] = _call(value.func, value.args, {}, modules)
+        parts: Mapping[str, Any] = value.keywords
     elif isinstance(value, Mapping) and value and all(isinstance(k, str) and PLAIN_KEY.fullmatch(k) for k in value):
-        inside = value
+        parts = value
     else:
-        found[key] = _plain(value, modules)
-        inside = _settings(value)
-    for name in sorted(inside):
-        _flatten(found, f"{key}.{name}", inside[name], modules)
+        description[key] = _plain(value, modules)
+        parts = _settings(value)
+    for name in sorted(parts):
+        _flatten(description, f"{key}.{name}", parts[name], modules)
 
 
 def _settings(value: Any) -> dict[str, Any]:
-    """Return the plain settings and buffers of a Module, such as a loss, whose repr often leaves them out."""
+    """Return the plain settings and buffers of a Module such as a loss; its repr often omits them."""
     from torch import nn
 
     if not isinstance(value, nn.Module):
@@ -74,24 +77,24 @@ def _settings(value: Any) -> dict[str, Any]:
 
 
 def _call(function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any], modules: set[str]) -> str:
-    """Return `module.name`, with the arguments in brackets where there are some."""
+    """Return `module.name`, followed by the arguments in brackets if there are any."""
     texts = [canonical(_plain(argument, modules)) for argument in arguments]
     texts += [f"{name}={canonical(_plain(keywords[name], modules))}" for name in sorted(keywords)]
     name = _qualified(function, modules)
     return f"{name}({', '.join(texts)})" if texts else name
 
 
-def _qualified(thing: Any, modules: set[str]) -> str:
-    """Return the name of a function or class under which it can be imported, the cfg.py's as `cfg.name`."""
-    if not hasattr(thing, "__qualname__"):
-        return str(_plain(thing, modules))
-    thing = getattr(thing, "__func__", thing)
-    module = getattr(thing, "__module__", None)
-    return f"{'cfg' if module in modules else module}.{thing.__qualname__}" if module else str(thing.__qualname__)
+def _qualified(function: Any, modules: set[str]) -> str:
+    """Return the name by which a function or class is imported; for one of the cfg.py it is `cfg.name`."""
+    if not hasattr(function, "__qualname__"):
+        return str(_plain(function, modules))
+    function = getattr(function, "__func__", function)
+    module, name = getattr(function, "__module__", None), str(function.__qualname__)
+    return f"{'cfg' if module in modules else module}.{name}" if module else name
 
 
 def _plain(value: Any, modules: set[str]) -> JSON:
-    """Return a value as JSON can hold it."""
+    """Return a value in a form that JSON can hold."""
     if isinstance(value, enum.Enum):
         return f"{_qualified(type(value), modules)}.{value.name}"
     if isinstance(value, float):
@@ -101,11 +104,11 @@ def _plain(value: Any, modules: set[str]) -> JSON:
     if isinstance(value, int | str):
         return int(value) if isinstance(value, int) else str(value)
     if isinstance(value, list | tuple):
-        return [_plain(each, modules) for each in value]
+        return [_plain(item, modules) for item in value]
     if isinstance(value, set | frozenset):
-        return sorted((_plain(each, modules) for each in value), key=canonical)
+        return sorted((_plain(item, modules) for item in value), key=canonical)
     if isinstance(value, Mapping):
-        return {str(_plain(key, modules)): _plain(each, modules) for key, each in value.items()}
+        return {str(_plain(key, modules)): _plain(item, modules) for key, item in value.items()}
     if isinstance(value, functools.partial):
         return _call(value.func, value.args, value.keywords, modules)
     if inspect.isroutine(value) or inspect.isclass(value):
@@ -114,7 +117,7 @@ def _plain(value: Any, modules: set[str]) -> JSON:
 
 
 def _object(value: Any, modules: set[str]) -> JSON:
-    """Return a number of numpy's, an array's or tensor's hash, a path, or the repr without addresses."""
+    """Return the value of a numpy number, the text of a path, the hash of an array or tensor, or else the repr."""
     import torch
 
     if isinstance(value, np.generic):

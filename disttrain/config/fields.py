@@ -1,9 +1,11 @@
-"""What a cfg.py declares: `Config`, its fields and their groups.
+"""The declaration of a Config: its fields, and its groups of fields.
 
-Contract: frozen; unknown fields are refused; the line below a field says what it means, its annotation the
-unit and whether a resumed run may have another value. A Config holds factories: making one builds nothing.
+*Contract*: a Config is frozen, and unknown fields are refused. The docstring below a field is its text in --help and
+in docs/reference/config.md. Its annotation gives the unit, and whether a resumed run may have another value. A Config
+holds functions that build the parts of a run: making a Config builds nothing.
 
-*Errors*: ConfigError with one line a problem: field, expected, got, and the nearest name for an unknown one.
+*Errors*: ConfigError with one line for each problem: the field, what was expected, what was got, and the nearest name
+if a field is unknown.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,10 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from disttrain.config.annotations import (
-    About,
     AboveOne,
+    BackendName,
     Collate,
     DataFactory,
+    FieldNote,
     Flag,
     Forward,
     Handler,
@@ -34,12 +37,12 @@ from disttrain.config.annotations import (
     ScheduleFactory,
 )
 from disttrain.config.checks import problems
-from disttrain.config.wording import explain, sentence
+from disttrain.config.wording import explain_field_errors, sentence
 from disttrain.errors import ConfigError
 
 
-class _NotThere:
-    """Takes pydantic's deprecated `BaseModel.validate` away, so that a field can have the name."""
+class _Hidden:
+    """Hides pydantic's deprecated `BaseModel.validate`, so that a field can have that name."""
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:
         raise AttributeError("validate")
@@ -48,72 +51,75 @@ class _NotThere:
 class Declaration(BaseModel):
     """A frozen group of fields whose validation raises ConfigError."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ignored_types=(_NotThere,))
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ignored_types=(_Hidden,))
     prefix: ClassVar[str] = ""
 
-    if not TYPE_CHECKING:  # a type checker makes the constructor from the fields
-        validate = _NotThere()
+    if not TYPE_CHECKING:  # a type checker derives the constructor from the fields
+        validate = _Hidden()
 
         def __init__(self, /, **values: Any) -> None:
             try:
                 super().__init__(**values)
             except ValidationError as error:
-                raise ConfigError(explain(error, type(self), self.prefix)) from None
+                raise ConfigError(explain_field_errors(error, type(self), self.prefix)) from None
 
 
 class CheckpointConfig(Declaration):
-    """When checkpoints are written, where, and how many are kept."""
+    """The times at which checkpoints are saved, their place, and the number that is kept."""
 
     prefix: ClassVar[str] = "checkpoint."
-    every_steps: Annotated[NonNegative, About("steps", may_change=True)] = 0
-    """From one checkpoint to the next; 0: at the end of each epoch."""
-    every_s: Annotated[NonNegativeFloat, About("s", may_change=True)] = 0.0
-    """Also after this much time since the last checkpoint; 0: no."""
-    keep: Annotated[Positive, About("checkpoints", may_change=True)] = 3
-    """How many of the newest are kept."""
-    monitor: Annotated[str | None, About(may_change=True)] = None
-    """A metric, or "loss": the checkpoint with the best value on the validation data is kept too; None: no."""
-    mode: Annotated[Literal["auto", "min", "max"], About(may_change=True)] = "auto"
-    """Which value of `monitor` is the best; "auto": the smallest loss, and what a metric says of itself."""
-    asynchronous: Annotated[Flag, About(may_change=True)] = False
-    """Write while the training goes on; over all ranks the host then holds a second copy of what is saved."""
-    target: Annotated[str | None, About(may_change=True)] = None
-    """A folder or a URL for fsspec, in which they lie under NAME/; None: the run directory."""
+    every_steps: Annotated[NonNegative, FieldNote("steps", may_change=True, harmless=True)] = 0
+    """Steps from one checkpoint to the next. 0: save at the end of each epoch."""
+    every_s: Annotated[NonNegativeFloat, FieldNote("s", may_change=True, harmless=True)] = 0.0
+    """Also save as soon as the last checkpoint is this old. 0: never."""
+    keep: Annotated[Positive, FieldNote("checkpoints", may_change=True, harmless=True)] = 3
+    """The number of newest checkpoints to keep."""
+    monitor: Annotated[str | None, FieldNote(may_change=True, harmless=True)] = None
+    """Also keep the checkpoint with the best result on the validation data. The result is "loss", or the name of a
+    metric. None: keep no best checkpoint."""
+    mode: Annotated[Literal["auto", "min", "max"], FieldNote(may_change=True, harmless=True)] = "auto"
+    """Whether the smallest or the largest value of `monitor` is the best. "auto": the smallest loss; for a metric, its
+    own `higher_is_better` decides."""
+    asynchronous: Annotated[Flag, FieldNote(may_change=True, harmless=True)] = False
+    """Write checkpoints in the background, while training continues. This needs host memory for a second copy of the
+    saved state, spread over all ranks."""
+    target: Annotated[str | None, FieldNote(may_change=True, harmless=True)] = None
+    """The folder or the fsspec URL that holds the checkpoints, in a subfolder NAME/. None: the run directory."""
 
 
 class LogConfig(Declaration):
-    """What is reported while a run goes on, and how often."""
+    """The reports of a running training, and how often they come."""
 
     prefix: ClassVar[str] = "log."
-    every_steps: Annotated[Positive, About("steps", may_change=True)] = 10
-    """From one fetching of the losses to the next."""
-    every_s: Annotated[PositiveFloat, About("s", may_change=True)] = 10.0
-    """From one progress line to the next where there is no terminal."""
-    tensorboard: Annotated[Flag | Literal["auto"], About(may_change=True)] = "auto"
-    """Also write the curves for TensorBoard; "auto": where it is installed."""
+    every_steps: Annotated[Positive, FieldNote("steps", may_change=True, harmless=True)] = 10
+    """Steps from one fetch of the losses to the next. Ledger, curves and progress line get new values then."""
+    every_s: Annotated[PositiveFloat, FieldNote("s", may_change=True, harmless=True)] = 10.0
+    """Time from one progress line to the next, if the output is not a terminal."""
+    tensorboard: Annotated[Flag | Literal["auto"], FieldNote(may_change=True, harmless=True)] = "auto"
+    """Also write the curves for TensorBoard. "auto": if TensorBoard is installed."""
 
 
 class LedgerConfig(Declaration):
-    """What is kept as evidence of what each step computed."""
+    """The evidence that a run writes about the result of each step."""
 
     prefix: ClassVar[str] = "ledger."
-    every_steps: Annotated[Positive, About("steps", may_change=True)] = 100
-    """From one hash of the batches, the parameters and the optimizer state to the next."""
+    every_steps: Annotated[Positive, FieldNote("steps", may_change=True, harmless=True)] = 100
+    """Steps from one hash of batch, parameters and optimizer state to the next, in the ledger."""
 
 
 class ValidateConfig(Declaration):
-    """When the validation data is evaluated."""
+    """The times at which the validation data is evaluated."""
 
     prefix: ClassVar[str] = "validate."
-    every_steps: Annotated[NonNegative, About("steps", may_change=True)] = 0
-    """From one evaluation to the next; 0: at the end of each epoch."""
+    every_steps: Annotated[NonNegative, FieldNote("steps", may_change=True, harmless=True)] = 0
+    """Steps from one evaluation to the next. 0: evaluate at the end of each epoch."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a Config was loaded from: the file, its module's name, the overrides, the folder of its neighbours.
+    """The source of a loaded Config: its file, the name of its module, the overrides, the folder of its imports.
 
-    `folder` is the original cfg.py's also when a run directory's copy of it was loaded.
+    `folder` is the folder of the original cfg.py, also if the copy in a run directory was loaded.
     """
 
     file: Path
@@ -123,112 +129,126 @@ class Origin:
 
 
 class Config(Declaration):
-    """One run: what is trained on what, how, and what is kept of it."""
+    """All settings of one run."""
 
     _origin: Origin | None = PrivateAttr(default=None)
 
-    name: Annotated[str | None, About()] = None
-    """The run directory is runs/NAME; None: the stem of the cfg.py's name."""
-    seed: Annotated[Integer, About()] = 0
-    """The run's seed, from which every other seed is derived."""
-    model: Annotated[ModelFactory, About(takes="() -> Module")]
-    """Builds the model, on every rank from the same seed."""
-    train_data: Annotated[DataFactory, About(takes="() -> Dataset or iterable")]
-    """Builds the training data; its items are (x, y) unless `forward` says otherwise. An iterable: docs/streams.md."""
-    valid_data: Annotated[DataFactory | None, About(takes="() -> Dataset")] = None
-    """Builds the validation data; None: no validation."""
-    loss: Annotated[Loss | None, About(takes="(y_pred, y) -> scalar Tensor")] = None
-    """The mean loss of a microbatch; None where there is `forward`."""
-    forward: Annotated[Forward | None, About(takes="(model, batch) -> (loss, outputs)")] = None
-    """Replaces loss(model(x), y) for batches of another form."""
-    optimizer: Annotated[OptimizerFactory, About(takes="(parameters) -> Optimizer")]
-    """Builds the optimizer, such as partial(torch.optim.AdamW, lr=1e-3)."""
-    schedule: Annotated[ScheduleFactory | None, About(takes="(optimizer, total_steps) -> LRScheduler")] = None
-    """Builds the learning rate's schedule, stepped once a step."""
-    metrics: Annotated[Mapping[str, MetricFactory], About(takes="() -> Metric", within="dict of name: ")] = Field(
+    name: Annotated[str | None, FieldNote(harmless=True)] = None
+    """The name of the run. Its directory is runs/NAME. None: the name of the cfg.py, without ".py"."""
+    seed: Annotated[Integer, FieldNote()] = 0
+    """The seed of the run. All other seeds are derived from it."""
+    model: Annotated[ModelFactory, FieldNote(takes="() -> Module")]
+    """Builds the model. Every rank calls it under the same seed."""
+    train_data: Annotated[DataFactory, FieldNote(takes="() -> Dataset or iterable")]
+    """Builds the training data. Its samples are pairs (x, y), unless `forward` is set. docs/streams.md describes data
+    that can only be iterated."""
+    valid_data: Annotated[DataFactory | None, FieldNote(takes="() -> Dataset")] = None
+    """Builds the validation data. None: no validation."""
+    loss: Annotated[Loss | None, FieldNote(takes="(y_pred, y) -> scalar Tensor")] = None
+    """Computes the mean loss of a microbatch, from the output of the model and the target. None if `forward` is set."""
+    forward: Annotated[Forward | None, FieldNote(takes="(model, batch) -> (loss, outputs)")] = None
+    """Computes the loss and the outputs of a microbatch that is not a pair (x, y), in place of loss(model(x), y)."""
+    optimizer: Annotated[OptimizerFactory, FieldNote(takes="(parameters) -> Optimizer")]
+    """Builds the optimizer, for example partial(torch.optim.AdamW, lr=1e-3)."""
+    schedule: Annotated[ScheduleFactory | None, FieldNote(takes="(optimizer, total_steps) -> LRScheduler")] = None
+    """Builds the schedule of the learning rate. It steps once after each step of the optimizer. None: no schedule."""
+    metrics: Annotated[Mapping[str, MetricFactory], FieldNote(takes="() -> Metric", within="dict of name: ")] = Field(
         default_factory=dict
     )
-    """Build the torchmetrics of the validation data."""
-    global_batch_size: Annotated[Positive, About("samples")]
-    """Samples a step, over all ranks."""
-    num_slots: Annotated[Positive | None, About("slots")] = None
-    """Equal parts of the global batch, at least one a rank; None: the first launch's world size."""
-    max_epochs: Annotated[Positive | None, About("epochs")] = None
-    """The run's length; a resumed run may change it where there is no schedule. This or max_steps."""
-    max_steps: Annotated[Positive | None, About("steps")] = None
-    """The run's length; a resumed run may change it where there is no schedule. This or max_epochs."""
+    """The metrics of the validation data: for each name a function that builds one, such as a class of torchmetrics."""
+    global_batch_size: Annotated[Positive, FieldNote("samples")]
+    """The number of samples in one step, over all ranks."""
+    num_slots: Annotated[Positive | None, FieldNote("slots")] = None
+    """The number of equal parts, called slots, of the global batch. Each rank needs at least one. None: the world size
+    of the first launch."""
+    max_epochs: Annotated[Positive | None, FieldNote("epochs")] = None
+    """The length of the run in epochs. Set either this or `max_steps`. A resumed run may change it, unless there is a
+    schedule."""
+    max_steps: Annotated[Positive | None, FieldNote("steps")] = None
+    """The length of the run in steps. Set either this or `max_epochs`. A resumed run may change it, unless there is a
+    schedule."""
     precision: Annotated[
         Literal["fp32", "bf16", "fp16", "apex", "auto"]
-        | Annotated[PrecisionFactory, About(takes="(device) -> Precision")],
-        About(),
+        | Annotated[PrecisionFactory, FieldNote(takes="(device) -> Precision")],
+        FieldNote(),
     ] = "fp32"
-    """The numbers in which forward and backward compute; "auto": bf16 where the device has it, else fp32."""
-    tf32: Annotated[Flag, About()] = False
-    """Let CUDA round the inputs of float32 matrix products and convolutions to 10 bits of mantissa, for speed."""
-    strategy: Annotated[Literal["ddp", "fsdp"], About(may_change=True)] = "ddp"
-    """How the model lies over the ranks: whole on each, or cut into shards (docs/fsdp.md); the same bits."""
-    reduction: Annotated[Literal["invariant", "fast"], About()] = "invariant"
-    """How gradients meet: the same bits on any world size, or one plain collective over the ranks' sums."""
-    grad_clip_norm: Annotated[PositiveFloat | None, About()] = None
-    """Largest norm of the whole gradient; None: any."""
-    num_workers: Annotated[NonNegative, About("processes", may_change=True)] = 0
-    """Loader processes a rank; 0: the rank loads its own data."""
-    collate: Annotated[Collate | None, About(takes="(samples) -> batch")] = None
-    """Makes a batch of a list of samples; None: torch's default."""
-    backend: Annotated[Literal["auto", "single", "gloo", "nccl", "xla"], About(may_change=True)] = "auto"
-    """How the ranks communicate; "auto": nccl with CUDA, else gloo under a launcher, else single."""
-    spmd: Annotated[Flag, About(may_change=True)] = False
-    """One rank drives all XLA devices of a host, each slot cut over them; on XLA strategy="fsdp" always does."""
-    cpu_threads: Annotated[Positive, About("threads")] = 1
-    """Threads a rank computes with on the CPU; they are part of the run, since another number gives other bits."""
-    deterministic: Annotated[Flag, About(may_change=True)] = True
-    """Refuse operations without a deterministic kernel; false: warn and go on, other bits each time."""
-    compile: Annotated[Flag, About()] = False
+    """The numbers of forward and backward: a name, or a function that builds a precision of your own. "auto": bf16 on
+    an accelerator that has it, else fp32."""
+    tf32: Annotated[Flag, FieldNote()] = False
+    """Let CUDA round the inputs of float32 matrix products and convolutions to 10 bits of mantissa. This is faster and
+    less exact."""
+    strategy: Annotated[Literal["ddp", "fsdp"], FieldNote(may_change=True)] = "ddp"
+    """The distribution of the model. "ddp": each rank holds all of it. "fsdp": each rank holds a shard of it
+    (docs/fsdp.md). Both give the same bits."""
+    reduction: Annotated[Literal["invariant", "fast"], FieldNote()] = "invariant"
+    """The sum of the gradients over the ranks. "invariant": it has the same bits on any number of ranks. "fast": one
+    plain collective makes it, and the bits depend on the number of ranks."""
+    grad_clip_norm: Annotated[PositiveFloat | None, FieldNote()] = None
+    """The largest norm of the whole gradient. A larger gradient is scaled down to it. None: no limit."""
+    num_workers: Annotated[NonNegative, FieldNote("processes", may_change=True, harmless=True)] = 0
+    """The number of processes that load data, for each rank. 0: the rank loads its data itself."""
+    collate: Annotated[Collate | None, FieldNote(takes="(samples) -> batch")] = None
+    """Makes a batch from a list of samples. None: torch's default_collate."""
+    backend: Annotated[BackendName, FieldNote(may_change=True, harmless=True)] = "auto"
+    """The way in which ranks communicate. "auto": xla on a TPU; else single without a launcher; else nccl with CUDA and
+    gloo on CPUs."""
+    spmd: Annotated[Flag, FieldNote(may_change=True)] = False
+    """Let one rank drive all XLA devices of a host. Each slot is cut over them. On XLA, strategy="fsdp" always does
+    this."""
+    cpu_threads: Annotated[Positive, FieldNote("threads")] = 1
+    """The number of threads with which each rank computes on the CPU. Another number gives other bits, so a resumed run
+    must keep it."""
+    deterministic: Annotated[Flag, FieldNote(may_change=True)] = True
+    """Refuse operations that have no deterministic kernel. False: warn and continue; the bits may differ each time."""
+    compile: Annotated[Flag, FieldNote()] = False
     """Compile the model with torch.compile."""
     handlers: Annotated[
         Sequence[Handler],
         AfterValidator(tuple),
-        About(takes="(trainer, run) -> None", within="list of ", may_change=True),
+        FieldNote(takes="(trainer, run) -> None", within="list of ", may_change=True, harmless=True),
     ] = ()
-    """Called once before the first step, to attach what you like to the engine."""
+    """Functions that are called once, before the first step. Each can attach handlers to the engine."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     ledger: LedgerConfig = LedgerConfig()
-    validate: ValidateConfig = ValidateConfig()  # type: ignore[assignment]  # see _NotThere
-    on_nan: Annotated[Literal["stop", "skip", "rollback"], About(may_change=True)] = "stop"
-    """Where a step's loss or gradient is not finite; "rollback": back to a checkpoint, and on without that step."""
-    spike_factor: Annotated[AboveOne | None, About(may_change=True)] = None
-    """A loss over this many times the median of the last 64 is treated like one that is not finite; None: no."""
-    timeout_s: Annotated[PositiveFloat, About("s", may_change=True)] = 300.0
-    """Longest time without progress of a rank (a batch, a step, a batch of an evaluation) before the run stops."""
-    accept_other_data: Annotated[Flag, About(may_change=True)] = False
-    """Resume although the dataset's length or fingerprint has changed."""
+    validate: ValidateConfig = ValidateConfig()  # type: ignore[assignment]  # see _Hidden
+    on_nan: Annotated[Literal["stop", "skip", "rollback"], FieldNote(may_change=True)] = "stop"
+    """The reaction to a loss or gradient that is not finite. "stop": end the run. "skip": leave out an update whose
+    gradient is not finite. "rollback": go back to a checkpoint and continue without that step."""
+    spike_factor: Annotated[AboveOne | None, FieldNote(may_change=True)] = None
+    """Treat a loss above this many times the median of the last 64 losses like a loss that is not finite. None: accept
+    such losses."""
+    timeout_s: Annotated[PositiveFloat, FieldNote("s", may_change=True, harmless=True)] = 300.0
+    """The longest time that a rank may take for one batch, one step or one batch of an evaluation. After that the run
+    stops."""
+    accept_other_data: Annotated[Flag, FieldNote(may_change=True)] = False
+    """Resume even if the length or the fingerprint of the training data has changed."""
 
     @model_validator(mode="after")
-    def _sound(self) -> "Config":
-        if found := list(problems(self)):
-            raise ConfigError("\n".join(map(sentence, found)))
+    def _check(self) -> "Config":
+        if lines := list(problems(self)):
+            raise ConfigError("\n".join(map(sentence, lines)))
         return self
 
     @property
     def origin(self) -> Origin | None:
-        """Where it was loaded from; None for a Config that no file declares."""
+        """The source of a loaded Config; None if no file declares it."""
         return self._origin
 
 
 def replace(config: Config, **changes: Any) -> Config:
-    """Return a copy with other values, checked as a whole; a group, such as `checkpoint`, is replaced whole."""
+    """Return a copy with other values, checked as a whole. A group such as `checkpoint` is replaced as a whole."""
     given = {name: getattr(config, name) for name in config.model_fields_set}
     return with_origin(type(config)(**{**given, **changes}), config.origin)
 
 
 def with_num_slots(config: Config, num_slots: int) -> Config:
-    """Return a copy with the number of slots that the run's first launch has settled."""
+    """Return a copy with the number of slots that the first launch of the run has set."""
     return replace(config, num_slots=num_slots)
 
 
 def with_origin(config: Config, origin: Origin | None) -> Config:
-    """Return a copy that says where it came from."""
+    """Return a copy with `origin` set."""
     copy = config.model_copy()
     copy._origin = origin
     return copy

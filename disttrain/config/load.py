@@ -1,11 +1,11 @@
-"""From a path on the command line to a Config: runs a cfg.py, or the copy of it that a run directory holds.
+"""Loads a Config from a path: runs a cfg.py, or the copy of it in a run directory.
 
-Contract: the file is run once, as a module under the stem of its name, its folder first on `sys.path` as
-for a script; nothing else changes, and both are taken back where it fails. So functions of a cfg.py can be sent to
-worker processes, spawned ones too. Where the stem is another module's name already (`random.py`), the module
-gets a name of its own, which forked workers know and spawned ones do not.
+*Contract*: the file runs once, as a module named after the file without `.py`. Its folder becomes the first on
+`sys.path`, as for a script. If the file fails, both changes are undone; nothing else changes. So functions of a cfg.py
+can be sent to worker processes, spawned ones included. If another module already has that name (`random.py`), the
+module gets a name of its own; forked workers know that name, spawned workers do not.
 
-*Errors*: ConfigError with one message, for whatever keeps the file from giving a Config.
+*Errors*: ConfigError with one message, for anything that prevents the file from giving a Config.
 """
 
 import difflib
@@ -29,11 +29,11 @@ from disttrain.config.wording import both, either, got
 from disttrain.errors import ConfigError, DisttrainError
 
 _loaded: set[str] = set()
-"""Names of the modules that were loaded here: a later cfg.py of the same name may take their place."""
+"""The names of the modules that were loaded here. A later cfg.py of the same name may replace such a module."""
 
 
 class _Source(NamedTuple):
-    """A file to run: its path as it was given, and what a run directory remembers beside it."""
+    """A file to run: its path as given and resolved, and the name, import folder and overrides of the run."""
 
     shown: Path
     file: Path
@@ -43,9 +43,9 @@ class _Source(NamedTuple):
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Return the Config of a cfg.py or a run directory, with overrides laid over it.
+    """Return the Config of a cfg.py or a run directory, with overrides applied.
 
-    A run directory brings its own overrides; the given ones come after them.
+    A run directory has overrides of its own; the given ones are applied after them.
     """
     source = _find(Path(path))
     texts = [*source.overrides, *overrides]
@@ -58,7 +58,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 
 def _find(path: Path) -> _Source:
-    """Return what to run for a path, which has to be a Python file or a run directory."""
+    """Return the file to run for a path: a Python file, or the one in a run directory."""
     try:
         file = path.resolve()
         if path.is_dir():
@@ -66,7 +66,7 @@ def _find(path: Path) -> _Source:
         if path.is_file() and path.suffix == ".py":
             return _Source(path, file, path.stem, file.parent, [])
         exists = path.exists()
-    except (OSError, RuntimeError) as error:  # no permission, too long a name, a loop of links
+    except (OSError, RuntimeError) as error:  # no permission, a name that is too long, a loop of links
         raise ConfigError(f"{path}: expected a cfg.py or a run directory, got {error}.") from error
     if exists:
         raise ConfigError(f"{path}: expected a Python file whose name ends in .py, or a run directory.")
@@ -79,10 +79,10 @@ def _run_directory(path: Path) -> _Source:
     file, stored = path / "cfg.py", path / "config.json"
     if not (file.is_file() and stored.is_file()):
         names = _names(path)
-        found = f"; it has {both(names[:5])}" if names else ""
+        loadable = f"; it has {both(names[:5])}" if names else ""
         raise ConfigError(
-            f"{path}: a directory, but no run directory, which holds cfg.py and config.json; "
-            f"expected one, or a cfg.py{found}."
+            f"{path}: expected a cfg.py, or a run directory, which holds cfg.py and config.json; "
+            f"got another directory{loadable}."
         )
     fields, _, folder = from_json(stored.read_text(encoding="utf-8", errors="replace"), str(stored))
     name = fields.get("name")
@@ -91,7 +91,7 @@ def _run_directory(path: Path) -> _Source:
 
 
 def _names(folder: Path) -> list[str]:
-    """Return what can be loaded from a folder: its Python files and run directories."""
+    """Return the names in a folder that can be loaded: Python files and run directories."""
     if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
         return []
     return sorted(p.name for p in folder.iterdir() if p.suffix == ".py" or (p / "config.json").is_file())
@@ -99,7 +99,7 @@ def _names(folder: Path) -> list[str]:
 
 @contextmanager
 def _importable(source: _Source) -> Iterator[ModuleType]:
-    """Give the module to fill, registered under its name; put everything back if filling it fails."""
+    """Yield an empty module, registered under its name; undo all changes if running its code fails."""
     before = sys.path[:]
     folders = list(dict.fromkeys(str(f) for f in (source.file.parent, source.folder) if f.is_dir()))
     sys.path[:] = [*folders, *(folder for folder in before if folder not in folders)]
@@ -121,7 +121,7 @@ def _importable(source: _Source) -> Iterator[ModuleType]:
 
 
 def _module_name(file: Path) -> str:
-    """Return the stem where `import stem` finds this very file, in a spawned worker too; else a name of its own."""
+    """Return the stem if `import stem` finds this very file, in a spawned worker too; else a name of its own."""
     stem = file.stem
     if stem not in sys.stdlib_module_names and (stem not in sys.modules or stem in _loaded):
         spec = PathFinder.find_spec(stem)
@@ -131,14 +131,14 @@ def _module_name(file: Path) -> str:
 
 
 def _run(source: _Source, module: ModuleType) -> None:
-    """Run the file; tell what it raised as a ConfigError that says where."""
+    """Run the file in the module. An exception becomes a ConfigError that names the line."""
     code = _compiled(source)
     try:
         exec(code, vars(module))  # noqa: S102 - a cfg.py is the user's own program
     except SyntaxError as error:  # in a module that it imports
-        raise ConfigError(_syntax(error)) from error
-    except (Exception, SystemExit) as error:  # whatever the user's program raises
-        raise ConfigError(_raised(source, error)) from error
+        raise ConfigError(_syntax_message(error)) from error
+    except (Exception, SystemExit) as error:  # any exception of the user's program
+        raise ConfigError(_exception_message(source, error)) from error
 
 
 def _compiled(source: _Source) -> CodeType:
@@ -147,41 +147,42 @@ def _compiled(source: _Source) -> CodeType:
     except OSError as error:
         raise ConfigError(f"{source.shown}: expected a file that can be read, got {error.strerror}.") from error
     except SyntaxError as error:
-        raise ConfigError(_syntax(error, source.shown)) from error
+        raise ConfigError(_syntax_message(error, source.shown)) from error
     except ValueError as error:
         raise ConfigError(f"{source.shown}: expected Python source, got {error}.") from error
 
 
-def _syntax(error: SyntaxError, shown: Path | None = None) -> str:
-    """Return the message of a syntax error with its line and a caret below the place."""
-    where = f"{shown or error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}"
+def _syntax_message(error: SyntaxError, shown: Path | None = None) -> str:
+    """Return the message of a syntax error, with its line and a caret below the error."""
+    message = f"{shown or error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}"
     if not error.text:
-        return where
+        return message
     line = error.text.rstrip("\r\n")
     indent = len(line) - len(line.lstrip())
     caret = max((error.offset or 1) - 1 - indent, 0)
-    return f"{where}\n    {line.lstrip()}\n    {' ' * caret}^"
+    return f"{message}\n    {line.lstrip()}\n    {' ' * caret}^"
 
 
-def _raised(source: _Source, error: BaseException) -> str:
-    """Return the message of an exception with the line of the cfg.py at which it happened."""
+def _exception_message(source: _Source, error: BaseException) -> str:
+    """Return the message of an exception, with the line of the cfg.py at which it happened."""
     frames = traceback.extract_tb(error.__traceback__)
-    mine = [frame for frame in frames if frame.filename == str(source.file)]
-    where = f"{source.shown}, line {mine[-1].lineno}" if mine else str(source.shown)
+    cfg_frames = [frame for frame in frames if frame.filename == str(source.file)]
+    place = f"{source.shown}, line {cfg_frames[-1].lineno}" if cfg_frames else str(source.shown)
     if isinstance(error, DisttrainError):
         lines = str(error).splitlines()
-        return f"{where}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{where}:", *lines])
-    line = f"\n    {mine[-1].line}" if mine and mine[-1].line else ""
-    deeper = "" if not mine or frames[-1] is mine[-1] else f"\n(raised in {frames[-1].filename}:{frames[-1].lineno})"
-    return f"{where}: {type(error).__name__}: {error}{line}{deeper}"
+        return f"{place}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{place}:", *lines])
+    line = f"\n    {cfg_frames[-1].line}" if cfg_frames and cfg_frames[-1].line else ""
+    is_deeper = cfg_frames and frames[-1] is not cfg_frames[-1]
+    deeper = f"\n(raised in {frames[-1].filename}:{frames[-1].lineno})" if is_deeper else ""
+    return f"{place}: {type(error).__name__}: {error}{line}{deeper}"
 
 
 def _config_of(source: _Source, module: ModuleType) -> Config:
-    """Return what the file calls `config`."""
+    """Return the module's variable `config`."""
     config = getattr(module, "config", None)
     if isinstance(config, Config):
         return config
     others = [name for name, value in vars(module).items() if isinstance(value, Config)]
     advice = f"; rename {both(others)} to config" if others else "; end it in config = Config(...)"
-    found = "none" if not hasattr(module, "config") else got(config)
-    raise ConfigError(f"{source.shown}: expected a Config named config, got {found}{advice}.")
+    actual = "none" if not hasattr(module, "config") else got(config)
+    raise ConfigError(f"{source.shown}: expected a Config named config, got {actual}{advice}.")

@@ -1,10 +1,10 @@
-"""`key=value` on the command line: any field of a Config and any keyword of its functions, by dotted name.
+"""Applies `key=value` from the command line: the key is a field, or a keyword of a function, by dotted name.
 
-Contract: nothing is built and no function is called; signatures alone are read. The resulting Config is
-checked as a whole, so overrides that only fit together may be given in any order; of two for one key the
-later holds.
+*Contract*: nothing is built and no function is called; only signatures are read. The resulting Config is checked as a
+whole, so overrides that fit only together may come in any order. If two overrides have one key, the later one counts.
 
-*Errors*: ConfigError for an unknown key (with the nearest ones), an ill-typed value, or a function given as text.
+*Errors*: ConfigError for an unknown key (with the nearest ones), a value of the wrong type, or a function given as
+text.
 """
 
 import inspect
@@ -17,12 +17,12 @@ from disttrain.config.annotations import PLAIN_KEY, Leaf, alternatives, is_group
 from disttrain.config.checks import value_of
 from disttrain.config.fields import Config, Declaration, replace
 from disttrain.config.parse import Missing, parse, parse_keyword
-from disttrain.config.wording import both, either, got, meant
+from disttrain.config.wording import both, did_you_mean, either, got
 from disttrain.errors import ConfigError
 
 
 def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
-    """Return the config with `key=value` texts laid over it."""
+    """Return a copy of the config with the `key=value` texts applied."""
     changes: dict[str, Any] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -33,43 +33,43 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def settable(config: Config) -> list[str]:
-    """Return every key that an override may have, the keywords of the config's functions among them."""
+    """Return every key that an override may have, including the keywords of the config's functions."""
     keys = []
     for leaf in leaves(type(config)):
-        if not leaf.about.takes:
+        if not leaf.note.takes:
             keys.append(leaf.name)
-        elif not leaf.about.within.startswith("list"):
-            keys += _keywords(leaf.name, value_of(config, leaf.name), leaf.about.num_arguments)
+        elif not leaf.note.within.startswith("list"):
+            keys += _keywords(leaf.name, value_of(config, leaf.name), leaf.note.num_arguments)
     return keys
 
 
 def _override(config: Config, changes: dict[str, Any], key: str, text: str) -> None:
-    """Put what one override changes into `changes`."""
+    """Add the change that one override makes to `changes`."""
     head, *rest = key.split(".")
     leaf = {leaf.name: leaf for leaf in leaves(type(config))}.get(key)
     present = changes.get(head, getattr(config, head, None))
     if leaf is not None:
-        value = _plain_value(config, leaf, text)
+        value = _field_value(config, leaf, text)
         changes[head] = {**_fields(present), rest[0]: value} if rest else value
     elif head not in type(config).model_fields:
-        raise ConfigError(f"{key}={text}: no such field{meant(key, settable(config)) or '; --help lists them.'}")
+        raise ConfigError(f"{key}={text}: no such field{did_you_mean(key, settable(config)) or '; --help lists them.'}")
     elif is_group(type(config).model_fields[head].annotation):
         keys = [leaf.name for leaf in leaves(type(config)) if leaf.name.startswith(f"{head}.")]
-        wrong = f"no such field{meant(key, keys)}" if rest else f"{head} is a group of fields"
-        raise ConfigError(f"{key}={text}: " + (wrong if wrong.endswith("?") else f"{wrong}; it has {both(keys)}."))
+        reason = f"no such field{did_you_mean(key, keys)}" if rest else f"{head} is a group of fields"
+        raise ConfigError(f"{key}={text}: " + (reason if reason.endswith("?") else f"{reason}; it has {both(keys)}."))
     else:
-        number = next((leaf.about.num_arguments for leaf in leaves(type(config)) if leaf.name == head), 0)
-        changes[head] = _within(config, key, head, present, rest, text, number)
+        num_arguments = next((leaf.note.num_arguments for leaf in leaves(type(config)) if leaf.name == head), 0)
+        changes[head] = _changed(config, key, head, present, rest, text, num_arguments)
 
 
 def _fields(group: Any) -> dict[str, Any]:
     return dict(group) if isinstance(group, Declaration | dict) else {}
 
 
-def _plain_value(config: Config, leaf: Leaf, text: str) -> Any:
-    """Return the value of a field that is no function."""
+def _field_value(config: Config, leaf: Leaf, text: str) -> Any:
+    """Return the value of a field from text. A function cannot be text, except none where None is allowed."""
     forms = alternatives(leaf.info.annotation)
-    if not leaf.about.takes:
+    if not leaf.note.takes:
         return parse(leaf.name, text, forms, leaf.type_text)
     if types.NoneType in forms and text.strip().lower() in ("none", "null"):
         return None
@@ -77,41 +77,42 @@ def _plain_value(config: Config, leaf: Leaf, text: str) -> Any:
 
 
 def _only_in_cfg(config: Config, key: str, text: str) -> ConfigError:
-    """Return the error for a function given as text, with what can be given instead."""
+    """Return the error for a function given as text, with the keywords that can be given instead."""
     keys = [known for known in settable(config) if known.startswith(f"{key}.")][:5]
     instead = f", or here its keywords: {either(keys)}" if keys else ""
     return ConfigError(f"{key}={text}: a function cannot be given as text; set {key} in the cfg.py{instead}.")
 
 
-def _within(config: Config, key: str, where: str, value: Any, path: list[str], text: str, num_given: int) -> Any:
-    """Return `value` (a function, or a dict) with the thing at `path` inside it changed."""
+def _changed(config: Config, key: str, prefix: str, value: Any, path: list[str], text: str, num_given: int) -> Any:
+    """Return a copy of `value`, a function or a dict with the dotted name `prefix`, with the part at `path` changed."""
     name, *rest = path
+    dotted = f"{prefix}.{name}"
     if isinstance(value, Mapping):
         if name not in value:
-            near = meant(f"{where}.{name}", [f"{where}.{known}" for known in value])
-            raise ConfigError(f"{key}={text}: {where} has no {name}{near or _known(value)}")
-        return {**value, name: _at(config, key, f"{where}.{name}", value[name], rest, text, None)}
+            near = did_you_mean(dotted, [f"{prefix}.{known}" for known in value])
+            raise ConfigError(f"{key}={text}: {prefix} has no {name}{near or _known(value)}")
+        return {**value, name: _changed_part(config, key, dotted, value[name], rest, text, None)}
     if not _is_function(value):
         raise ConfigError(
-            f"{key}={text}: expected {where} to be a function or a partial that takes {name}, "
+            f"{key}={text}: expected {prefix} to be a function or a partial that takes {name}, "
             f"got {got(value)}; change it in the cfg.py."
         )
     function = value if isinstance(value, partial) else partial(value)
     parameters = _parameters(function, num_given)
     if name not in function.keywords and name not in parameters and not _takes_any(function):
-        near = meant(f"{where}.{name}", [f"{where}.{known}" for known in parameters])
+        near = did_you_mean(dotted, [f"{prefix}.{known}" for known in parameters])
         raise ConfigError(f"{key}={text}: {_name(function)} takes no {name}{near or _known(parameters)}")
     present = function.keywords.get(name, Missing)
-    changed = _at(config, key, f"{where}.{name}", present, rest, text, parameters.get(name))
-    return partial(function.func, *function.args, **{**function.keywords, name: changed})
+    keyword = _changed_part(config, key, dotted, present, rest, text, parameters.get(name))
+    return partial(function.func, *function.args, **{**function.keywords, name: keyword})
 
 
-def _at(
-    config: Config, key: str, where: str, present: Any, rest: list[str], text: str, parameter: inspect.Parameter | None
+def _changed_part(
+    config: Config, key: str, dotted: str, present: Any, rest: list[str], text: str, parameter: inspect.Parameter | None
 ) -> Any:
-    """Return the new value of one keyword or key: parsed, or the present one with something inside it changed."""
+    """Return the new value of one keyword or key: parsed from text, or the present one with a part of it changed."""
     if rest:
-        return _within(config, key, where, None if present is Missing else present, rest, text, 0)
+        return _changed(config, key, dotted, None if present is Missing else present, rest, text, 0)
     replaced = parameter.default if present is Missing and parameter else present
     if callable(replaced) and replaced is not Missing:
         raise _only_in_cfg(config, key, text)
@@ -131,7 +132,7 @@ def _known(names: Mapping[str, Any]) -> str:
 
 
 def _signature(function: "partial[Any]") -> inspect.Signature:
-    """Return what the function takes; nothing where python cannot tell."""
+    """Return the signature of the function; an empty one if Python does not know it."""
     try:
         plain = inspect.signature(function.func)
     except (TypeError, ValueError):
@@ -143,7 +144,7 @@ def _signature(function: "partial[Any]") -> inspect.Signature:
 
 
 def _parameters(function: "partial[Any]", num_given: int) -> dict[str, inspect.Parameter]:
-    """Return the parameters that can be given by name: not the first ones, which the caller or the partial gives."""
+    """Return the parameters that an override can set; the caller or the partial gives the first ones."""
     parameters = list(_signature(function).parameters.values())
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     taken = positional[: len(function.args) + num_given]
@@ -155,12 +156,12 @@ def _takes_any(function: "partial[Any]") -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in _signature(function).parameters.values())
 
 
-def _keywords(where: str, value: Any, num_given: int) -> Iterator[str]:
-    """Yield the keys below a function or a dict of functions."""
+def _keywords(prefix: str, value: Any, num_given: int) -> Iterator[str]:
+    """Yield the keys of the keywords of a function, or of the functions in a dict."""
     if isinstance(value, Mapping):
         for name in value:
             if isinstance(name, str) and PLAIN_KEY.fullmatch(name):
-                yield from _keywords(f"{where}.{name}", value[name], 0)
+                yield from _keywords(f"{prefix}.{name}", value[name], 0)
     elif _is_function(value):
         function = value if isinstance(value, partial) else partial(value)
-        yield from (f"{where}.{name}" for name in {**function.keywords, **_parameters(function, num_given)})
+        yield from (f"{prefix}.{name}" for name in {**function.keywords, **_parameters(function, num_given)})

@@ -1,7 +1,9 @@
-"""The text after `key=` as a value of the type that is expected there.
+"""Reads the text after `key=` as a value of the expected type.
 
-Contract: `parse(str(value), ...)` gives the value back for int, float and str; true, false and none (or null)
-are written in lower or any other case; tuples, lists and dicts as Python literals.
+*Contract*: for int, float and str, `parse` turns `str(value)` back into the value. true, false and none (or null) may
+be in any case. Tuples, lists and dicts are Python literals.
+
+*Errors*: ConfigError with the text, and with the type that was expected.
 """
 
 import ast
@@ -21,25 +23,27 @@ _BOOLS = {"true": True, "false": False}
 _PLAIN = (bool, int, float, str, tuple, list, dict, types.NoneType)
 
 
-def parse(where: str, text: str, forms: Sequence[Any], expected: str) -> Any:
-    """Return `text` as the first of `forms` that it can be; None, bool and numbers are tried before strings.
+def parse(key: str, text: str, forms: Sequence[Any], expected: str) -> Any:
+    """Return `text` as a value of the first type of `forms` that fits; None, bool and numbers come before strings.
 
     *Errors*: ConfigError that names `expected`.
     """
-    for form in sorted(forms, key=_rank):
+    for form in sorted(forms, key=_precedence):
         try:
-            return _as(form, text)
+            return _value_of_type(form, text)
         except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError):
             continue
     spelled = re.sub(r"\bbool\b", "true | false", re.sub(r"\bNone\b", "none", expected)).replace('"', "")
-    raise ConfigError(f"{where}={text}: expected {spelled}, got {text!r}.")
+    raise ConfigError(f"{key}={text}: expected {spelled}, got {text!r}.")
 
 
-def parse_keyword(where: str, text: str, present: Any, parameter: inspect.Parameter | None) -> Any:
-    """Return `text` as a value for a function's keyword.
+def parse_keyword(key: str, text: str, present: Any, parameter: inspect.Parameter | None) -> Any:
+    """Return `text` as a value for the keyword of a function.
 
-    What is expected is the type of the present value, of the parameter's default, or its annotation; where
-    they say nothing, any Python literal is taken.
+    The expected type is that of the present value, that of the parameter's default, or the annotation. Without any of
+    these, every Python literal is accepted.
+
+    *Errors*: ConfigError for another type, and for a present value that text cannot replace.
     """
     default = parameter.default if parameter else Missing
     forms = [type(value) for value in (present, default) if value is not Missing]
@@ -49,15 +53,15 @@ def parse_keyword(where: str, text: str, present: Any, parameter: inspect.Parame
     known = [form for form in forms if form in _PLAIN or get_origin(form) is Literal]
     if any(get_origin(form) is Literal for form in known):
         known = [form for form in known if form is not str]
-    settable = present is Missing or present is None or type(present) in known
-    if not settable:
+    replaceable = present is Missing or type(present) in _PLAIN
+    if not replaceable:
         raise ConfigError(
-            f"{where}={text}: expected a number, text, tuple, list or dict to replace, got {got(present)}; "
+            f"{key}={text}: expected a number, text, tuple, list or dict to replace, got {got(present)}; "
             "change it in the cfg.py."
         )
     if set(known) <= {types.NoneType}:
-        return parse(where, text, [object], "a Python literal such as 3, 0.1, true, 'text' in quotes or (1, 2)")
-    return parse(where, text, known, " | ".join(map(type_text, sorted(known, key=_none_last))))
+        return parse(key, text, [object], "a Python literal such as 3, 0.1, true, 'text' in quotes or (1, 2)")
+    return parse(key, text, known, " | ".join(map(type_text, sorted(known, key=_none_last))))
 
 
 def _none_last(form: Any) -> bool:
@@ -65,19 +69,19 @@ def _none_last(form: Any) -> bool:
 
 
 def _plain(form: Any) -> Any:
-    """Return a generic type's plain one: `tuple[int, ...]` is read as a tuple."""
+    """Return the plain type of a generic one: tuple for `tuple[int, ...]`."""
     origin = get_origin(form)
     return origin if origin in _PLAIN else form
 
 
-def _rank(form: Any) -> int:
-    """In which order forms are tried: the narrower first."""
+def _precedence(form: Any) -> int:
+    """Return the place of a type in the order in which types are tried: narrow types come first."""
     order = [types.NoneType, bool, int, float, tuple, list, dict, str, object]
     return order.index(form) if form in order else 4  # a Literal
 
 
-def _as(form: Any, text: str) -> Any:
-    """Return `text` as one form, or raise what int, a dict or `ast.literal_eval` raise."""
+def _value_of_type(form: Any, text: str) -> Any:
+    """Return `text` as a value of one type, or raise the error of int, of a dict or of `ast.literal_eval`."""
     if form is str:
         return text
     word = text.strip()

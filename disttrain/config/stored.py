@@ -1,8 +1,8 @@
-"""What a run keeps of its config, and how the config of a resumed run may differ from it.
+"""The config that a run keeps: writes and reads it, and finds the differences to the config of a resumed run.
 
-Contract: `config.json` holds the description of the resolved config, its hash and the folder of the cfg.py's
-neighbours; `overrides.json` beside it the list of overrides. A field may change on resume where its
-declaration says so, the run's length only where no schedule depends on it.
+*Contract*: `config.json` holds the description of the resolved config, its hash, and the folder from which the cfg.py
+imports. `overrides.json` beside it holds the list of overrides. A field may change on resume if its note allows it.
+The length of the run may change unless a schedule depends on it.
 """
 
 import json
@@ -15,19 +15,19 @@ from disttrain.config.fields import Config
 from disttrain.errors import ConfigError
 
 NOT_SET = "(not set)"
-"""Stands for the value of a key that only one of two descriptions has."""
+"""The value of a key that is missing in one of two descriptions."""
 
 
 class Stored(NamedTuple):
-    """What `config.json` holds."""
+    """The content of `config.json`."""
 
     fields: Description
     hash: str
     folder: Path | None
 
 
-class Difference(NamedTuple):
-    """One key under which two descriptions differ."""
+class FieldDifference(NamedTuple):
+    """One key whose values differ between two descriptions."""
 
     field: str
     old: JSON
@@ -44,56 +44,63 @@ def to_json(config: Config) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
-def from_json(text: str, where: str = "config.json") -> Stored:
-    """Return what `to_json` was given.
+def from_json(text: str, file: str = "config.json") -> Stored:
+    """Return the content of a text that `to_json` wrote.
 
-    *Errors*: ConfigError that names `where` for another text.
+    *Errors*: ConfigError that names `file`, for any other text.
     """
     try:
         content = json.loads(text)
         fields, digest, folder = dict(content["fields"]), str(content["hash"]), content["folder"]
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(
-            f"{where}: expected the JSON that a run writes, got {type(error).__name__}: {error}; "
+            f"{file}: expected the JSON that a run writes, got {type(error).__name__}: {error}; "
             "restore the file, or start the cfg.py with --fresh."
         ) from error
     return Stored(fields, digest, Path(folder) if folder else None)
 
 
-def differences(old: Description, new: Description) -> list[Difference]:
-    """Return where two descriptions differ, in the order of the fields.
+def differences(old: Description, new: Description) -> list[FieldDifference]:
+    """Return the differences of two descriptions, in the order of the fields.
 
-    No difference: `num_slots` that one of them leaves to the first launch, and a field that one of them does
-    not know yet while it has its default in the other, as after an update of disttrain.
+    Two cases are no difference: `num_slots` is None in one of them, since the first launch sets it; and a field is
+    missing in one of them and has its default in the other, since an older disttrain did not know the field.
     """
     defaults = {
         leaf.name: leaf.info.get_default(call_default_factory=True)
         for leaf in leaves(Config)
         if not leaf.info.is_required()
     }
-    found = []
+    changed = []
     for key in dict.fromkeys([*new, *old]):
         before, now = old.get(key, NOT_SET), new.get(key, NOT_SET)
-        only = now if key not in old else before
-        unknown = (key not in old or key not in new) and key in defaults and only == _empty(defaults[key])
-        settled = key == "num_slots" and None in (before, now)
-        if canonical(before) != canonical(now) and not unknown and not settled:
-            found.append(Difference(key, before, now))
-    return found
+        present = now if key not in old else before
+        only_one_has_it = key not in old or key not in new
+        is_new_field = only_one_has_it and key in defaults and present == _as_described(defaults[key])
+        set_by_launch = key == "num_slots" and None in (before, now)
+        if canonical(before) != canonical(now) and not is_new_field and not set_by_launch:
+            changed.append(FieldDifference(key, before, now))
+    return changed
 
 
-def blocking_differences(old: Description, new: Description) -> list[Difference]:
-    """Return the differences with which a run cannot be resumed."""
-    changeable = {leaf.name for leaf in leaves(Config) if leaf.about.may_change}
+def blocking_differences(old: Description, new: Description) -> list[FieldDifference]:
+    """Return the differences that prevent a resume."""
+    changeable = {leaf.name for leaf in leaves(Config) if leaf.note.may_change}
     if old.get("schedule") is None and new.get("schedule") is None:
         changeable |= {"max_epochs", "max_steps"}
-    return [each for each in differences(old, new) if each.field not in changeable]
+    return [difference for difference in differences(old, new) if difference.field not in changeable]
+
+
+def differences_that_matter(old: Description, new: Description) -> list[FieldDifference]:
+    """Return the differences that may change the result of a step."""
+    harmless = {leaf.name for leaf in leaves(Config) if leaf.note.harmless}
+    return [difference for difference in differences(old, new) if difference.field not in harmless]
 
 
 def read_overrides(file: Path) -> list[str]:
-    """Return the overrides that a run keeps; none where there is no such file.
+    """Return the overrides in a run's `overrides.json`; an empty list if there is no such file.
 
-    *Errors*: ConfigError where it holds anything but a list of strings.
+    *Errors*: ConfigError if the file holds anything but a list of strings.
     """
     if not file.exists():
         return []
@@ -101,11 +108,11 @@ def read_overrides(file: Path) -> list[str]:
         content = json.loads(file.read_bytes())
     except ValueError as error:
         raise ConfigError(f"{file}: expected a JSON list of KEY=VALUE, got no JSON ({error}); restore it.") from error
-    if not isinstance(content, list) or not all(isinstance(each, str) for each in content):
+    if not isinstance(content, list) or not all(isinstance(text, str) for text in content):
         raise ConfigError(f"{file}: expected a JSON list of KEY=VALUE, got {str(content)[:60]}; restore it.")
     return content
 
 
-def _empty(default: object) -> JSON:
-    """Return a default as a description has it: fields that hold functions are None or empty by default."""
+def _as_described(default: object) -> JSON:
+    """Return a default in the form that a description has: fields that hold functions default to None or empty."""
     return [] if default == () else default  # type: ignore[return-value]  # the other defaults are plain values

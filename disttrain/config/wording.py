@@ -1,4 +1,4 @@
-"""How this room says what was expected, what was got, and what may have been meant."""
+"""The phrases of this room's error messages: what was expected, what was got, and the names that are near."""
 
 import difflib
 import inspect
@@ -13,32 +13,32 @@ from disttrain.errors import ConfigError
 
 
 def got(value: object) -> str:
-    """Return a short text of a value: itself if it is a plain one, else what it is."""
+    """Return a short text for a value: the value itself if it is plain, else its kind."""
     if value is None or isinstance(value, bool | int | float | str):
         return reprlib.repr(value)
     if inspect.isclass(value):
         return f"the class {value.__name__}"
     if inspect.isroutine(value):
         return f"the function {getattr(value, '__name__', 'without a name')}"
-    if isinstance(value, list | tuple) and all(isinstance(each, bool | int | float | str) for each in value):
+    if isinstance(value, list | tuple) and all(isinstance(item, bool | int | float | str) for item in value):
         return reprlib.repr(value)
     name = type(value).__name__
     return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
 
 
 def either(words: Iterable[object], joint: str = "or") -> str:
-    """Join as a person would: `a`, `a or b`, `a, b or c`."""
+    """Join words by commas and "or": `a`, `a or b`, `a, b or c`."""
     *first, last = [str(word) for word in words]
     return f"{', '.join(first)} {joint} {last}" if first else last
 
 
 def both(words: Iterable[object]) -> str:
-    """Join as a person would: `a`, `a and b`, `a, b and c`."""
+    """Join words by commas and "and": `a`, `a and b`, `a, b and c`."""
     return either(words, "and")
 
 
-def meant(word: str, words: Iterable[str]) -> str:
-    """Return `; did you mean optimizer.lr?` for the nearest of `words`, or nothing where none is near."""
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """Return `; did you mean optimizer.lr?` with the nearest of `words`; an empty text if none is near."""
     scores = {known: _nearness(word, known) for known in sorted(set(words))}
     best = max(scores.values(), default=0.0)
     near = [known for known in scores if scores[known] >= max(best - 0.15, 0.6)]
@@ -47,7 +47,10 @@ def meant(word: str, words: Iterable[str]) -> str:
 
 
 def _nearness(word: str, known: str) -> float:
-    """Return 0 to 1: how alike the parts are, each for itself; with the same last part, `lr` is near `optimizer.lr`."""
+    """Return the similarity of two dotted names, from 0 to 1.
+
+    The names are compared part by part. They are also near if their last parts are: `lr` is near `optimizer.lr`.
+    """
     parts, known_parts = word.split("."), known.split(".")
     ratios = [difflib.SequenceMatcher(None, a, b).ratio() for a, b in zip(parts, known_parts, strict=False)]
     whole = sum(ratios) / len(ratios) if len(parts) == len(known_parts) and min(ratios) >= 0.6 else 0.0
@@ -56,19 +59,19 @@ def _nearness(word: str, known: str) -> float:
 
 
 def sentence(text: str) -> str:
-    """Return the text with a full stop, unless it ends in a mark already."""
+    """Return the text with a full stop at its end, unless it ends in "." or "?" already."""
     return text if text.endswith((".", "?")) else f"{text}."
 
 
-def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> str:
-    """Return pydantic's complaints as one line a problem: field, expected, got, and the name that was meant."""
+def explain_field_errors(error: ValidationError, model: type[BaseModel], prefix: str) -> str:
+    """Return pydantic's errors as text, one line for each problem: field, expected, got, and the nearest name."""
     fields = {leaf.name: leaf for leaf in leaves(model, prefix)}
-    lines = [sentence(_line(dict(each), fields, model, prefix)) for each in error.errors(include_url=False)]
+    lines = [sentence(_line(dict(problem), fields, model, prefix)) for problem in error.errors(include_url=False)]
     return "\n".join(dict.fromkeys(lines))
 
 
 def _line(problem: dict[str, Any], fields: dict[str, Leaf], model: type[BaseModel], prefix: str) -> str:
-    """Return the line, or the lines where a group or a check has put them together already."""
+    """Return the text of one problem. The ConfigError of a group or of a check is such a text already."""
     cause = problem.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
         return str(cause)
@@ -76,13 +79,13 @@ def _line(problem: dict[str, Any], fields: dict[str, Leaf], model: type[BaseMode
     name = f"{prefix}{head}"
     if problem["type"] == "extra_forbidden":
         top = [prefix + field for field in model.model_fields]
-        return f"{name}: no such field{meant(name, [*top, *fields])}"
+        return f"{name}: no such field{did_you_mean(name, [*top, *fields])}"
     leaf = fields.get(name)
     if leaf is None:
         group = model.model_fields[str(head)].annotation
         expected = f"a {getattr(group, '__name__', group)} or a dict of its fields"
-    elif leaf.about.within and rest and "[key]" not in rest:
-        expected, name = leaf.about.takes, f"{name}.{rest[0]}"
+    elif leaf.note.within and rest and "[key]" not in rest:
+        expected, name = leaf.note.takes, f"{name}.{rest[0]}"
     else:
         expected = leaf.type_text
     if problem["type"] == "missing":

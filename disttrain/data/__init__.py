@@ -1,14 +1,64 @@
-"""WHAT goes into a step: the order of the samples, which slot loads which, and loading them anywhere alike.
+"""WHAT goes into a step: the order of the samples, the samples of each slot, and their loading.
 
-`permutation` (a random order without holding it), `sampler` (step, slot and rank to indices and a seed),
-`dataset` (seeding, naming errors, telling datasets apart), `fetching` (worker processes), `loader` (positions);
-`stream` and `stream_reader`: the same for data that can only be iterated.
+    permutation    `IndexShuffle`: a random order of n samples, computed slice by slice
+    sampler        chooses the samples and the seed of each step and slot
+    dataset        seeds the samples of a batch, names the sample of an error, identifies and checks a dataset
+    fetching       fetches batches in this process or in worker processes
+    loader         `SlotLoader`: yields the microbatches of this rank's slots, from any position
+    copy_ahead     copies the next step to an accelerator while the current step computes
+    stream         `StreamLoader`: a SlotLoader for data that can only be iterated
+    passes         the passes over a stream, and the step at which each of them ends on all ranks
+    stream_reader  reads the samples of a stream, in the process that has opened it
+    ranks          the collectives that a StreamLoader needs
 
-*Contract*: everything is a function of the run's seed and a position. Ranks are unknown here: a loader is told
-which slots are its own, an evaluation which part of the batches.
+| noun       | meaning                                                                                         |
+|------------|-------------------------------------------------------------------------------------------------|
+| position   | an epoch and a step in it, both from 0: the step that comes next                                |
+| order      | the permutation of the samples in one epoch; a function of (run's seed, epoch)                  |
+| Microbatch | the indices of the samples of one slot in one step, with the seed to load them under            |
+| StepBatch  | the loaded microbatches of one rank for one step, a list in slot order                          |
+| pass       | one reading of the data from its start: an epoch of a stream; its length shows only at its end  |
+| Passes     | the object that reads a stream pass after pass, one step ahead                                  |
+| stream     | an iterator over samples: of one slot's shard, or of the whole dataset                          |
+| Unit       | the slots that are read from one stream: one slot of a sharded dataset, else all slots          |
+| Request    | one step of one unit, as a worker receives it                                                   |
+| Part       | the result of a request: the batches of a unit's slots, and the state of its stream after them  |
+| Fetching   | a DataLoader with its workers: it turns microbatches, or requests, into loaded batches          |
+| Copies     | the batches on their way to an accelerator                                                      |
+
+An example: 20 samples, a global batch of 8 in 4 slots, and a run with seed 7. An epoch has 2 steps and leaves out 4
+samples. Step 1 of epoch 1 is the positions 8 to 15 of that epoch's order:
+
+    >>> from disttrain.data import IndexShuffle, SlotBatchSampler, SlotLoader
+    >>> from disttrain.seeding import seed_for
+    >>> order = IndexShuffle(20, key=seed_for(7, "order", 1))
+    >>> list(order)
+    [16, 9, 8, 3, 11, 6, 13, 12, 19, 2, 18, 4, 1, 15, 17, 7, 5, 0, 14, 10]
+    >>> order.indices(8, 16).tolist()
+    [19, 2, 18, 4, 1, 15, 17, 7]
+
+Of 2 ranks, rank 0 owns the slots 0 and 1, and rank 1 owns the slots 2 and 3. Each slot gets 2 of these samples:
+
+    >>> for rank, slots in enumerate([range(0, 2), range(2, 4)]):
+    ...     sampler = SlotBatchSampler(20, 8, 4, seed=7, slots=slots)
+    ...     sampler.seek(epoch=1, step=1)
+    ...     print(f"rank {rank}:", {f"slot {batch.slot}": list(batch) for batch in sampler})
+    rank 0: {'slot 0': [19, 2], 'slot 1': [18, 4]}
+    rank 1: {'slot 2': [1, 15], 'slot 3': [17, 7]}
+
+Each microbatch is loaded under a seed made from (run's seed, epoch, step, slot), so the augmentation of a sample is the
+same on any rank and in any worker. The loader of rank 1 yields this step, and is then at the start of epoch 2:
+
+    >>> loader = SlotLoader(range(100, 120), SlotBatchSampler(20, 8, 4, seed=7, slots=range(2, 4)), collate_fn=list)
+    >>> loader.seek(epoch=1, step=1)
+    >>> next(iter(loader)), (loader.epoch, loader.step)
+    ([[101, 115], [117, 107]], (2, 0))
+
+*Contract*: everything is a function of the run's seed and a position. No module here has a backend: a loader gets the
+slots that are its own, and an evaluation gets the number of its rank.
 """
 
-from disttrain.data.ahead import Copies, copies_for
+from disttrain.data.copy_ahead import Copies, copies_for
 from disttrain.data.dataset import (
     LoadingError,
     SeededDataset,

@@ -1,9 +1,8 @@
-"""A dataset as the run sees it: seeded per microbatch, its errors named, its identity checked.
+"""Wraps a dataset for a run: seeds each microbatch, names the sample of an error, identifies and checks the dataset.
 
-*Contract*: what a sample looks like depends on its index and on the seed of the microbatch it is loaded in, never
-on the process that loads it or on what was loaded before, as long as the dataset draws from the global
-generators of python, numpy and torch. A generator that the dataset keeps for itself has a history, which no
-framework can see.
+*Contract*: a sample depends only on its index and on the seed of its microbatch. It does not depend on the process
+that loads it, or on the samples loaded before. This holds if the dataset draws from the global generators of Python,
+numpy and torch. A generator that the dataset keeps for itself has a history, which no framework can see.
 """
 
 import hashlib
@@ -23,11 +22,11 @@ NUM_HASHED_ROWS = 16
 
 
 class LoadingError(DataError):
-    """A sample or a batch that could not be made; one line, in worker processes too.
+    """A sample or a batch could not be made. The message is one line, also if a worker process raised it.
 
-    A DataLoader sends an error of a worker home as its class and a text: "Caught ... Original Traceback ...".
-    The message here is the last line of that text, which is ours; the whole of it becomes a note, which a printed
-    traceback shows.
+    A DataLoader sends an error of a worker to the main process as its class and a text: "Caught ... Original
+    Traceback ...". The last line of that text is our message. The whole text becomes a note, which a printed traceback
+    shows.
     """
 
     def __init__(self, message: str) -> None:
@@ -39,23 +38,23 @@ class LoadingError(DataError):
 
 
 def quoted(error: Exception) -> str:
-    """Return an error as one line of a message: its type, and what it says, cut where it is long."""
+    """Return an error as part of a one-line message: its type and its text, which is cut if it is long."""
     text = " ".join(str(error).split())
     text = text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE] + "..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _named(batch: SeededBatch) -> str:
+def _batch_name(batch: SeededBatch) -> str:
     return f"{batch.name} (dataset indices {', '.join(map(str, batch[:8]))}{', ...' if len(batch) > 8 else ''})"
 
 
 class SeededDataset(Dataset[Any]):
-    """A dataset whose batches are loaded under their own seed, whichever process loads them.
+    """A dataset that loads each batch under the batch's own seed, in any process.
 
-    *Contract*: the seed stays in force when `__getitems__` returns, so that a collate function's draws are
-    seeded too. Whoever loads in a process whose randomness matters otherwise keeps it (`random_state_kept`).
+    *Contract*: the seed stays set when `__getitems__` returns, so the draws of a collate function are seeded too. A
+    caller that needs the earlier state of the global generators keeps it (`random_state_kept`).
     *Errors*: LoadingError: `dataset[17] raised ValueError: ...`.
-    *Cost*: about 15 microseconds a batch above the dataset's own work.
+    *Cost*: about 15 microseconds for each batch, in addition to the dataset's own work.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -65,7 +64,7 @@ class SeededDataset(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        """Return one sample as the dataset gives it, unseeded: an index alone has no position in a run."""
+        """Return one sample of the dataset, unseeded, because an index alone is no position in a run."""
         return self.dataset[index]
 
     def __getitems__(self, batch: SeededBatch) -> Any:
@@ -76,41 +75,41 @@ class SeededDataset(Dataset[Any]):
                 "give the DataLoader a SlotBatchSampler or an EvaluationBatchSampler as its batch_sampler"
             )
         seed_position(batch.seed)
-        # Asked for as torch's own loaders ask: None there means that there is none.
+        # As torch's own loaders do it: the attribute may be there and be None.
         getitems = getattr(self.dataset, "__getitems__", None)
         if not getitems:
             return [self._sample(index, batch) for index in batch]
         try:
             return getitems(list(batch))
         except Exception as error:
-            self._find_culprit(batch)
-            raise LoadingError(f"dataset.__getitems__ raised {quoted(error)}, loading {_named(batch)}") from error
+            self._raise_for_bad_sample(batch)
+            raise LoadingError(f"dataset.__getitems__ raised {quoted(error)}, loading {_batch_name(batch)}") from error
 
     def _sample(self, index: int, batch: SeededBatch) -> Any:
         try:
             return self.dataset[index]
         except Exception as error:
             raise LoadingError(
-                f"dataset[{index}] raised {quoted(error)}; mend that sample or leave it out (it is in {batch.name})"
+                f"dataset[{index}] raised {quoted(error)}; repair that sample or leave it out (it is in {batch.name})"
             ) from error
 
-    def _find_culprit(self, batch: SeededBatch) -> None:
-        """Raise the error of the first sample that cannot be loaded alone, to name it, if there is one."""
+    def _raise_for_bad_sample(self, batch: SeededBatch) -> None:
+        """Load the samples one by one, and raise a LoadingError that names the first bad one, if there is one."""
         if not hasattr(self.dataset, "__getitem__"):
             return
         for index in batch:
             try:
                 self._sample(index, batch)
             except LoadingError as error:
-                if isinstance(error.__cause__, NotImplementedError):  # torch's Dataset: this one loads batches only
+                if isinstance(error.__cause__, NotImplementedError):  # torch's Dataset: it loads only whole batches
                     return
                 raise
 
 
 class CollatedDataset(SeededDataset):
-    """A SeededDataset whose batches come collated, so that a failing collate function's batch can be named.
+    """A SeededDataset that collates its batches itself, so that an error of the collate function names the batch.
 
-    Its DataLoader's own collate function must hand the batch through.
+    The collate function of its DataLoader must return the batch unchanged.
     """
 
     def __init__(self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None) -> None:
@@ -118,40 +117,40 @@ class CollatedDataset(SeededDataset):
         self.collate_fn = default_collate if collate_fn is None else collate_fn
 
     def __getitems__(self, batch: SeededBatch) -> Any:
-        """Return the batch that the samples of `batch` make."""
-        return collated(self.collate_fn, super().__getitems__(batch), _named(batch))
+        """Return the samples of `batch`, collated."""
+        return collated(self.collate_fn, super().__getitems__(batch), _batch_name(batch))
 
 
 def collated(collate_fn: Callable[[Any], Any], samples: Any, name: str) -> Any:
-    """Return the batch that `samples` make; LoadingError, with the batch's `name`, where they make none."""
+    """Return the collated `samples`; raise LoadingError with the batch's `name` if that fails."""
     try:
         return collate_fn(samples)
     except Exception as error:
         function = getattr(collate_fn, "__name__", type(collate_fn).__name__)
         raise LoadingError(
             f"{function} raised {quoted(error)}, collating {name}; give all samples one shape and type, "
-            "or a collate function that takes them as they are"
+            "or set a collate function that accepts them as they are"
         ) from error
 
 
 def is_iterable_style(dataset: Any) -> bool:
-    """Return whether `dataset` can only be read from its start: an IterableDataset, or iterable but not indexable."""
+    """Return whether `dataset` can only be iterated: an IterableDataset, or an object with no `__getitem__`."""
     if isinstance(dataset, IterableDataset):
         return True
     return hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__")
 
 
 def check_dataset(dataset: Any, field: str = "dataset") -> dict[str, Any]:
-    """Return what identifies a dataset: its `dataset_length` and `dataset_fingerprint`.
+    """Return the identity of a dataset: its `dataset_length` and `dataset_fingerprint`.
 
-    *Errors*: DataError unless it has a length, above 0, and can be indexed; `field` names it in the message. No
-    sample is loaded: that may open files which worker processes, forked later, must not share.
+    *Errors*: DataError unless it can be indexed and has a length above 0. `field` is its name in the message. No sample
+    is loaded, because that may open files that must not be shared with worker processes, which are forked later.
     """
     expected = f"{field}: expected a dataset with __len__ and __getitem__, got {type(dataset).__name__}"
     if is_iterable_style(dataset):
         raise DataError(
             f"{expected}, which can only be iterated; put its samples into a list or an indexed file "
-            "(training data may be iterated: docs/streams.md)"
+            "(only training data may be iterated: docs/streams.md)"
         )
     if not (hasattr(dataset, "__getitem__") or hasattr(dataset, "__getitems__")):
         raise DataError(f"{expected}, which cannot be indexed; give it a __getitem__(self, index)")
@@ -165,20 +164,20 @@ def check_dataset(dataset: Any, field: str = "dataset") -> dict[str, Any]:
 
 
 def check_stream(dataset: Any, field: str = "dataset") -> dict[str, Any]:
-    """Return what identifies an iterable-style dataset, as `check_dataset` does; a length that is unknown is None.
+    """Return the identity of an iterable-style dataset, as `check_dataset` does; an unknown length is None.
 
-    *Errors*: DataError for one that can be iterated only once, gives batches, or says that it is empty.
+    *Errors*: DataError for a dataset that can be iterated only once, that yields batches, or whose length is 0.
     """
     if isinstance(dataset, DataLoader):
         raise DataError(
             f"{field}: expected a dataset, which gives samples, got a DataLoader, which gives batches; return its "
-            "dataset: batches, order and workers are made here"
+            "dataset, since disttrain makes batches, order and workers itself"
         )
-    once = isinstance(dataset, Iterator) and not hasattr(dataset, "load_state_dict")
-    if once or not callable(getattr(dataset, "__iter__", None)):
+    readable_once = isinstance(dataset, Iterator) and not hasattr(dataset, "load_state_dict")
+    if readable_once or not callable(getattr(dataset, "__iter__", None)):
         raise DataError(
             f"{field}: expected an object whose iter() begins anew each time, got a {type(dataset).__name__}, which "
-            "can be read only once; return an IterableDataset, whose __iter__ may be the function that makes it"
+            "can be read only once; return an IterableDataset whose __iter__ creates it"
         )
     num_samples = length_of(dataset)
     if num_samples is not None and num_samples < 1:
@@ -187,7 +186,7 @@ def check_stream(dataset: Any, field: str = "dataset") -> dict[str, Any]:
 
 
 def length_of(dataset: Any) -> int | None:
-    """Return `len(dataset)`, None where that is unknown."""
+    """Return `len(dataset)`, or None if that is unknown."""
     try:
         return len(dataset)
     except (TypeError, NotImplementedError):
@@ -197,24 +196,24 @@ def length_of(dataset: Any) -> int | None:
 def _empty(dataset: Any, field: str) -> str:
     return (
         f"{field}: expected at least one sample, got an empty {type(dataset).__name__}; "
-        "check that its files were found and that no filter took every sample"
+        "check that its files were found and that no filter removed every sample"
     )
 
 
 def fingerprint(dataset: Any) -> str:
-    """Return 16 hex digits that tell one dataset from another: its type, its length and what is cheap to see.
+    """Return 16 hex digits that identify a dataset by its type, its length and features that are cheap to read.
 
-    Seen are an attribute or method `fingerprint` of the dataset's own (or `_fingerprint`, as Hugging Face's have
-    it), the parts of torch's Subset and ConcatDataset, and of a TensorDataset the shapes, dtypes and a few rows.
-    Other datasets are not asked for samples: reading one may be slow, random, or open a file before the worker
-    processes fork. So equal fingerprints do not prove equal data; give the dataset a `fingerprint` for that.
+    These features are the dataset's own attribute or method `fingerprint` (or Hugging Face's `_fingerprint`), the parts
+    of torch's Subset and ConcatDataset, and the shapes, dtypes and a few rows of a TensorDataset. No sample of any
+    other dataset is read: that may be slow or random, or open a file before the worker processes are forked. So equal
+    fingerprints do not prove equal data. Give a dataset a `fingerprint` for that.
     """
     text = "\n".join(_features(dataset))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _features(dataset: Any) -> Iterator[str]:
-    # Without the module's name: that of a cfg.py depends on where it was loaded from.
+    # Without the name of the module, because that of a cfg.py depends on the place from which it was loaded.
     yield f"{type(dataset).__qualname__} of {length_of(dataset)}"
     for name in ("fingerprint", "_fingerprint"):
         if (own := getattr(dataset, name, None)) is not None:
@@ -230,5 +229,5 @@ def _features(dataset: Any) -> Iterator[str]:
         for tensor in dataset.tensors:
             yield f"{tensor.dtype} {tuple(tensor.shape)}"
             rows = [seed_for(0, "fingerprint", i) % len(tensor) for i in range(NUM_HASHED_ROWS if len(tensor) else 0)]
-            some = tensor[rows].detach().cpu().contiguous()
-            yield hashlib.blake2b(some.view(torch.uint8).numpy().tobytes()).hexdigest()
+            selected = tensor[rows].detach().cpu().contiguous()
+            yield hashlib.blake2b(selected.view(torch.uint8).numpy().tobytes()).hexdigest()

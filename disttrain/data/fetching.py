@@ -1,10 +1,11 @@
-"""Where batches are fetched: in this process or in workers, which live, die and hear signals with it alone.
+"""Fetches batches in this process, or in worker processes that it starts, ends and protects from signals.
 
-*Contract*: the global generators are left as they were found. A worker ignores the signals that a terminal or a
-batch system sends to every process of a job, and ends within about a second of the process that started it.
+*Contract*: the global generators are left unchanged. A worker ignores the signals that a terminal or a batch system
+sends to every process of a job. It ends within about a second of the process that started it. Workers are started by
+the default method of `multiprocessing`.
 
-*Errors*: whatever a sample or a collate function raises comes as a `LoadingError` of one line; a worker that dies
-while its batch is awaited as a `DataError`.
+*Errors*: an exception of a sample or of a collate function becomes a `LoadingError` of one line. If a worker dies
+before its batch arrives, that is a `DataError`.
 """
 
 import functools
@@ -17,7 +18,6 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing import connection, parent_process, resource_tracker
-from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -27,36 +27,25 @@ from disttrain.data.dataset import LoadingError
 from disttrain.errors import DataError
 from disttrain.seeding import random_state_kept
 
-LEFT_TO_THE_PARENT = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-PARENT_IS_WATCHED_EVERY_S = 1.0
-WHAT_A_DEAD_WORKER_LEAVES = (RuntimeError, OSError, EOFError)
-"""torch's own error, and those of a connection to it that broke in the middle of a batch."""
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""The signals that a worker ignores; its parent handles them."""
+PARENT_CHECK_INTERVAL_S = 1.0
+DEAD_WORKER_ERRORS = (RuntimeError, OSError, EOFError)
+"""The errors that a dead worker causes: torch's own, and those of a connection that breaks in the middle of a batch."""
 
 
 class Fetching:
-    """An inner DataLoader and its one running iterator: where batches are fetched and workers live.
+    """Runs an inner DataLoader: turns requests into batches, in order, and owns its workers.
 
-    `dataset.__getitems__(request)` returns what is fetched as it is; requests are what `start` is given.
+    `start` gets the requests. `dataset.__getitems__(request)` returns the batch of a request, already collated.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        num_workers: int,
-        pin_memory: bool,
-        prefetch_factor: int | None,
-        multiprocessing_context: str | BaseContext | None,
-    ) -> None:
+    def __init__(self, dataset: Any, num_workers: int, pin_memory: bool) -> None:
         self._dataset = dataset
-        self._options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
-        if num_workers:
-            # Without workers torch refuses these two; here they say how workers are, if there are any.
-            self._options.update(
-                prefetch_factor=prefetch_factor,
-                multiprocessing_context=multiprocessing_context,
-            )
+        self._num_workers = num_workers
+        self._pin_memory = pin_memory
         self.took_s = 0.0
-        """Time in which batches were loaded, or waited for, so far."""
+        """The time that this process has spent so far on loading batches, or on waiting for them."""
         self._iterator: Any = None
         self._process = os.getpid()
 
@@ -65,61 +54,60 @@ class Fetching:
         return self._iterator is not None
 
     def start(self, requests: Iterable[Any]) -> None:
-        """Begin to fetch what `requests` ask for, in this order; the n-th goes to worker n % num_workers."""
-        # The generator is for the workers' base seed, which would else be drawn from the global one. Each batch
-        # is seeded by itself, so what it gives does not matter.
+        """Begin to fetch the batches of `requests`, in this order. The n-th request goes to worker n % num_workers."""
+        # Without a generator of its own, torch draws the base seed of the workers from the global one. The value does
+        # not matter, because each batch is seeded by itself.
         loader = DataLoader(
             self._dataset,
             batch_sampler=requests,
-            collate_fn=_as_it_is,
+            collate_fn=_unchanged,
             generator=torch.Generator(),
             worker_init_fn=functools.partial(_guard_worker, collecting=gc.isenabled()),
-            **self._options,
+            num_workers=self._num_workers,
+            pin_memory=self._pin_memory,
         )
-        context = loader.multiprocessing_context
-        if self._options["num_workers"] and (context or multiprocessing).get_start_method() != "fork":
-            resource_tracker.ensure_running()  # else it starts below, which on some Pythons lets signals in again
-        with _signals_held_back(), _garbage_left_alone():
+        if self._num_workers and multiprocessing.get_start_method() != "fork":
+            resource_tracker.ensure_running()  # else it starts below, and on some Pythons that unblocks signals
+        with _signals_blocked(), _collection_paused():
             self._iterator = iter(loader)
 
     def take(self, count: int) -> list[Any]:
-        """Return the next `count` batches; an error ends the iterator, which has lost its place."""
-        here = self._options["num_workers"] == 0
+        """Return the next `count` batches. An error ends the iterator, because its position is lost."""
         began = time.perf_counter()
         try:
-            with random_state_kept() if here else nullcontext():
+            with nullcontext() if self._num_workers else random_state_kept():
                 batches = [next(self._iterator) for _ in range(count)]
             self.took_s += time.perf_counter() - began
             return batches
         except BaseException as error:
-            broken = isinstance(error, WHAT_A_DEAD_WORKER_LEAVES) and not isinstance(error, LoadingError)
-            died = broken and self._has_dead_worker()
+            suspicious = isinstance(error, DEAD_WORKER_ERRORS) and not isinstance(error, LoadingError)
+            died = suspicious and self._has_dead_worker()
             self.stop()
             if died:
                 raise DataError(
-                    f"a data loading worker ended, expected it to live as long as the run ({type(error).__name__}: "
-                    f"{error}); it was killed, perhaps because memory or shared memory (/dev/shm) ran out: "
-                    "use fewer workers or smaller batches"
+                    "a data loading worker ended, expected it to live as long as the run "
+                    f"({type(error).__name__}: {error}); it was killed, perhaps because memory or shared memory "
+                    "(/dev/shm) ran out: use fewer workers or smaller batches"
                 ) from error
             raise
 
     def _has_dead_worker(self) -> bool:
-        if self._options["num_workers"] == 0:
+        if self._num_workers == 0:
             return False
         try:
-            # What it left undone may be seen before its end, so that is given a moment.
+            # The error may arrive before the worker has ended, so wait a moment for its end.
             return bool(connection.wait([worker.sentinel for worker in self._iterator._workers], timeout=1.0))
         except RuntimeError:
-            return True  # torch raises that from its handler of SIGCHLD, in the midst of anything
+            return True  # torch raises it in its SIGCHLD handler, so it can come at any point
 
     def stop(self) -> None:
-        """End the iterator and its workers, whatever state they are in; nothing to do where there are none."""
+        """End the iterator and its workers, if there are any, in whatever state they are."""
         iterator, self._iterator = self._iterator, None
-        # A process that was forked off has a copy of this, but not the workers.
-        if iterator is None or self._options["num_workers"] == 0 or os.getpid() != self._process:
+        # A forked process has a copy of this object, but the workers are not its children.
+        if iterator is None or self._num_workers == 0 or os.getpid() != self._process:
             return
-        # torch ends workers when the iterator is collected, which a traceback that holds it would put off.
-        with suppress(RuntimeError):  # that of torch's handler of SIGCHLD: one has ended before it was told to
+        # torch ends workers when the iterator is collected. A traceback that refers to it would delay that.
+        with suppress(RuntimeError):  # from torch's SIGCHLD handler: a worker ended by itself
             iterator._shutdown_workers()
         for worker in iterator._workers:
             if worker.is_alive():
@@ -127,17 +115,17 @@ class Fetching:
                 worker.join()
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
 @contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """Keep signals from processes that are started here until they ignore them; this one gets them afterwards.
+def _signals_blocked() -> Iterator[None]:
+    """Block signals while processes are started, until those ignore them; this process gets them afterwards.
 
-    multiprocessing's fork server, if it is started here, never gets them: its end would be the workers'.
+    If multiprocessing's fork server is started here, it never gets them. Its end would end the workers too.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*LEFT_TO_THE_PARENT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*IGNORED_SIGNALS, signal.SIGTERM})
     try:
         yield
     finally:
@@ -145,11 +133,11 @@ def _signals_held_back() -> Iterator[None]:
 
 
 @contextmanager
-def _garbage_left_alone() -> Iterator[None]:
-    """Collect no garbage until a process that is forked off here has put aside what it was born with.
+def _collection_paused() -> Iterator[None]:
+    """Pause the garbage collector until a forked worker has frozen the objects that it inherited.
 
-    Unreachable objects of the parent may be connections to other ranks or hold an accelerator's memory; to destroy
-    those in a fork, where their threads are missing, crashes or hangs it.
+    Unreachable objects of the parent may be connections to other ranks, or hold memory of an accelerator. A fork lacks
+    their threads, so destroying them there crashes or hangs the worker.
     """
     collecting = gc.isenabled()
     gc.disable()
@@ -161,32 +149,32 @@ def _garbage_left_alone() -> Iterator[None]:
 
 
 def _guard_worker(worker_id: int, *, collecting: bool) -> None:
-    """Tie a worker to the process that started it: it ends with that one, or when that one says so.
+    """Bind a worker to its parent: it ends when the parent ends, or when the parent sends SIGTERM.
 
-    A terminal or a batch system signals every process of a job. The parent decides what that means, and may need
-    its workers for one more step.
+    A terminal or a batch system signals every process of a job. Only the parent reacts to that, and it may need its
+    workers for one more step.
     """
     gc.freeze()
     if collecting:
         gc.enable()
-    for signum in LEFT_TO_THE_PARENT:
+    for signum in IGNORED_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_with_parent(above: int) -> None:
-    """Wait until the parent is gone or sends SIGTERM, then end this process; from others SIGTERM is ignored.
+def _end_with_parent(starter: int) -> None:
+    """Wait until the parent has ended or sends SIGTERM, then end this process. SIGTERM from others is ignored.
 
-    `above` is the process above this one: the parent, or multiprocessing's fork server, which ends with it.
+    `starter` is the process that started this one: the parent, or multiprocessing's fork server, which ends with it.
     """
     parent = parent_process()
     assert parent is not None, "a worker has a parent"
-    while os.getppid() == above and parent.is_alive():
+    while os.getppid() == starter and parent.is_alive():
         if not hasattr(signal, "sigtimedwait"):  # macOS: there SIGTERM stays blocked, and `stop` ends with SIGKILL
-            time.sleep(PARENT_IS_WATCHED_EVERY_S)
+            time.sleep(PARENT_CHECK_INTERVAL_S)
             continue
-        received = signal.sigtimedwait({signal.SIGTERM}, PARENT_IS_WATCHED_EVERY_S)
-        if received is not None and received.si_pid in (parent.pid, above):
+        received = signal.sigtimedwait({signal.SIGTERM}, PARENT_CHECK_INTERVAL_S)
+        if received is not None and received.si_pid in (parent.pid, starter):
             break
     os._exit(0)

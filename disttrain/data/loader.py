@@ -1,23 +1,22 @@
-"""What goes into a step: the microbatches of this rank's slots, loaded here or in worker processes.
+"""Loads the microbatches of this rank's slots, step by step, in this process or in worker processes.
 
-*Contract*: what a batch holds depends on its position alone, never on the number of workers, on prefetching or on
-what was loaded before; the loading process uses one intra-op thread in a worker, and what it finds here. The
-global generators are left as they were found. A loader's position is what it has yielded, not what its workers
-have fetched ahead.
+*Contract*: the content of a batch depends only on its position. It does not depend on the number of workers, on
+prefetching, or on the batches loaded before. A worker uses one intra-op thread; in this process the number of threads
+is left alone. The global generators are left unchanged. The position of a loader is that of the batch that it yielded
+last, not that of the batches that its workers have fetched ahead.
 
-*Errors*: whatever a sample or a collate function raises comes as a `LoadingError` of one line; a worker that dies
-as a `DataError`.
+*Errors*: an exception of a sample or of a collate function becomes a `LoadingError` of one line. A worker that dies is
+a `DataError`.
 """
 
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from multiprocessing.context import BaseContext
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from disttrain.data.ahead import Copies
+from disttrain.data.copy_ahead import Copies
 from disttrain.data.dataset import CollatedDataset
 from disttrain.data.fetching import Fetching
 from disttrain.data.sampler import EvaluationBatchSampler, Microbatch, SlotBatchSampler
@@ -28,17 +27,18 @@ LoaderT = TypeVar("LoaderT", bound=DataLoader[Any])
 
 @runtime_checkable
 class Seekable(Protocol):
-    """Data that yields an epoch's batches in a pass and can go to any position, both counted from 0.
+    """Data that yields the batches of one epoch in each pass, and can go to any position.
 
-    Data without a `len` is sought by steps alone: step 23 of epoch 0 is the 23rd of all, whatever epoch that is in.
+    Epochs and steps count from 0. In data without a `len`, positions are counted in steps only: step 23 of epoch 0 is
+    the step after the first 23 steps of the run, in whatever epoch that is.
     """
 
     def seek(self, epoch: int, step: int) -> None:
-        """Let the next pass begin at `step` of `epoch`."""
+        """Set the position: the next pass begins at `step` of `epoch`."""
 
 
 class StepBatch(list[Any]):
-    """What one rank loads for one step: a batch for each of its slots, in slot order."""
+    """The batches of one rank for one step: one for each of its slots, in slot order."""
 
     def __init__(self, microbatches: Iterable[Any], *, epoch: int, step: int, slots: range) -> None:
         super().__init__(microbatches)
@@ -48,20 +48,18 @@ class StepBatch(list[Any]):
 
 
 class SlotLoader:
-    """Yields a `StepBatch` a step, for the rest of the current epoch; the next pass is the next epoch.
+    """Yields a `StepBatch` for each step of the rest of the current epoch. The next pass is the next epoch.
 
-    *Contract*: `epoch` and `step` are the position: the step that comes next. A pass that was left early goes on
-    where it was left. `len` is the number of steps of a whole epoch. Workers live across epochs and fetch the
-    next one's first batches while this one ends; they end with `close`, with the loader or with the process.
-    With `copies` the batches come on the device, and the step after is fetched and on its way there when one is
-    yielded; what it raises is raised in its turn.
-
-    A `StepBatch` is a list with what `collate_fn` makes of the samples of each of the sampler's slots, in slot order.
-    The global generators are left as they were found.
-    *Errors*: LoadingError (a DataError) of one line for what a sample or `collate_fn` raises; DataError for a worker
-    that died; ValueError for a position outside an epoch.
-    *Cost*: seeking where the loader stands already is free; elsewhere the workers start anew. Without workers a
-    step costs some 100 microseconds to keep the global generators, and 15 a slot to seed them.
+    *Contract*: `epoch` and `step` are the position: the next step. A pass that was left early continues from there.
+    `len` is the number of steps in a whole epoch. A `StepBatch` is a list: for each of the sampler's slots, in slot
+    order, the samples as `collate_fn` collates them. Workers live across epochs, and fetch the first batches of the
+    next epoch while one ends. They end with `close`, with the loader, or with the process. With `copies` the batches
+    are on the device. While one step is in use, the next one is fetched and copied; if that raises an error, it comes
+    when that step is asked for. The global generators are left unchanged.
+    *Errors*: LoadingError (a DataError) of one line for an exception of a sample or of `collate_fn`; DataError for a
+    worker that died; ValueError for a position outside an epoch.
+    *Cost*: seeking the present position is free; seeking another one restarts the workers. Without workers, each step
+    takes some 100 microseconds to keep the global generators, and 15 for each slot to seed them.
     """
 
     def __init__(
@@ -72,17 +70,14 @@ class SlotLoader:
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         pin_memory: bool = False,
-        prefetch_factor: int | None = None,
-        multiprocessing_context: str | BaseContext | None = None,
         copies: Copies | None = None,
     ) -> None:
         self.sampler = sampler
         self._copies = copies
         self._ahead: StepBatch | Exception | None = None
         self.epoch, self.step = sampler.position(sampler.epoch, sampler.step)
-        collated = CollatedDataset(dataset, collate_fn)
-        self._fetching = Fetching(collated, num_workers, pin_memory, prefetch_factor, multiprocessing_context)
-        # Runs when the loader is collected and, before multiprocessing ends what is left, at the interpreter's exit.
+        self._fetching = Fetching(CollatedDataset(dataset, collate_fn), num_workers, pin_memory)
+        # Runs when the loader is collected, and at the interpreter's exit before multiprocessing ends its children.
         weakref.finalize(self, self._fetching.stop)
 
     def __len__(self) -> int:
@@ -90,18 +85,18 @@ class SlotLoader:
 
     @property
     def loading_s(self) -> float:
-        """Time in which this rank loaded data, or waited for its workers to, so far."""
+        """The time that this rank has spent so far on loading data, or on waiting for its workers."""
         return self._fetching.took_s
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know of how this data is read."""
+        """Facts about the reading of this data that a person should know."""
         dropped, size = self.sampler.num_dropped, self.sampler.global_batch_size
         left_out = f"each epoch leaves out {dropped} of {self.sampler.num_samples} samples, another choice each time"
         return [f"{left_out}: they fill no global batch of {size}"] if dropped else []
 
     def seek(self, epoch: int, step: int) -> None:
-        """Go to `step` of `epoch`; the step after an epoch's last is the next epoch's first."""
+        """Set the position to `step` of `epoch`. The step after the last of an epoch is the first of the next."""
         position = self.sampler.position(epoch, step)
         if position != (self.epoch, self.step):
             self.close()
@@ -109,24 +104,26 @@ class SlotLoader:
 
     @property
     def iteration(self) -> int:
-        """Steps that lie before the position, over all epochs: inside a loop the number of its step, from 1."""
+        """The number of steps before the position, over all epochs. Inside a loop it is the step's number, from 1."""
         return self.epoch * len(self) + self.step
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position and what it is a position of: all that a loop has to save of its data."""
+        """Return the position and the sizes that it refers to: everything that a loop must save about its data."""
         sampler = self.sampler
         order = ("num_samples", "global_batch_size", "num_slots", "seed", "shuffle")
         return {"epoch": self.epoch, "step": self.step, **{name: getattr(sampler, name) for name in order}}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Go to where `state_dict` was called, with any number of ranks and workers.
+        """Set the position at which `state_dict` was called, on any number of ranks and workers.
 
-        *Errors*: DataError where another number of samples or slots, batch size or seed gives other batches.
+        *Errors*: DataError if another number of samples or slots, batch size or seed would give other batches.
         """
-        order = {name: value for name, value in state_dict.items() if name not in ("epoch", "step")}
-        mine = {name: getattr(self.sampler, name, None) for name in order}
-        if order != mine:
-            raise DataError(f"the batches would be others than before: expected {order}, got {mine}; go back to those")
+        saved = {name: value for name, value in state_dict.items() if name not in ("epoch", "step")}
+        present = {name: getattr(self.sampler, name, None) for name in saved}
+        if saved != present:
+            raise DataError(
+                f"the batches would be others than before: expected {saved}, got {present}; set the former values"
+            )
         self.seek(state_dict["epoch"], state_dict["step"])
 
     def __iter__(self) -> Iterator[StepBatch]:
@@ -135,7 +132,7 @@ class SlotLoader:
             yield self._next()
 
     def close(self) -> None:
-        """End the workers; the loader stays where it stands and starts new ones if it is used again."""
+        """End the workers. The position stays, and the loader starts new workers if it is used again."""
         self._fetching.stop()
         self._ahead = None
 
@@ -154,22 +151,22 @@ class SlotLoader:
         return batch
 
     def _start(self, copies: Copies, epoch: int, step: int) -> StepBatch | Exception:
-        """Fetch a step and start its way to the device; what is raised belongs to that step, not to the one before."""
+        """Fetch a step and start its copy; return an exception, because it belongs to that step, not to the present."""
         try:
             batch = self._fetch(epoch, step)
             return StepBatch(copies.start(list(batch)), epoch=epoch, step=step, slots=batch.slots)
-        except Exception as error:  # noqa: BLE001 - raised in its turn
+        except Exception as error:  # noqa: BLE001 - `_next` raises it when that step is next
             return error
 
     def _fetch(self, epoch: int, step: int) -> StepBatch:
         if not self._fetching.started:
-            self._fetching.start(_Stream(self.sampler, epoch, step))
+            self._fetching.start(_Microbatches(self.sampler, epoch, step))
         slots = self.sampler.slots
         return StepBatch(self._fetching.take(len(slots)), epoch=epoch, step=step, slots=slots)
 
 
-class _Stream:
-    """A slot sampler's endless stream, as the iterable that a DataLoader wants (it begins one twice)."""
+class _Microbatches:
+    """The endless microbatches of a slot sampler, as an iterable: a DataLoader makes two iterators of it."""
 
     def __init__(self, sampler: SlotBatchSampler, epoch: int, step: int) -> None:
         self.sampler, self.epoch, self.step = sampler, epoch, step
@@ -188,17 +185,14 @@ def evaluation_loader(
     num_workers: int = 0,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     pin_memory: bool = False,
-    prefetch_factor: int | None = None,
-    multiprocessing_context: str | BaseContext | None = None,
 ) -> Iterator[tuple[int, Any]]:
-    """Return (batch number, batch) of this rank's part of one evaluation; see `EvaluationBatchSampler`.
+    """Return an iterator over (batch number, batch) of this rank's part of an evaluation; see `EvaluationBatchSampler`.
 
-    Over all ranks each number comes once, so that losses can be folded in the batches' order. Workers end with
-    the last batch, or with the iterator.
+    Over all ranks each number comes once, so losses can be added in the order of the batches. The workers end with the
+    last batch, or with the iterator.
     """
     sampler = EvaluationBatchSampler(len(dataset), batch_size, rank, world_size, seed=seed)
-    collated, num_workers = CollatedDataset(dataset, collate_fn), min(num_workers, len(sampler))
-    fetching = Fetching(collated, num_workers, pin_memory, prefetch_factor, multiprocessing_context)
+    fetching = Fetching(CollatedDataset(dataset, collate_fn), min(num_workers, len(sampler)), pin_memory)
     return _evaluation_batches(sampler, fetching)
 
 
@@ -214,16 +208,16 @@ def _evaluation_batches(sampler: EvaluationBatchSampler, fetching: Fetching) -> 
 
 
 def update_dataloader(dataloader: LoaderT, new_batch_sampler: BatchSampler) -> LoaderT:
-    """Return a DataLoader of the same class and options whose batches are those of `new_batch_sampler`.
+    """Return a DataLoader of the same class and options, with the batches of `new_batch_sampler`.
 
-    It is a copy, so what a subclass or a later torch adds is kept too; persistent workers are not shared.
+    It is a copy, so attributes of a subclass or of a later torch are kept too. Persistent workers are not shared.
     """
     if isinstance(dataloader.dataset, IterableDataset):
         raise ValueError(
             "expected a DataLoader over a map-style dataset, got one over an IterableDataset, "
-            "which has no indices that a batch sampler could choose from"
+            "which has no indices for a batch sampler; give a map-style dataset"
         )
     updated = copy.copy(dataloader)
-    # Past __setattr__, which forbids what is done here: to change how a loader that may be running makes batches.
+    # Not by setattr: DataLoader.__setattr__ refuses to change the batches of a loader that may be running.
     vars(updated).update(batch_sampler=new_batch_sampler, batch_size=None, drop_last=False, _iterator=None)
     return updated

@@ -1,21 +1,21 @@
-"""A random order of any number of samples that answers any slice of itself without holding the rest.
+"""A random order of any number of samples. Any slice of it can be computed without the rest.
 
-*Contract*: `IndexShuffle(n, key)` is a permutation of range(n), a pure function of n and key, the same on every
-platform and numpy. Position i holds sample `shuffle[i]`; `position_of` is the inverse. 1 <= n <= 2**48.
+*Contract*: `IndexShuffle(n, key)` is a permutation of range(n). It is a pure function of n and key, the same on every
+platform and with every numpy. Position i holds sample `shuffle[i]`; `position_of` is the inverse. 1 <= n <= 2**48.
 
-- n <= 2**16: the indices are sorted by a keyed 64-bit hash of themselves (whose low 16 bits give way to the
-  index, so that sorting the words sorts the indices and no two are equal).
-- larger: a Feistel network of 8 rounds. An index is two halves: a right one of h bits, half as many as n - 1
-  has (rounded down), and a left one below m = ceil(n / 2**h). Rounds add a hash of the right half to the left
-  one, modulo m, and xor a hash of the left half into the right one, by turns. That permutes range(m * 2**h);
-  what falls outside range(n) is sent through again until it falls inside (cycle walking). The left half counts
-  modulo m, not in bits, because the walk is then rare at every n (m * 2**h - n < 2**h, about the root of n),
-  where two halves of equal bits send an index through four times on average right above a power of four.
+- n <= 2**16: each index gets a keyed 64-bit hash, and the indices are sorted by it. The index itself replaces the low
+  16 bits of its hash. So no two words are equal, and sorting the words sorts the indices.
+- Larger n: a Feistel network of 8 rounds. An index has two halves: a right half of h bits, which are half the bits of
+  n - 1, rounded down, and a left half below m = ceil(n / 2**h). The rounds alternate. One adds a hash of the right half
+  to the left half, modulo m. The next xors a hash of the left half into the right half. This permutes range(m * 2**h).
+  A result outside range(n) goes through the network again until it is inside (cycle walking). The left half counts
+  modulo m and not in bits, because then walks are rare at every n: m * 2**h - n < 2**h, about the square root of n.
+  With two halves of equally many bits, an index just above a power of four would go through four times on average.
 
-*Errors*: n out of bounds: ValueError; a position or index out of bounds: IndexError.
+*Errors*: ValueError for n out of bounds, IndexError for a position or an index out of bounds.
 
-*Cost*: about 25 ns an index in large slices at any n, some 60 microseconds a call in small ones, memory for the
-slice and 0.3 MB. n <= 2**16 sorts once, in about 1 ms.
+*Cost*: about 25 ns for each index in large slices at any n, some 60 microseconds for each call with small ones; memory
+for the slice and 0.3 MB. n <= 2**16 is sorted once, in about 1 ms.
 
 *Source*: Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (CT-RSA 2002), for the network over a product
 of two ranges and the walk; Dietzfelbinger et al., "A Reliable Randomized Algorithm for the Closest-Pair Problem"
@@ -40,11 +40,11 @@ LARGEST_SORTED = 2**16
 LARGEST = 2**48
 NUM_ROUNDS = 8
 BLOCK = 8192
-"""Indices sent through the network at a time: its five arrays of 64 KiB stay in a core's cache."""
+"""The number of indices in the network at a time: its five arrays of 64 KiB stay in a core's cache."""
 
 
 def _word(value: int) -> Words:
-    # An array of no dimensions: numpy takes it as an operand much faster than a scalar, and wraps silently.
+    # An array of no dimensions: numpy handles it as an operand much faster than a scalar, and wraps silently.
     return np.array(value % 2**64, dtype=np.uint64)
 
 
@@ -55,13 +55,13 @@ _INDEX_BITS = _word(LARGEST_SORTED - 1)
 
 
 def _key_words(n: int, key: int, count: int) -> list[int]:
-    """Return `count` independent 64-bit words that n and key determine."""
+    """Return `count` independent 64-bit words that depend only on n and key."""
     digest = hashlib.shake_256(f"IndexShuffle/{n}/{key}".encode()).digest(8 * count)
     return [int.from_bytes(digest[i : i + 8], "little") for i in range(0, 8 * count, 8)]
 
 
 def _sorted_order(n: int, key: int) -> npt.NDArray[np.uint16]:
-    """Return range(n), n <= 2**16, sorted by SplitMix64 of the indices from a start that the key gives."""
+    """Return range(n), n <= 2**16, sorted by the SplitMix64 hash of each index; the key gives the hash's start."""
     index = np.arange(n, dtype=np.uint64)
     words = index * _GOLDEN
     words += _word(_key_words(n, key, 1)[0])
@@ -87,17 +87,17 @@ class _Feistel:
         self._right_bits = _word(2**self.half_bits - 1)
         self._top_h = _word(64 - self.half_bits)
         self._keys: list[RoundKey] = [
-            # Multipliers are odd: an even one would throw away bits of what it multiplies.
+            # Multipliers are odd, because an even one would lose bits of the other factor.
             (_word(words[i] | 1), _word(words[i + 1]), _word(words[i + 2] | 1))
             for i in range(0, 3 * NUM_ROUNDS, 3)
         ]
 
     def encrypt(self, words: Words) -> None:
-        """Replace `words`, one row of words below n, by their images, which are below n."""
+        """Replace `words`, an array of words below n, by their images, which are below n too."""
         self._walk(words, self._encrypt_rounds)
 
     def decrypt(self, words: Words) -> None:
-        """Replace `words` by the words whose images they are."""
+        """Replace `words` by the words of which they are the images."""
         self._walk(words, self._decrypt_rounds)
 
     def _walk(self, words: Words, rounds: Rounds) -> None:
@@ -124,7 +124,7 @@ class _Feistel:
         for i in range(0, NUM_ROUNDS, 2):
             self._hash_below_m(right, self._keys[i], a, b)
             np.add(left, a, out=left)
-            # Unsigned, left - m is huge where left < m: the smaller of the two is left modulo m.
+            # In unsigned words, left - m is huge if left < m. So the smaller of the two is left modulo m.
             np.subtract(left, self._m, out=b)
             np.minimum(left, b, out=left)
             self._hash_to_h_bits(left, self._keys[i + 1], a, b)
@@ -153,7 +153,7 @@ class _Feistel:
 
 
 def _hash(half: Words, key: RoundKey, out: Words, scratch: Words) -> None:
-    """Hash `half`, of at most 25 bits, to words whose top 40 bits depend on all of it: two keyed multiply-shifts."""
+    """Hash `half`, of at most 25 bits, by two keyed multiply-shifts; the top 40 bits of `out` depend on all of it."""
     first, addend, second = key
     np.multiply(half, first, out=out)
     np.add(out, addend, out=out)
@@ -163,21 +163,21 @@ def _hash(half: Words, key: RoundKey, out: Words, scratch: Words) -> None:
 
 
 class IndexShuffle:
-    """The permutation of range(n) that `key`, any integer, picks; slices of it cost only themselves.
+    """The permutation of range(n) that `key`, any integer, selects. A slice costs only its own length.
 
-    *Contract*: a function of n (1 to 2**48) and key alone, on every platform. `shuffle[i]` is an int; `shuffle[a:b]`,
-    `indices(a, b)` and `at(positions)` are int64 arrays, of the positions' shape; `position_of` is the inverse of `at`.
-    *Errors*: ValueError for n out of bounds, IndexError for a position or index outside range(n), TypeError for one
-    that is no integer.
-    *Cost*: 25 ns an index in large slices, some 60 microseconds a call in small ones, at any n; memory for the slice
-    and 0.3 MB. n <= 2**16 is sorted once, in about 1 ms.
+    *Contract*: a function of n (1 to 2**48) and key only, on every platform. `shuffle[i]` is an int. `shuffle[a:b]`,
+    `indices(a, b)` and `at(positions)` are int64 arrays of the positions' shape. `position_of` is the inverse of `at`.
+    *Errors*: ValueError for n out of bounds, IndexError for a position or an index outside range(n), TypeError for one
+    that is not an integer.
+    *Cost*: 25 ns for each index in large slices, some 60 microseconds for each call with small ones, at any n; memory
+    for the slice and 0.3 MB. n <= 2**16 is sorted once, in about 1 ms.
     *Source*: a sort by hash up to n = 2**16, a Feistel network above; the module's docstring cites both.
     """
 
     def __init__(self, n: int, key: int) -> None:
         n, key = operator.index(n), operator.index(key)
         if not 1 <= n <= LARGEST:
-            raise ValueError(f"IndexShuffle shuffles 1 to 2**48 indices, got n={n}")
+            raise ValueError(f"expected a shuffle of 1 to 2**48 indices, got n={n}")
         self.n = n
         self.key = key
         self._sorted = _sorted_order(n, key) if n <= LARGEST_SORTED else None
@@ -192,7 +192,7 @@ class IndexShuffle:
     def indices(self, start: int, stop: int) -> Indices:
         """Return the indices at the positions start, start + 1, ..., stop - 1."""
         if not 0 <= start <= stop <= self.n:
-            raise IndexError(f"positions must lie in 0 <= start <= stop <= {self.n}, got start={start}, stop={stop}")
+            raise IndexError(f"expected 0 <= start <= stop <= {self.n}, got start={start}, stop={stop}")
         return self._at(np.arange(start, stop, dtype=np.uint64))
 
     def at(self, positions: npt.ArrayLike) -> Indices:
@@ -200,7 +200,7 @@ class IndexShuffle:
         return self._at(self._checked(positions, "position"))
 
     def position_of(self, indices: npt.ArrayLike) -> Indices:
-        """Return the positions at which `indices` stand: the inverse of `at`."""
+        """Return the positions of `indices`: the inverse of `at`."""
         words = self._checked(indices, "index")
         if self._feistel is not None:
             self._feistel.decrypt(words.reshape(-1))
@@ -218,7 +218,7 @@ class IndexShuffle:
             return self.at(np.arange(*position.indices(self.n), dtype=np.int64))
         position = operator.index(position)
         if not -self.n <= position < self.n:
-            raise IndexError(f"position {position} of an order of {self.n} indices")
+            raise IndexError(f"expected a position from {-self.n} to {self.n - 1}, got {position}")
         return int(self._at(np.array([position % self.n], dtype=np.uint64))[0])
 
     def __iter__(self) -> Iterator[int]:
@@ -226,21 +226,21 @@ class IndexShuffle:
             yield from self.indices(start, min(start + BLOCK, self.n)).tolist()
 
     def _at(self, words: Words) -> Indices:
-        """Return the indices at the positions `words`, whose memory is taken for them."""
+        """Return the indices at the positions `words`; the result may reuse the memory of `words`."""
         if self._sorted is not None:
             return self._sorted[words].astype(np.int64)
         assert self._feistel is not None
         self._feistel.encrypt(words.reshape(-1))
         return words.view(np.int64)
 
-    def _checked(self, values: npt.ArrayLike, what: str) -> Words:
+    def _checked(self, values: npt.ArrayLike, noun: str) -> Words:
         """Return a copy of `values`, which must all lie in range(n)."""
         array = np.asarray(values)
         if array.size == 0:
             return np.empty(array.shape, dtype=np.uint64)
         if not np.issubdtype(array.dtype, np.integer):
-            raise TypeError(f"a {what} must be an integer, got an array of {array.dtype}")
+            raise TypeError(f"expected each {noun} to be an integer, got an array of {array.dtype}")
         low, high = array.min(), array.max()
         if low < 0 or high >= self.n:
-            raise IndexError(f"every {what} must lie in range({self.n}), got {low if low < 0 else high}")
+            raise IndexError(f"expected each {noun} in range({self.n}), got {low if low < 0 else high}")
         return np.array(array, dtype=np.uint64, order="C")

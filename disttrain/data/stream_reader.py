@@ -1,13 +1,13 @@
-"""Reading a stream: the samples of each slot's microbatches, in order, in whatever process reads that slot.
+"""Reads streams: the samples of each slot's microbatches, in order, in the process that reads that slot.
 
-*Contract*: what is read for a slot in a step of a pass depends on those three alone. The generators of python, numpy
-and torch are seeded before a stream is opened, and before the samples of each microbatch are drawn, by whoever
-draws them: also those that this rank throws away.
+*Contract*: the samples of a slot depend only on the pass, the step and the slot. The generators of Python, numpy and
+torch are seeded before a stream is opened, and before the samples of each microbatch are drawn, also before those that
+this rank drops.
 
-*Errors*: whatever a stream or a collate function raises comes as a `LoadingError` of one line.
+*Errors*: an exception of a stream or of a collate function becomes a `LoadingError` of one line.
 
-*Cost*: a stream with `state_dict` is asked for its state after every microbatch, which is copied and, from a worker,
-sent along: keep it small (positions and counts, not buffers).
+*Cost*: the `state_dict` of each stream is called once in each step. Its result is copied and, with workers, sent to
+this process. Keep it small: positions and counts, not buffers.
 """
 
 import copy
@@ -24,19 +24,19 @@ from torch.utils.data._utils import worker
 from disttrain.data.dataset import LoadingError, collated, quoted
 from disttrain.seeding import seed_for, seed_position
 
-State = dict[str, Any]
-"""What `state_dict` of a stream ("stream") and of its iterator ("iterator") said: of those of the two that have it."""
+StreamState = dict[str, Any]
+"""The `state_dict` of a stream ("stream") and of its iterator ("iterator"), if they have one."""
 
 
 class Unit(NamedTuple):
-    """Slots that one stream holds, read in this order, and those of them whose batches are wanted."""
+    """The slots that one stream holds, in the order in which they are read, and the kept ones: this rank's slots."""
 
     slots: range
     kept: range
 
 
 class Request(NamedTuple):
-    """A step of one unit; what is not `kept` is read and thrown away."""
+    """One step of one unit. If it is not `kept`, its samples are read and dropped."""
 
     unit: int
     step: int
@@ -44,9 +44,10 @@ class Request(NamedTuple):
 
 
 class Requests:
-    """The endless requests of a pass, as the iterable that a DataLoader wants (it begins one twice).
+    """The endless requests of a pass, as an iterable: a DataLoader makes two iterators of it.
 
-    `per_step` is the number of units, or more, filled with None; the first `num_dropped` steps are not kept.
+    `per_step` is at least the number of units; requests beyond that are None. The first `num_dropped` steps are not
+    kept.
     """
 
     def __init__(self, num_units: int, per_step: int, first_step: int, num_dropped: int) -> None:
@@ -62,20 +63,21 @@ class Requests:
 
 
 class Part(NamedTuple):
-    """What a unit gives for a step: a batch for each of its kept slots, and the state behind them."""
+    """The result of a request: a batch for each kept slot of the unit, and the state of its stream after them."""
 
     batches: list[Any] | None
-    """None: the stream has ended before all slots had their samples."""
-    state: State | None = None
-    """None: the stream has none."""
+    """None: the stream ended before all slots had their samples."""
+    state: StreamState | None = None
+    """None: the stream has no state."""
     num_left: int = 0
-    """Samples that were left when the stream ended."""
+    """The number of samples that were left when the stream ended."""
 
 
 class StreamReader:
-    """The streams of the slots `mine`, of `num_slots`, opened when they are first read, in the process that reads them.
+    """Reads the streams of the slots `mine`. Each is opened by its first request, in the process that reads it.
 
-    A dataset with `shard(num_shards, index)` is one unit a slot; any other is one unit, of which `mine` are kept.
+    A dataset with `shard(num_shards, index)` has one unit for each slot of `mine`. Any other dataset is one unit of all
+    `num_slots` slots, of which `mine` are kept.
     """
 
     def __init__(
@@ -89,34 +91,34 @@ class StreamReader:
     ) -> None:
         self.dataset = dataset
         self.sharded = callable(getattr(dataset, "shard", None))
-        one_each = [Unit(range(slot, slot + 1), range(slot, slot + 1)) for slot in mine]
-        self.units = one_each if self.sharded else [Unit(range(num_slots), mine)]
+        shards = [Unit(range(slot, slot + 1), range(slot, slot + 1)) for slot in mine]
+        self.units = shards if self.sharded else [Unit(range(num_slots), mine)]
         self.microbatch_size = microbatch_size
         self.num_slots = num_slots
         self.seed = seed
         self.collate_fn = default_collate if collate_fn is None else collate_fn
         self.begin(0, {})
 
-    def begin(self, epoch: int, states: Mapping[int, State]) -> None:
-        """Let each stream be opened anew in pass `epoch`: at its start, or at the state of its unit's first slot."""
+    def begin(self, epoch: int, states: Mapping[int, StreamState]) -> None:
+        """Close all streams. In pass `epoch` they open at their start, or at the state of their unit's first slot."""
         self._epoch = epoch
         self._states = states
-        self._open: dict[int, _Open] = {}
+        self._streams: dict[int, _OpenStream] = {}
 
     def __getitems__(self, request: Request | None) -> Part | None:
-        """Return what a request asks for; nothing for None."""
+        """Return the result of a request; None for the request None."""
         if request is None:
             return None
         unit = self.units[request.unit]
-        stream = self._open.get(request.unit)
+        stream = self._streams.get(request.unit)
         if stream is None:
-            with _worker_hidden():
-                stream = self._opened(request.unit)
+            with _worker_info_hidden():
+                stream = self._open(request.unit)
         batches, num_samples = [], 0
         for slot in unit.slots:
             name = f"the microbatch of epoch={self._epoch}, step={request.step}, slot={slot}"
             seed_position(seed_for(self.seed, "batch", self._epoch, request.step, slot))
-            with _worker_hidden():
+            with _worker_info_hidden():
                 samples = stream.draw(self.microbatch_size, name)
             num_samples += len(samples)
             if len(samples) < self.microbatch_size:
@@ -125,8 +127,8 @@ class StreamReader:
                 batches.append(collated(self.collate_fn, samples, name))
         return Part(batches, stream.state() if request.kept else None)
 
-    def _opened(self, number: int) -> "_Open":
-        """Open a unit's stream for this pass, under a seed of its own."""
+    def _open(self, number: int) -> "_OpenStream":
+        """Open the stream of unit `number` for this pass, under a seed of its own."""
         first = self.units[number].slots.start
         seed_position(seed_for(self.seed, "stream", self._epoch, first))
         call = f"train_data.shard({self.num_slots}, {first})" if self.sharded else "train_data"
@@ -136,39 +138,39 @@ class StreamReader:
                 stream = self.dataset.shard(self.num_slots, first)
                 _set_epoch(stream, self._epoch)
             else:
-                # Where an object remembers how far it was read, the next pass must not begin there.
+                # A copy, because a stateful object keeps its position, and the next pass must not begin there.
                 stream = copy.copy(self.dataset) if _is_stateful(self.dataset) else self.dataset
-            self._open[number] = _Open(stream, self._states.get(first))
+            self._streams[number] = _OpenStream(stream, self._states.get(first))
         except LoadingError:
             raise
         except Exception as error:
-            advice = "; it is called for each of the num_slots: use as many as it can make" if self.sharded else ""
-            raise LoadingError(f"{call} raised {quoted(error)}, when pass {self._epoch} was begun{advice}") from error
-        return self._open[number]
+            advice = "; it is called for each slot: use at most as many num_slots as shards" if self.sharded else ""
+            raise LoadingError(f"{call} raised {quoted(error)}, when pass {self._epoch} began{advice}") from error
+        return self._streams[number]
 
-    def too_short(self, epoch: int, left: Mapping[int, int]) -> str:
-        """Say which streams ended before the first step of a pass; `left` is the samples that they had, by slot."""
+    def too_short_message(self, epoch: int, left: Mapping[int, int]) -> str:
+        """Return the message for a pass without a step; `left` is the number of samples of each stream, by slot."""
         if self.sharded:
             slot, num_samples = min(left.items())
             expected = f"at least {self.microbatch_size} samples (a slot's part of a step) in each shard"
-            found = f"{num_samples} in shard {slot} of {self.num_slots}"
-            found += f" and too few in {len(left) - 1} more" if len(left) > 1 else ""
-            todo = "cut the data into even shards, or use fewer slots or a smaller global_batch_size"
+            actual = f"{num_samples} in shard {slot} of {self.num_slots}"
+            actual += f" and too few in {len(left) - 1} more" if len(left) > 1 else ""
+            advice = "cut the data into even shards, or use fewer slots or a smaller global_batch_size"
         else:
             expected = f"at least {self.microbatch_size * self.num_slots} samples (one step)"
-            found = f"{max(left.values())}"
-            todo = "use more data or a smaller global_batch_size"
+            actual = f"{max(left.values())}"
+            advice = "use more data or a smaller global_batch_size"
         if epoch:
-            todo = "each iter() of it has to begin anew"
+            advice = "each iter() of it must begin anew"
         elif not any(left.values()):
-            todo = "check that its files were found and that no filter took every sample"
-        return f"pass {epoch} of the training data has not one step: expected {expected}, got {found}; {todo}"
+            advice = "check that its files were found and that no filter removed every sample"
+        return f"pass {epoch} of the training data has no step: expected {expected}, got {actual}; {advice}"
 
 
-class _Open:
-    """A stream being read, from its start or from a state."""
+class _OpenStream:
+    """A stream with its iterator, opened at its start or at a state."""
 
-    def __init__(self, stream: Any, state: State | None) -> None:
+    def __init__(self, stream: Any, state: StreamState | None) -> None:
         iterator: Iterator[Any] | None = None
         state = state or {}
         if "stream" in state:
@@ -183,31 +185,31 @@ class _Open:
         self._ended = False
 
     def draw(self, count: int, name: str) -> list[Any]:
-        """Return the next samples: `count` of them, or what was left."""
+        """Return the next `count` samples, or fewer if the stream ends."""
         samples: list[Any] = []
         while len(samples) < count and not self._ended:
             try:
                 samples.append(next(self._iterator))
             except StopIteration:
-                self._ended = True  # and is not asked again: some would begin anew
+                self._ended = True  # `next` is not called again: some iterators would begin anew
             except Exception as error:
                 raise LoadingError(
                     f"the stream raised {quoted(error)}, making sample {len(samples)} of {name}; "
-                    "mend that sample or leave it out"
+                    "repair that sample or leave it out"
                 ) from error
         return samples
 
-    def state(self) -> State | None:
-        """Return a copy of the state behind what was drawn, which stays as it is while the stream is read on."""
-        return {what: _plain(it.state_dict(), f"the {what}'s state") for what, it in self._stateful.items()} or None
+    def state(self) -> StreamState | None:
+        """Return a copy of the state after the drawn samples; further reading of the stream does not change it."""
+        return {name: _plain(it.state_dict(), f"the {name}'s state") for name, it in self._stateful.items()} or None
 
 
 @contextmanager
-def _worker_hidden() -> Iterator[None]:
-    """Let torch's get_worker_info() say None.
+def _worker_info_hidden() -> Iterator[None]:
+    """Make torch's get_worker_info() return None.
 
-    Each stream is read by one process alone. One that shards itself by it, as those of Hugging Face do, would take a
-    part of its part, and another with another number of workers.
+    Each stream is read by one process. A stream that shards itself by the worker, as Hugging Face's do, would read only
+    a part of its part, and the part would depend on the number of workers.
     """
     info, worker._worker_info = worker._worker_info, None
     try:
@@ -229,14 +231,14 @@ def _restore(stream: Any, state: Any) -> None:
     if not _is_stateful(stream):
         raise LoadingError(
             f"the checkpoint holds the state of a stream, and {type(stream).__name__} has no load_state_dict(state) "
-            "to take it; give it back, or start anew with --fresh"
+            "to load it; restore that method, or start a new run with --fresh"
         )
-    # A copy: a stream may go on in the very objects that it is given.
+    # A copy, because a stream may change the objects of its state while it is read.
     stream.load_state_dict(copy.deepcopy(state))
 
 
 def _plain(value: Any, path: str) -> Any:
-    """Return a copy of a state; LoadingError, at the first batch, for what no checkpoint can hold."""
+    """Return a copy of a state; raise LoadingError if it holds something that a checkpoint cannot hold."""
     kind = type(value)
     if value is None or kind in (bool, int, float, str):
         return value

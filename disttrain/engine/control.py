@@ -1,6 +1,6 @@
-"""What a user asks of an engine besides running it: stop, pause, other data, save and load, copies.
+"""The requests that a user makes of an engine besides running it: stop, pause, other data, save, load and copy.
 
-A stop that is asked for is noted here and done by the loop (`engine.py`), after the event under way.
+A request to stop is only recorded here. The loop (`engine.py`) carries it out after the current event.
 """
 
 import copy
@@ -10,13 +10,13 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from disttrain.engine.cursor import BATCH, EPOCH_END, Cursor, StopRequest
+from disttrain.engine.cursor import BATCH, EPOCH_END, FETCH, Cursor
 from disttrain.engine.emitter import Emitter
 from disttrain.engine.events import Events
-from disttrain.engine.progress import check_iterable, loaded, saved
+from disttrain.engine.run_plan import check_iterable, plan_from_dict, progress_dict
 from disttrain.engine.state import State
 
-# Looked up on the class, a member of an enum costs ten times as much.
+# A lookup of an enum's member on its class costs ten times as much as a global name.
 GET_BATCH_STARTED = Events.GET_BATCH_STARTED
 GET_BATCH_COMPLETED = Events.GET_BATCH_COMPLETED
 ITERATION_STARTED = Events.ITERATION_STARTED
@@ -24,8 +24,23 @@ ITERATION_COMPLETED = Events.ITERATION_COMPLETED
 LOOP_EVENTS = (GET_BATCH_STARTED, GET_BATCH_COMPLETED, ITERATION_STARTED, ITERATION_COMPLETED)
 
 
+class StopRequest:
+    """An attribute of the engine that requests a stop. Once it is True, the loop stops after the current event."""
+
+    def __set_name__(self, owner: type["Control"], name: str) -> None:
+        self._name = f"_{name}"
+
+    def __get__(self, engine: "Control", owner: type["Control"]) -> bool:
+        requested: bool = getattr(engine, self._name)
+        return requested
+
+    def __set__(self, engine: "Control", requested: bool) -> None:
+        setattr(engine, self._name, requested)
+        engine._update_stop_requested()
+
+
 class Control(Emitter):
-    """The part of an engine that is not its loop; `Engine` is what a user makes."""
+    """All of an engine but its loop. Users make an `Engine`."""
 
     should_terminate = StopRequest()
     should_terminate_single_epoch = StopRequest()
@@ -36,126 +51,137 @@ class Control(Emitter):
         self.logger = logging.getLogger(f"disttrain.engine.engine.{type(self).__name__}")
         self._cursor: Cursor | None = None
         self._running = False
-        self._left: State | None = None  # the state on which the last run of this engine ended
+        self._state_at_end: State | None = None  # the state with which this engine's last run ended
         self._next_data: Iterable[Any] | None = None
         self._state_dict_user_keys: list[str] = []
-        self._forget_stops()
+        self._clear_stop_requests()
 
     @property
     def state_dict_user_keys(self) -> list[str]:
-        """Names of further attributes of the state that belong in the state dict; add to the list."""
+        """Names of further attributes of the state that the state dict holds; append to this list."""
         return self._state_dict_user_keys
 
     def terminate(self, skip_completed: bool = False) -> None:
-        """End the run after the event under way: TERMINATE, then COMPLETED unless skipped; no EPOCH_COMPLETED.
+        """End the run after the current event: TERMINATE, then COMPLETED unless skipped; no EPOCH_COMPLETED.
 
-        The next `run` of this engine goes on with the next epoch.
+        The next `run` of this engine continues with the next epoch.
         """
         self._skip_completed = skip_completed
         self.should_terminate = True
 
     def terminate_epoch(self, skip_epoch_completed: bool = False) -> None:
-        """End the epoch after the event under way: TERMINATE_SINGLE_EPOCH, a fresh iterator, EPOCH_COMPLETED.
+        """End the epoch after the current event: TERMINATE_SINGLE_EPOCH, a fresh iterator, EPOCH_COMPLETED.
 
-        In STARTED and EPOCH_STARTED, before the epoch's first iteration, RuntimeError; in EPOCH_COMPLETED ignored.
+        EPOCH_COMPLETED can be skipped. In STARTED and EPOCH_STARTED, before the epoch's first iteration, the request
+        is a RuntimeError. In EPOCH_COMPLETED it is ignored.
         """
         self._skip_epoch_completed = skip_epoch_completed
         self.should_terminate_single_epoch = True
 
     def interrupt(self) -> None:
-        """Pause after the event under way: INTERRUPT, and `run` returns; the next `run` goes on at that point."""
+        """Pause after the current event: INTERRUPT, then `run` returns. The next `run` continues at that point."""
         self.should_interrupt = True
 
     def set_data(self, data: Iterable[Any]) -> None:
-        """Take the next batch from `data`. Outside a run: what a `run` without data goes over."""
+        """Take the next batch from `data`. Outside a run: use `data` in the next `run` that is given none."""
         check_iterable(data)
         self.state.dataloader = data
         if self._cursor is None:
             self._next_data = data
         elif self._cursor.iterator is not None:
             self._cursor.iterator = self._iterate(first=False)
-            self._look_again()
+            self._reenter_loop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is needed to go on from here: `epoch_length`, `iteration`, the maximum and the user keys."""
-        return saved(self.state, self._state_dict_user_keys)
+        """Return the state to resume from: `epoch_length`, `iteration`, the maximum and the user keys."""
+        return progress_dict(self.state, self._state_dict_user_keys)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Let the next `run` go on from what `state_dict` returned; `epoch` may stand in place of `iteration`.
+        """Let the next `run` continue from a `state_dict`, which may hold `epoch` in place of `iteration`.
 
-        It goes on inside the epoch, at `iteration % epoch_length`. A paused run is dropped.
+        The run continues inside the epoch, at `iteration % epoch_length`. A paused run is dropped.
         """
-        plan = loaded(state_dict, self._state_dict_user_keys)
+        plan = plan_from_dict(state_dict, self._state_dict_user_keys)
         plan.apply(self.state)
         for key in self._state_dict_user_keys:
             setattr(self.state, key, state_dict[key])
-        self._left = None
+        self._state_at_end = None
         if self._running:
-            self._look_again()
+            self._reenter_loop()
         else:
             self._cursor = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return everything but the data: the next `run` of a copy is given some.
+        """Return everything but the data; the next `run` of a copy needs data.
 
-        A copy of an engine that was paused inside an epoch goes on inside that epoch, as from a loaded state; one of
-        an engine that was running goes on with the next epoch, as after `terminate`.
+        The copy of an engine that was paused inside an epoch continues inside that epoch, as from a loaded state. The
+        copy of an engine that was running continues with the next epoch, as after `terminate`.
         """
         state = copy.copy(self.state)
         state.dataloader = None
-        left = state if self._left is self.state or self._cursor is not None else None
+        state_at_end = state if self._state_at_end is self.state or self._cursor is not None else None
         if self._cursor is not None and not self._running and BATCH <= self._cursor.at < EPOCH_END:
-            state.epoch, left = state.epoch - 1, None
-        fresh = {"state": state, "_left": left, "_cursor": None, "_running": False, "_next_data": None}
-        return {**self.__dict__, **fresh}
+            state.epoch, state_at_end = state.epoch - 1, None
+        fresh = {"_cursor": None, "_running": False, "_next_data": None}
+        return {**self.__dict__, "state": state, "_state_at_end": state_at_end, **fresh}
 
     def _iterate(self, first: bool) -> Iterator[Any]:
-        """Return an iterator over `state.dataloader`, for a subclass to override.
+        """Return an iterator over `state.dataloader`. A subclass may override this.
 
-        Called after the first EPOCH_STARTED of a run (`first`), when the iterator should be where `state.iteration`
-        says: 0, or what was loaded. Called again (not `first`) when the data is to start anew: after the handlers of
-        DATALOADER_STOP_ITERATION and TERMINATE_SINGLE_EPOCH, and by `set_data`. Never called without data.
+        The call after a run's first EPOCH_STARTED (`first`) needs an iterator that begins at `state.iteration`, which
+        is 0 or was loaded. The later calls (not `first`) need one that begins anew. They come after the handlers of
+        DATALOADER_STOP_ITERATION and of TERMINATE_SINGLE_EPOCH, and from `set_data`. No call comes without data.
         """
         assert self.state.dataloader is not None
         return iter(self.state.dataloader)
 
     def _open(self, run: Cursor) -> Iterator[Any]:
-        """Return an iterator for the run; at its start also find how many batches of this epoch are already done."""
+        """Return an iterator for the run. At the run's start also count the batches of this epoch that are done."""
         state, first, run.opened = self.state, not run.opened, True
-        if first and self._left is not state:
+        if first and self._state_at_end is not state:
             run.count = state.iteration % state.epoch_length if state.epoch_length else state.iteration
         return itertools.repeat(None) if state.dataloader is None else self._iterate(first)
 
-    def _end_of_data(self, run: Cursor) -> None:
-        """End the epoch for want of data: it is as long as what there was, or two fetches in a row were empty.
+    def _restart_data(self, run: Cursor) -> int | None:
+        """Fire DATALOADER_STOP_ITERATION and take a fresh iterator; return the place to leave the loop for, if any.
 
-        A run that counts iterations ends with an epoch that had none: the next would have none either.
+        Data of unknown length ends the epoch instead, and sets the epoch's length. Two empty fetches in a row also
+        end the epoch. If such an epoch had no batch and the run counts iterations, the run ends, since its next
+        epoch would have none either.
         """
         state = self.state
+        state.batch = None
+        if state.epoch_length is not None and run.empty_at != run.count:
+            run.empty_at, run.iterator = run.count, None
+            if self._emit(Events.DATALOADER_STOP_ITERATION):
+                return FETCH
+            run.iterator = self._open(run)
+            return None
         if state.epoch_length is None:
             state.epoch_length = run.count
         else:
             warnings.warn(
-                f"the data gave {run.count} of the epoch_length={state.epoch_length} batches of epoch {state.epoch} "
-                "and starts anew with none; pass data that can be iterated again, or a smaller epoch_length",
+                f"the data gave {run.count} of the epoch_length={state.epoch_length} batches of epoch {state.epoch}, "
+                "and a fresh iterator gave none; pass data that can be iterated again, or a smaller epoch_length",
                 UserWarning,
                 stacklevel=5,
             )
         run.exhausted = run.count == 0 and state.max_epochs is None
+        return EPOCH_END
 
-    def _forget_stops(self) -> None:
+    def _clear_stop_requests(self) -> None:
         self._skip_completed = self._skip_epoch_completed = False
         self._should_terminate = self._should_terminate_single_epoch = self._should_interrupt = False
-        self._stop_asked = False
+        self._stop_requested = False
 
-    def _stop_changed(self) -> None:
+    def _update_stop_requested(self) -> None:
         """Follow a change of one of the requests to stop."""
-        self._stop_asked = self.should_terminate or self.should_terminate_single_epoch or self.should_interrupt
-        if self._stop_asked:
-            self._look_again()
+        self._stop_requested = self.should_terminate or self.should_terminate_single_epoch or self.should_interrupt
+        if self._stop_requested:
+            self._reenter_loop()
 
-    def _look_again(self) -> None:
-        """Make the loop stop after the event under way and start again from what it finds then."""
-        self._stop_asked = True
+    def _reenter_loop(self) -> None:
+        """Make the loop return after the current event, so that it is entered again with the values of then."""
+        self._stop_requested = True
         for event in LOOP_EVENTS:
-            self._slots[event].wake()
+            self._handler_lists[event].wake()

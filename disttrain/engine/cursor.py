@@ -1,41 +1,41 @@
-"""Where a run stands between two places of the loop, and the requests that make it stop there."""
+"""The position of a run in the loop, and the clocks of the run."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from disttrain.engine.control import Control
-
-# The places, in the order in which the loop comes to them; each is named for what is done there.
+# The places, in the order in which the loop reaches them. Each has the name of the work that is done there.
 BEGIN, FIRST_EPOCH, EPOCH, BATCH, FETCH, COUNT, PROCESS, NEXT, EPOCH_END, END, OVER = range(11)
 
 
 @dataclass(slots=True)
 class Cursor:
-    """A run under way or paused."""
+    """The position and the clocks of a run that is under way or paused."""
 
-    began: float
+    started_at: float
+    """The clock at the run's start, moved on by the length of each pause."""
     at: int = BEGIN
+    """The place at which the loop continues."""
     count: int = 0
     """Batches of this epoch so far."""
     iterator: Iterator[Any] | None = None
     opened: bool = False
-    """Whether the run has had an iterator: the first starts where the state says, the later ones anew."""
+    """Whether the run has taken an iterator. The first one starts at `state.iteration`, the later ones anew."""
     inside: bool = False
     """Whether the run is inside the iterations of an epoch."""
     empty_at: int = -1
-    """`count` when the iterator last ended early in this epoch."""
+    """`count` when the iterator last ended early in this epoch, or -1."""
     exhausted: bool = False
-    """An epoch found no batch at all, so that a run that counts iterations would never end."""
+    """Whether an epoch had no batch at all. A run that counts iterations must then end, or it never would."""
     paused: bool = False
-    epoch_began: float = 0.0
+    epoch_started_at: float = 0.0
+    """The clock at the epoch's start, moved on by the length of each pause; 0 before the first epoch."""
     paused_at: float = 0.0
 
     def begin_epoch(self) -> None:
-        """Start counting an epoch."""
-        self.epoch_began = perf_counter()
+        """Start the clock and the count of an epoch."""
+        self.epoch_started_at = perf_counter()
         self.count, self.empty_at = 0, -1
 
     def pause(self) -> None:
@@ -43,22 +43,9 @@ class Cursor:
         self.paused, self.paused_at = True, perf_counter()
 
     def resume(self) -> None:
-        """Start the clocks again."""
+        """Start the clocks again; before the first epoch the epoch's clock stays 0."""
+        pause_s = perf_counter() - self.paused_at
         self.paused = False
-        self.began += perf_counter() - self.paused_at
-        self.epoch_began += perf_counter() - self.paused_at
-
-
-class StopRequest:
-    """An attribute of the engine that asks the loop to stop: set, it is looked at after the event under way."""
-
-    def __set_name__(self, owner: type["Control"], name: str) -> None:
-        self._name = f"_{name}"
-
-    def __get__(self, engine: "Control", owner: type["Control"]) -> bool:
-        asked: bool = getattr(engine, self._name)
-        return asked
-
-    def __set__(self, engine: "Control", asked: bool) -> None:
-        setattr(engine, self._name, asked)
-        engine._stop_changed()
+        self.started_at += pause_s
+        if self.epoch_started_at:
+            self.epoch_started_at += pause_s

@@ -1,22 +1,23 @@
 """An engine whose batches are a function of a seed and the iteration, so that a resumed run sees the same ones.
 
-    STARTED: seed = a draw from torch's generator        # rank 0's on every rank; a loaded one is kept
+    at STARTED: seed = a draw from torch's generator     # rank 0's on every rank; a loaded seed is kept
     whenever an iterator is taken:                       # a pass over the data begins
         manual_seed(seed + iteration // len(data))
         iter(data)
     at the start of a run inside a pass:
-        the same for the iteration at which the pass began, then on to the batch that is next, then
-        the generators' states as they were saved
+        the same, for the iteration at which the pass began
+        skip the batches that are done
+        restore the saved states of the generators
 
-*Contract*: how data comes to the batch that is next: `Seekable` data is sought, and its batch is a function of the
-iteration alone; a DataLoader over a map-style dataset passes over indices, never over samples; anything else is
-fetched and dropped. Generators of a DataLoader's own are seeded with the global ones. The state dict adds to the
-engine's `rng_states` (may be None), and may hold `seed` and `pass_started`, the iteration at which the pass began;
-`torch.load(weights_only=True)` reads it. An engine that runs inside another's handler leaves the global generators
-as it found them; one that is interrupted goes on with its own.
+*Contract*: `Seekable` data skips batches by a seek, and its batch is a function of the iteration alone. A DataLoader
+over a map-style dataset skips indices and loads no sample for them. All other data is fetched and dropped. A
+DataLoader's own generators are seeded like the global ones. The state dict adds `rng_states` (may be None) to the
+engine's, and may hold `seed` and `pass_started`, the iteration at which the pass began. `torch.load(weights_only=True)`
+reads it. An engine that runs inside a handler of another one restores the global generators at its end. An interrupted
+engine continues with its own generators' states.
 
-What a foreign DataLoader's worker processes draw after a resume inside a pass differs: each worker begins anew. Ours
-(`Seekable`) seeds every microbatch by its position. Which kernels compute is not looked after here.
+After a resume inside a pass, the worker processes of a foreign DataLoader draw other numbers, since each worker begins
+anew. Our loader (`Seekable`) seeds every microbatch by its position. This module does not make kernels deterministic.
 
 *Errors*: ValueError for a run without data.
 """
@@ -42,19 +43,19 @@ __all__ = ["DeterministicEngine", "ReproducibleBatchSampler", "keep_random_state
 
 _NO_MORE = object()
 _inside_a_run: ContextVar[bool] = ContextVar("_inside_a_run", default=False)
-"""Whether a deterministic engine runs around this code: one inside a handler then puts the generators back."""
+"""Whether a deterministic engine runs around this code; an engine inside its handler then restores the generators."""
 
 
 class DeterministicEngine(Engine):
-    """An `Engine` over reproducible batches; `backend` says whose rank 0 draws the seed.
+    """An `Engine` over reproducible batches. Rank 0 of `backend` draws the seed.
 
-    *Contract*: a run that goes on from a `state_dict` (inside a pass too) gets the batches that it would have got, and
-    the global generators as they were. `state.seed` is drawn from torch's generator when a run begins. Over a
-    `SlotLoader` the samples' own randomness is the same too; over a foreign DataLoader with workers it is not, inside a
-    pass. Which kernels compute is left to `make_deterministic`.
+    *Contract*: a run that continues from a `state_dict`, inside a pass too, gets the batches of the uninterrupted run,
+    and the same states of the global generators. `state.seed` is drawn from torch's generator when a run begins. With a
+    `SlotLoader` the samples' own randomness is the same too. With a foreign DataLoader with workers it is not, if the
+    resume is inside a pass. `make_deterministic` makes kernels deterministic; the engine does not.
     *Errors*: ValueError for a run without data.
-    *Cost*: seeding at the start of each pass, 0.1 to 0.2 ms. On resume nothing over `SlotLoader`, the indices passed
-    over for a map-style DataLoader, all batches since the pass began for data that can only be iterated.
+    *Cost*: seeding at the start of each pass, 0.1 to 0.2 ms. A resume costs nothing with a `SlotLoader`, the skipped
+    indices with a map-style DataLoader, and all batches since the pass began with data that can only be iterated.
     """
 
     def __init__(self, process_function: Callable[[Self, Any], Any], *, backend: Backend | None = None) -> None:
@@ -69,7 +70,7 @@ class DeterministicEngine(Engine):
 
     @contextmanager
     def _around_run(self, data: Iterable[Any] | None) -> Iterator[None]:
-        """Refuse a run without data; leave an outer run's generators as they are, and take up a paused one's."""
+        """Refuse a run without data; restore an outer run's generators at the end, a paused run's at the start."""
         paused = self._cursor is not None
         if data is None and not paused:
             raise ValueError("expected data, got None; an engine without data has no batches to reproduce, use Engine")
@@ -86,47 +87,47 @@ class DeterministicEngine(Engine):
                 set_random_state(outer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the engine's state dict with the seed, the pass's beginning and the generators' states."""
-        own = {"rng_states": get_random_state(), "seed": self.state.seed, "pass_started": self._pass_started}
-        return {**super().state_dict(), **own}
+        """Return the engine's state dict, the seed, the iteration of the pass's start and the generators' states."""
+        added = {"rng_states": get_random_state(), "seed": self.state.seed, "pass_started": self._pass_started}
+        return {**super().state_dict(), **added}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Let the next `run` go on from what `state_dict` returned; without a seed in it, STARTED draws one."""
+        """Let the next `run` continue from a `state_dict`. If that holds no seed, STARTED draws one."""
         super().load_state_dict(state_dict)
         self.state.seed = state_dict.get("seed")
         self._seed_is_given = self.state.seed is not None
         self._pass_started = state_dict.get("pass_started")
 
     def _iterate(self, first: bool) -> Iterator[Any]:
-        """Return an iterator of the pass that begins now, or at a run's start at the batch that is next in its."""
+        """Return an iterator over the pass that begins now; at a run's start, over the rest of the pass it is in."""
         state = self.state
         data = state.dataloader = _with_skipping(state.dataloader)
         length = _length(data)
-        began = self._pass_started = self._began(length) if first else state.iteration
-        done = state.iteration - began
-        saved, state.rng_states = state.rng_states if first and done else None, None
-        self._reseed(data, began)
+        pass_started = self._pass_started = self._start_of_pass(length) if first else state.iteration
+        done = state.iteration - pass_started
+        saved_states, state.rng_states = state.rng_states if first and done else None, None
+        self._reseed(data, pass_started)
         iterator: Iterator[Any]
         if _is_seekable(data):
             data.seek(*divmod(state.iteration, length or state.iteration + 1))
             iterator = iter(data)
-        elif _skips(data):
+        elif _skips_indices(data):
             order = data.batch_sampler.batch_sampler
-            if _is_seekable(order):  # ours: it draws nothing
-                order.seek(began // len(order), 0)
-            elif saved is not None:
-                _PutBack(data.batch_sampler, done, saved)
-                saved = None
+            if _is_seekable(order):  # our own order, which draws nothing
+                order.seek(pass_started // len(order), 0)
+            elif saved_states is not None:
+                _RestoreAfterSkip(data.batch_sampler, done, saved_states)
+                saved_states = None
             data.batch_sampler.start_iteration = done
             iterator = iter(data)
         else:
             iterator = self._fetch_and_drop(data, done)
-        if saved is not None:
-            set_random_state(saved)
+        if saved_states is not None:
+            set_random_state(saved_states)
         return iterator
 
-    def _began(self, length: int | None) -> int:
-        """Return the iteration at which the pass began that a run starts in: as saved, else as the length says."""
+    def _start_of_pass(self, length: int | None) -> int:
+        """Return the iteration at which the run's current pass began: the saved one, else the one by the length."""
         iteration, saved = self.state.iteration, self._pass_started
         if iteration == 0:
             return 0
@@ -142,32 +143,32 @@ class DeterministicEngine(Engine):
         for generator in _generators(data):
             generator.manual_seed(seed)
         if getattr(data, "_iterator", None) is not None:
-            # Workers that persist were told their seed when they started; what that drew, every pass has to draw.
+            # Persistent workers got their seed when they started. That took a draw, which every pass must repeat.
             torch.empty((), dtype=torch.int64).random_(generator=data.generator)
 
     def _fetch_and_drop(self, data: Iterable[Any], count: int) -> Iterator[Any]:
-        """Return an iterator that has given `count` batches, over as many passes as that takes."""
+        """Return an iterator from which `count` batches have been dropped, over several passes if need be."""
         if count:
-            self.logger.info("fetching and dropping %d batches to come to iteration %d", count, self.state.iteration)
-        iterator, began = iter(data), self.state.iteration - count
+            self.logger.info("fetching and dropping %d batches to reach iteration %d", count, self.state.iteration)
+        iterator, first_dropped = iter(data), self.state.iteration - count
         dropped = 0
         while dropped < count:
             if next(iterator, _NO_MORE) is not _NO_MORE:
                 dropped += 1
-            elif self._pass_started == began + dropped:
-                break  # an empty pass: the loop will find it so, and say it
+            elif self._pass_started == first_dropped + dropped:
+                break  # the pass is empty; the loop will notice it and warn
             else:
-                self._pass_started = began + dropped
+                self._pass_started = first_dropped + dropped
                 self._reseed(data, self._pass_started)
                 iterator = iter(data)
         return iterator
 
 
-class _PutBack(BatchSampler):
-    """In a batch sampler's place for one pass: puts the generators back after `count` batches.
+class _RestoreAfterSkip(BatchSampler):
+    """Replaces a batch sampler for one pass and restores the generators' states after `count` batches.
 
-    Its first batch draws the order, which happens after `iter(loader)`; the generators must be
-    back before the next batch's samples are loaded.
+    The first batch draws the order, after `iter(loader)`. The states must be restored before the samples of the next
+    batch are loaded.
     """
 
     def __init__(self, holder: ReproducibleBatchSampler, count: int, states: dict[str, Any]) -> None:
@@ -186,7 +187,7 @@ class _PutBack(BatchSampler):
 
 
 def _take_seed(engine: DeterministicEngine) -> None:
-    """Draw the run's seed, the same on every rank; keep that of a run that goes on."""
+    """Draw the run's seed, the same on every rank. A run that continues keeps its seed."""
     if engine.state.seed is None or (engine.state.iteration == 0 and not engine._seed_is_given):
         seed = int(torch.randint(0, 10**9, (1,)).item())
         engine.state.seed = seed if engine._backend is None else engine._backend.broadcast(seed)
@@ -194,7 +195,7 @@ def _take_seed(engine: DeterministicEngine) -> None:
 
 
 def _length(data: Any) -> int | None:
-    """Return `len(data)`, None where it is unknown or nothing."""
+    """Return `len(data)`, or None if it is unknown or 0."""
     try:
         return len(data) or None
     except TypeError:
@@ -205,27 +206,27 @@ def _is_seekable(data: Any) -> bool:
     return isinstance(data, Seekable) and not isinstance(data, io.IOBase)
 
 
-def _skips(data: Any) -> bool:
+def _skips_indices(data: Any) -> bool:
     return isinstance(data, DataLoader) and isinstance(data.batch_sampler, ReproducibleBatchSampler)
 
 
 def _with_skipping(data: Any) -> Any:
-    """Return a map-style DataLoader with its batch sampler wrapped, once; anything else as it is."""
+    """Return a map-style DataLoader with its batch sampler wrapped once; return other data unchanged."""
     wrappable = (
         isinstance(data, DataLoader)
         and not isinstance(data.dataset, IterableDataset)
         and isinstance(data.batch_sampler, BatchSampler)
     )
-    if not wrappable or _is_seekable(data) or _skips(data):
+    if not wrappable or _is_seekable(data) or _skips_indices(data):
         return data
     return update_dataloader(data, ReproducibleBatchSampler(data.batch_sampler))
 
 
 def _generators(data: Any) -> list[torch.Generator]:
-    """Return the generators that a DataLoader and its samplers were given, each once."""
+    """Return the generators that were passed to a DataLoader and its samplers, each once."""
     if not isinstance(data, DataLoader):
         return []
     batch_sampler = data.batch_sampler
     holders = (data, data.sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
-    found = [getattr(holder, "generator", None) for holder in holders]
-    return [generator for generator in dict.fromkeys(found) if isinstance(generator, torch.Generator)]
+    generators = [getattr(holder, "generator", None) for holder in holders]
+    return [generator for generator in dict.fromkeys(generators) if isinstance(generator, torch.Generator)]

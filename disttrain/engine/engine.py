@@ -1,10 +1,10 @@
-"""In which order things happen: the loop over epochs and batches, written once, which can be left and entered anywhere.
+"""The loop over epochs and batches. It is written once, and can be left and entered again at any place.
 
-*Contract*: `_loop` is the pseudocode of `Engine.run`. It is left at a stop request or an exception; `_drive` does
-what that asks for, moves the cursor on, and enters it again. So pausing, ending an epoch and going on after an
-exception need no second loop.
-*Errors*: an exception is logged in one line, then either raised to the caller or given to handlers of
-EXCEPTION_RAISED.
+*Contract*: `_loop` is the pseudocode of `Engine.run`. It returns at a stop request and raises at an exception. `_drive`
+then carries out the request, moves the cursor on and enters the loop again. Therefore no second loop is needed to
+pause, to end an epoch or to continue after an exception.
+*Errors*: an exception is logged in one line. Then it is raised to the caller, or passed to the handlers of
+EXCEPTION_RAISED if there are any.
 *Cost*: an event with no handler, or with none due at this iteration, costs one comparison.
 """
 
@@ -36,8 +36,8 @@ from disttrain.engine.cursor import (
     Cursor,
 )
 from disttrain.engine.events import Events
-from disttrain.engine.progress import is_done, plan_run
-from disttrain.engine.registration import Slot
+from disttrain.engine.registration import HandlerList
+from disttrain.engine.run_plan import is_done, plan_run
 from disttrain.engine.signatures import check_takes_two
 from disttrain.engine.state import State
 
@@ -47,9 +47,8 @@ _NO_MORE = object()
 class Engine(Control):
     """Runs `process_function(engine, batch)` over data; its result becomes `engine.state.output`.
 
-    It refers to nothing that refers back to it, so that it goes, with its data, when the last reference to it does.
-    A subclass may override `_iterate` to say where batches come from, and `_around_run` for what a run is to leave
-    as it found it.
+    It is in no reference cycle, so it and its data are freed with the last reference to it. A subclass may override
+    `_iterate` to choose where batches come from, and `_around_run` to put a context around every run.
     """
 
     def __init__(self, process_function: Callable[[Self, Any], Any]) -> None:
@@ -80,11 +79,12 @@ class Engine(Control):
                 EPOCH_COMPLETED
             COMPLETED
 
-        An epoch ends after `epoch_length` batches (by default `len(data)`); the next goes on with the same iterator.
-        Where that ends early: DATALOADER_STOP_ITERATION, a fresh `iter(state.dataloader)`, and on with the fetch.
-        Without data the three events of fetching do not fire. Where the state is that of a run that is not done
-        (loaded, terminated, paused), it goes on; else it starts anew. `state.max_epochs = None` makes it start anew.
-        With `max_iters`, `state.max_epochs` stays None.
+        An epoch ends after `epoch_length` batches (by default `len(data)`). The next epoch continues with the same
+        iterator. If the iterator ends early, DATALOADER_STOP_ITERATION fires, a fresh `iter(state.dataloader)` is
+        taken, and the fetch is repeated. Without data the three events of fetching do not fire.
+
+        The run continues if the state belongs to a run that is not done (loaded, terminated or paused). Otherwise it
+        starts anew. `state.max_epochs = None` forces a new start. With `max_iters`, `state.max_epochs` stays None.
         """
         if self._running:
             raise RuntimeError("this engine is already running; run another one inside its handlers")
@@ -95,9 +95,9 @@ class Engine(Control):
             plan.apply(self.state)
             self._map_attributes()
             if self._cursor is None or plan.anew:
-                self._cursor = Cursor(began=perf_counter())
+                self._cursor = Cursor(started_at=perf_counter())
                 self.state.dataloader, self._next_data = data, None
-                self._forget_stops()
+                self._clear_stop_requests()
             else:
                 self._cursor.resume()
             verb = "starts" if plan.anew else "goes on"
@@ -105,14 +105,13 @@ class Engine(Control):
             return self._drive(self._cursor)
 
     def _around_run(self, data: Iterable[Any] | None) -> AbstractContextManager[None]:
-        """Return a context that every run is in, for a subclass to override; `data` is what it goes over, if new."""
+        """Return a context for a whole run over `data` (None: none was passed). A subclass may override this."""
         return nullcontext()
 
     def _loop(self, run: Cursor) -> int:
-        """Go on from `run.at` until the run ends or a stop is asked for; return the place to go on from.
+        """Run from `run.at` until the run ends or a stop is requested; return the place to continue from.
 
-        What it does from the beginning is `run`'s pseudocode. `at` is past a place only on the way to the one where
-        the run goes on.
+        From the beginning this is the pseudocode of `run`. At a later entry, the places before `at` are skipped once.
         """
         process, at = self._process_function, run.at
         if at == BEGIN and self._emit(Events.STARTED):
@@ -129,7 +128,7 @@ class Engine(Control):
             if at < EPOCH_END:
                 if run.iterator is None:
                     run.iterator = self._open(run)
-                batch_started, batch_completed, started, completed = self._loop_slots()
+                batch_started, batch_completed, started, completed = self._woken_loop_handlers()
                 run.inside = True
                 n = state.iteration
                 while True:
@@ -141,14 +140,8 @@ class Engine(Control):
                     if at <= FETCH:
                         state.batch = next(run.iterator, _NO_MORE)
                         if state.batch is _NO_MORE:
-                            state.batch = None
-                            if state.epoch_length is None or run.empty_at == run.count:
-                                self._end_of_data(run)
-                                return EPOCH_END
-                            run.empty_at, run.iterator = run.count, None
-                            if self._emit(Events.DATALOADER_STOP_ITERATION):
-                                return FETCH
-                            run.iterator = self._open(run)
+                            if (next_place := self._restart_data(run)) is not None:
+                                return next_place
                             at = FETCH
                             continue
                         state.output = None
@@ -172,54 +165,54 @@ class Engine(Control):
                     if state.max_iters is not None and state.iteration >= state.max_iters:
                         self.should_terminate = True
                         return NEXT
-                    if state.iteration != n:
+                    if state.iteration != n:  # a handler has moved the counter
                         n = state.iteration
-                        self._loop_slots()
+                        self._woken_loop_handlers()
             if at <= EPOCH_END:
                 run.inside = False
-                state.times[Events.EPOCH_COMPLETED] = perf_counter() - run.epoch_began
+                state.times["EPOCH_COMPLETED"] = perf_counter() - run.epoch_started_at
                 if self._emit(Events.EPOCH_COMPLETED):
                     return EPOCH
             at = EPOCH
-        self.state.times[Events.COMPLETED] = perf_counter() - run.began
+        self.state.times["COMPLETED"] = perf_counter() - run.started_at
         self._emit(Events.COMPLETED)
         return OVER
 
     def _drive(self, run: Cursor) -> State:
-        """Run the loop from stop to stop, until the run is over or paused.
+        """Enter the loop again after each stop, until the run is over or paused.
 
-        What is asked for while a run is paused is done first when it goes on.
+        A stop that was requested while the run was paused is carried out before the loop is entered.
         """
         self._running = True
         try:
             while run.at < OVER and not run.paused:
                 try:
-                    if self._stop_asked:
-                        self._stop(run)
+                    if self._stop_requested:
+                        self._carry_out_stop(run)
                     else:
                         run.at = self._loop(run)
                 except BaseException as error:
-                    if not self._swallows(run, error):
+                    if not self._handle_exception(run, error):
                         raise
         finally:
             self._running = False
             if not run.paused:
                 self._cursor = None
-                if run.epoch_began:
-                    self._left = self.state
+                if run.epoch_started_at:
+                    self._state_at_end = self.state
         verb = "pauses" if run.paused else "ends"
         self.logger.info("run %s at epoch %d, iteration %d", verb, self.state.epoch, self.state.iteration)
         return self.state
 
-    def _stop(self, run: Cursor) -> None:
-        """Do the first of what was asked for, and move the cursor on."""
+    def _carry_out_stop(self, run: Cursor) -> None:
+        """Carry out the first of the requested stops, and move the cursor on."""
         if self.should_terminate:
-            run.inside, then = False, OVER if self._skip_completed else END
+            run.inside, next_place = False, OVER if self._skip_completed else END
             self._emit(Events.TERMINATE)
-            run.at, self._stop_asked = then, False  # what handlers of TERMINATE ask for comes too late
+            run.at, self._stop_requested = next_place, False  # a request by a handler of TERMINATE comes too late
         elif self.should_terminate_single_epoch:
             try:
-                self._stop_epoch(run)
+                self._end_epoch_early(run)
             finally:
                 self.should_terminate_single_epoch = False
         elif self.should_interrupt:
@@ -228,32 +221,32 @@ class Engine(Control):
             finally:
                 self.should_interrupt = False
             run.pause()
-        else:  # see _look_again
-            self._stop_asked = False
+        else:  # by _reenter_loop
+            self._stop_requested = False
 
-    def _stop_epoch(self, run: Cursor) -> None:
+    def _end_epoch_early(self, run: Cursor) -> None:
         if run.inside:
-            then = EPOCH if self._skip_epoch_completed else EPOCH_END
+            next_place = EPOCH if self._skip_epoch_completed else EPOCH_END
             self._emit(Events.TERMINATE_SINGLE_EPOCH, iter_counter=run.count)
-            run.iterator = None  # the old one's workers end before the new one's begin
+            run.iterator = None  # ends the old iterator's workers before the new iterator starts its own
             run.iterator = self._open(run)
-            run.at, run.inside = then, False
-        elif run.at in (FIRST_EPOCH, BATCH):  # else the epoch is over, and it is ignored
+            run.at, run.inside = next_place, False
+        elif run.at in (FIRST_EPOCH, BATCH):  # elsewhere the epoch is over already, and the request is ignored
             raise RuntimeError(
                 "terminate_epoch() was called in STARTED or EPOCH_STARTED, before the epoch's first iteration; "
-                "call it in a later event, or terminate() to end the run"
+                "call it in a later event, or call terminate() to end the run"
             )
 
-    def _swallows(self, run: Cursor, error: BaseException) -> bool:
-        """Show the error to the handlers of EXCEPTION_RAISED; return False when it is to be raised.
+    def _handle_exception(self, run: Cursor, error: BaseException) -> bool:
+        """Pass the error to the handlers of EXCEPTION_RAISED; return False if it must be raised to the caller.
 
-        Shown inside the iterations it ends the epoch, elsewhere the run; a KeyboardInterrupt ends the run anywhere.
-        SystemExit and its like, meant for the process, are shown and raised all the same.
+        A handled error ends the epoch if it came from inside the iterations, else the run. A KeyboardInterrupt always
+        ends the run. SystemExit and its like are meant for the process: they are passed to the handlers and raised.
         """
         state = self.state
         name, message = type(error).__name__, str(error)  # the error itself would live as long as the log record
         self.logger.error("%s at epoch %d, iteration %d: %s", name, state.epoch, state.iteration, message)
-        if not self._slots[Events.EXCEPTION_RAISED].handlers:
+        if not self._handler_lists[Events.EXCEPTION_RAISED].registrations:
             return False
         trace = error.__traceback__
         try:
@@ -263,16 +256,17 @@ class Engine(Control):
         except BaseException as raised:
             if raised is not error:
                 raise
-            error.__traceback__ = trace  # without the frames of the handlers, which hold the error: a cycle
+            error.__traceback__ = trace  # drops the handlers' frames: they hold the error, which would be a cycle
             return False
         finally:
             del error, trace
 
-    def _loop_slots(self) -> tuple[Slot, Slot, Slot, Slot]:
-        """Return the events of an iteration, each to be looked at again; without data two that nobody handles."""
-        for slot in (slots := [self._slots[event] for event in LOOP_EVENTS]):
-            slot.by_iteration = self.state.event_to_attr.get(slot.event) == "iteration"
-            slot.wake()
+    def _woken_loop_handlers(self) -> tuple[HandlerList, HandlerList, HandlerList, HandlerList]:
+        """Wake the handler lists of an iteration's four events and return them; without data two are empty ones."""
+        handler_lists = [self._handler_lists[event] for event in LOOP_EVENTS]
+        for handler_list in handler_lists:
+            handler_list.by_iteration = self.state.event_to_attr.get(handler_list.event) == "iteration"
+            handler_list.wake()
         if self.state.dataloader is None:
-            slots[:2] = [Slot(event) for event in LOOP_EVENTS[:2]]
-        return slots[0], slots[1], slots[2], slots[3]
+            handler_lists[:2] = [HandlerList(event) for event in LOOP_EVENTS[:2]]
+        return handler_lists[0], handler_lists[1], handler_lists[2], handler_lists[3]

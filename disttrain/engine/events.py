@@ -1,33 +1,27 @@
-"""When things happen: the events of a run, filters on them, and handles to take a handler off again.
+"""The events of a run, and filters on them.
 
-*Contract*: an event is equal to, and hashed as, its name. Members of two enums are never equal, so two enums may
-each have an event of the same name; a string stands for the event that was registered first under it.
-*Cost*: a filter made of numbers can tell the next value that passes, so that the engine need not ask at each.
+*Contract*: an event is equal to its name and hashed like it. Members of two enums are never equal, so two enums may
+have events of the same name. A string means the event that was registered first under this name.
+*Cost*: a filter made of numbers gives the next value that passes, so the engine need not check the values before it.
 """
 
-import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
 from numbers import Integral
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, SupportsIndex, overload
+from typing import Any, SupportsIndex, overload
 
 from disttrain.engine.signatures import check_takes_two
-
-if TYPE_CHECKING:
-    from disttrain.engine.emitter import Emitter
-    from disttrain.engine.registration import Registration
 
 NEVER = 2**62
 """A value that no counter reaches."""
 
 EventFilter = Callable[[Any, int], bool]
-"""`event_filter(engine, event_value)`: whether the handlers are called."""
+"""`event_filter(engine, event_value)` returns whether the handler is called."""
 
 
 class Periodic:
-    """Passes `after < value < before`, and of those one in `every`, counted from `after` if there is one."""
+    """Passes every `every`-th value of `after < value < before`, counted from `after` if there is one."""
 
     def __init__(self, every: int, before: int | None, after: int | None) -> None:
         self._every = every
@@ -52,23 +46,23 @@ class Listed:
         self._values = sorted(set(values))
 
     def __call__(self, engine: Any, value: int) -> bool:
-        place = bisect_left(self._values, value)
-        return place < len(self._values) and self._values[place] == value
+        index = bisect_left(self._values, value)
+        return index < len(self._values) and self._values[index] == value
 
     def following(self, value: int) -> int:
         """Return the smallest value above `value` that passes, or NEVER."""
-        place = bisect_right(self._values, value)
-        return self._values[place] if place < len(self._values) else NEVER
+        index = bisect_right(self._values, value)
+        return self._values[index] if index < len(self._values) else NEVER
 
 
 NumericFilter = Periodic | Listed
-"""A filter on numbers alone: besides passing a value or not, it knows which value is the next to pass."""
+"""A filter made of numbers alone, which also gives the next value that passes."""
 
 
 class CallableEventWithFilter:
-    """An event, and the filter that says at which of its firings a handler is called.
+    """An event with a filter, which decides at which firings a handler is called.
 
-    `name` and `value` are those of the event; `filter` is None or a callable `(engine, event_value) -> bool`.
+    `name` and `value` are those of the event. `filter` is None or a callable `(engine, event_value) -> bool`.
     """
 
     def __init__(self, value: str, event_filter: EventFilter | None = None, name: str | None = None) -> None:
@@ -93,9 +87,9 @@ class CallableEventWithFilter:
         before: int | None = None,
         after: int | None = None,
     ) -> "CallableEventWithFilter":
-        """Return this event with a filter; the event itself is left as it is.
+        """Return this event with a filter; the event itself does not change.
 
-        Exactly one of: `event_filter`; `once`; any of `every`, `before` and `after` together.
+        Give exactly one of: `event_filter`; `once`; any of `every`, `before` and `after` together.
         """
         periodic = not (every is None and before is None and after is None)
         if (event_filter is not None) + (once is not None) + periodic != 1:
@@ -104,14 +98,14 @@ class CallableEventWithFilter:
                 f"together; got event_filter={event_filter!r}, every={every!r}, once={once!r}, before={before!r}, "
                 f"after={after!r}"
             )
-        chosen: EventFilter | None
+        new_filter: EventFilter | None
         if event_filter is not None:
-            chosen = _checked_filter(event_filter)
+            new_filter = _checked_filter(event_filter)
         elif once is not None:
-            chosen = Listed(_checked_once(once))
+            new_filter = Listed(_checked_once(once))
         else:
-            chosen = _periodic(every, before, after)
-        filtered = CallableEventWithFilter(self.value, chosen, self.name)
+            new_filter = _periodic(every, before, after)
+        filtered = CallableEventWithFilter(self.value, new_filter, self.name)
         filtered._enum = self._enum
         return filtered
 
@@ -134,7 +128,7 @@ class CallableEventWithFilter:
 
 
 class EventEnum(CallableEventWithFilter, Enum):
-    """Base of enums of events: `class MyEvents(EventEnum): LOSS_COMPUTED = "loss_computed"`."""
+    """The base class of enums of events: `class MyEvents(EventEnum): LOSS_COMPUTED = "loss_computed"`."""
 
     def __init__(self, value: str) -> None:
         self._enum = type(self)
@@ -145,7 +139,7 @@ class EventEnum(CallableEventWithFilter, Enum):
 
 
 class Events(EventEnum):
-    """What an `Engine` fires; the order is in `Engine.run`."""
+    """The events that an `Engine` fires. `Engine.run` gives their order."""
 
     EPOCH_STARTED = "epoch_started"
     EPOCH_COMPLETED = "epoch_completed"
@@ -163,7 +157,7 @@ class Events(EventEnum):
 
 
 class EventsList(Sequence[CallableEventWithFilter]):
-    """Events joined by `|`; each `|` gives a new list and leaves both sides as they were."""
+    """Events joined by `|`. Each `|` returns a new list and changes neither side."""
 
     def __init__(self, events: Iterable[CallableEventWithFilter] = ()) -> None:
         self._events = tuple(events)
@@ -191,41 +185,7 @@ class EventsList(Sequence[CallableEventWithFilter]):
 
 
 Event = str | CallableEventWithFilter
-"""What names one event."""
-
-
-class RemovableEventHandle:
-    """Takes a handler off its events again: by `remove()`, or on leaving a `with` block.
-
-    It keeps neither the engine nor the handler alive. As with `Engine.remove_event_handler`, every copy of the handler
-    on these events goes.
-    """
-
-    def __init__(self, event_name: "Event | EventsList", added: "Sequence[Registration]", engine: "Emitter") -> None:
-        self.event_name = event_name
-        self.engine = weakref.ref(engine)
-        self._added = [weakref.ref(registration) for registration in added]
-
-    def handler(self) -> Callable[..., Any] | None:
-        """Return the handler while it is on one of the events, else None."""
-        return next((registration.function for ref in self._added if (registration := ref()) is not None), None)
-
-    def remove(self) -> None:
-        """Take the handler off; does nothing the second time, or when the engine is gone."""
-        engine, handler = self.engine(), self.handler()
-        if engine is None or handler is None:
-            return
-        for event in self.event_name if isinstance(self.event_name, EventsList) else [self.event_name]:
-            if engine.has_event_handler(handler, event):
-                engine.remove_event_handler(handler, event)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
+"""An event, or the name of one."""
 
 
 def _checked_filter(event_filter: EventFilter) -> EventFilter:
@@ -235,22 +195,22 @@ def _checked_filter(event_filter: EventFilter) -> EventFilter:
     return event_filter
 
 
-def _whole(value: object) -> bool:
+def _is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _checked_once(once: int | Sequence[int]) -> list[int]:
     values = list(once) if isinstance(once, Sequence) else [once]
-    if not values or not all(_whole(value) and value > 0 for value in values):
+    if not values or not all(_is_integer(value) and value > 0 for value in values):
         raise ValueError(f"once must be a positive integer or a non-empty sequence of them, got {once!r}")
     return [int(value) for value in values]
 
 
 def _periodic(every: int | None, before: int | None, after: int | None) -> Periodic | None:
-    if every is not None and not (_whole(every) and every > 0):
+    if every is not None and not (_is_integer(every) and every > 0):
         raise ValueError(f"every must be a positive integer, got {every!r}")
     for name, bound in (("before", before), ("after", after)):
-        if bound is not None and not (_whole(bound) and bound >= 0):
+        if bound is not None and not (_is_integer(bound) and bound >= 0):
             raise ValueError(f"{name} must be an integer of at least 0, got {bound!r}")
     if every == 1 and before is None and after is None:
         return None

@@ -1,7 +1,7 @@
 """A handler on an event: how it is called and when it is next due.
 
-*Contract*: nothing here refers to the engine, so that an engine is freed by reference counting alone.
-*Cost*: each handler knows the next iteration at which its filter passes (`due`), and each event the smallest of these.
+*Contract*: nothing here refers to the engine, so an engine is freed by reference counting alone.
+*Cost*: each handler holds the next iteration at which its filter can pass (`due`), each event the smallest of these.
 """
 
 import weakref
@@ -13,19 +13,19 @@ from disttrain.engine.events import NEVER, Event, EventFilter, Events, NumericFi
 from disttrain.engine.signatures import takes_engine
 
 ALWAYS = -1
-"""Due before any iteration: look at each firing."""
-GONE = NEVER + 1
-"""Due after everything, an event fired by hand included: the handler is removed."""
+"""A `due` before any iteration: check the filter at each firing."""
+REMOVED = NEVER + 1
+"""A `due` after everything, even after the position of an event fired by hand: the handler is removed."""
 
 _ADDED_ARGUMENTS: dict[Event, tuple[tuple[str, ...], tuple[str, ...]]] = {
     Events.EXCEPTION_RAISED: (("exception",), ()),
     Events.TERMINATE_SINGLE_EPOCH: ((), ("iter_counter",)),
 }
-"""What an event passes to its handlers: positional after the engine, and by keyword."""
+"""The arguments that an event adds: by position, after the engine, and by keyword."""
 
 
 class OwnMethod:
-    """A handler that is a method of the engine it is on, held without keeping the engine alive."""
+    """A handler that is a method of the engine it is on. It does not keep the engine alive."""
 
     __slots__ = ("engine", "function")
 
@@ -37,8 +37,8 @@ class OwnMethod:
         return self.function(self.engine(), *args, **kwargs)
 
     def __eq__(self, other: object) -> bool:
-        mine = MethodType(self.function, self.engine())
-        return mine == (MethodType(other.function, other.engine()) if isinstance(other, OwnMethod) else other)
+        method = MethodType(self.function, self.engine())
+        return method == (MethodType(other.function, other.engine()) if isinstance(other, OwnMethod) else other)
 
     def __hash__(self) -> int:
         return hash(self.function)
@@ -48,7 +48,11 @@ class OwnMethod:
 
 
 class Registration:
-    """A handler on one event: how it is called, and the next iteration at which its filter can pass."""
+    """A handler on one event: how it is called, and the next iteration at which its filter can pass.
+
+    `following` maps a value to the next one that passes, where the filter knows it. `bare`: the handler is called with
+    the engine and nothing else.
+    """
 
     __slots__ = (
         "__weakref__",
@@ -83,57 +87,60 @@ class Registration:
         self.due = ALWAYS
 
 
-class Slot:
+class HandlerList:
     """A registered event with its handlers.
 
-    `due`: no handler has to be called at an iteration below it. `by_iteration`: the event is the loop's own and its
-    filters go by `state.iteration`, which rises from one firing to the next, so that `due` can be known ahead.
+    `due`: no handler has to be called at an iteration below it. `by_iteration`: the loop itself fires the event, and
+    its filters compare with `state.iteration`. That rises from one firing to the next, so `due` can be known ahead.
+    `firing`: the number of firings under way. `stale`: the list still holds removed handlers.
     """
 
-    __slots__ = ("by_iteration", "due", "event", "firing", "handlers", "stale")
+    __slots__ = ("by_iteration", "due", "event", "firing", "registrations", "stale")
 
     def __init__(self, event: Event) -> None:
         self.event = event
-        self.handlers: list[Registration] = []
+        self.registrations: list[Registration] = []
         self.by_iteration = False
         self.firing = 0
         self.stale = False
         self.due = NEVER
 
     def add(self, registration: Registration) -> None:
-        """Append a handler; a firing under way comes to it."""
-        self.handlers.append(registration)
+        """Append a handler; a firing under way still calls it."""
+        self.registrations.append(registration)
         self.due = ALWAYS
 
     def remove(self, handler: Callable[..., Any]) -> bool:
-        """Take every copy of `handler` off; return whether there was one."""
-        found = [kept for kept in self.handlers if kept.due != GONE and kept.function == handler]
-        for registration in found:
-            registration.due = GONE
-        self.stale = self.stale or bool(found)
+        """Remove every copy of `handler`; return whether there was one."""
+        copies = [registration for registration in self._present() if registration.function == handler]
+        for registration in copies:
+            registration.due = REMOVED
+        self.stale = self.stale or bool(copies)
         if not self.firing:
             self.sweep()
-        return bool(found)
+        return bool(copies)
 
     def sweep(self) -> None:
-        """Drop the removed; not while the list is being walked, or a handler would be passed over."""
-        self.handlers = [kept for kept in self.handlers if kept.due != GONE]
+        """Drop the removed handlers; not during a firing, which would then skip a handler."""
+        self.registrations = self._present()
         self.stale = False
-        self.due = ALWAYS  # not NEVER, whoever is left: somebody may have woken the event
+        self.due = ALWAYS  # not the smallest of the rest: the event may have been woken
 
     def wake(self) -> None:
-        """Forget what is due when: the counters moved, or somebody has to look."""
-        for registration in self.handlers:
-            if registration.due != GONE:
-                registration.due = ALWAYS
+        """Forget which handler is due when, because the counters moved or the loop must check for a stop."""
+        for registration in self._present():
+            registration.due = ALWAYS
         self.due = ALWAYS
 
-    def __reduce__(self) -> tuple[Callable[..., "Slot"], tuple[Event, list[Registration]]]:
-        return _slot_with, (self.event, [kept for kept in self.handlers if kept.due != GONE])
+    def _present(self) -> list[Registration]:
+        return [registration for registration in self.registrations if registration.due != REMOVED]
+
+    def __reduce__(self) -> tuple[Callable[..., "HandlerList"], tuple[Event, list[Registration]]]:
+        return _handler_list_of, (self.event, self._present())
 
 
-def _slot_with(event: Event, handlers: list[Registration]) -> Slot:
-    slot = Slot(event)
-    for registration in handlers:
-        slot.add(registration)
-    return slot
+def _handler_list_of(event: Event, registrations: list[Registration]) -> HandlerList:
+    handler_list = HandlerList(event)
+    for registration in registrations:
+        handler_list.add(registration)
+    return handler_list

@@ -1,4 +1,4 @@
-"""What a run knows about itself: counters, limits, the batch and the output, and whatever a program adds."""
+"""The state of a run: counters, limits, the batch, the output, and any attributes that a program adds."""
 
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,11 @@ _COUNTED_BY: Mapping[Event, str] = {
 
 
 class State:
-    """Attributes that the engine, the handlers and the process function pass to each other; any name may be added.
+    """The attributes that the engine, the handlers and the process function share; a program may add others.
 
-    `event_to_attr` maps an event to the name of the attribute that its filters compare with; each state has its own.
-    `times` holds the seconds of the last epoch under `Events.EPOCH_COMPLETED`, of the run under `Events.COMPLETED`.
+    `event_to_attr` maps an event to the name of the attribute that its filters compare with. Each state has its own
+    map. `times` holds the seconds of the last epoch under "EPOCH_COMPLETED" and of the run under "COMPLETED"; the
+    events themselves find them too.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -35,13 +36,13 @@ class State:
         self.dataloader: Iterable[Any] | None = None
         self.seed: int | None = None
         self.metrics: dict[str, Any] = {}
-        self.times: dict[Event, float | None] = {Events.EPOCH_COMPLETED: None, Events.COMPLETED: None}
+        self.times: dict[Event, float | None] = {"EPOCH_COMPLETED": None, "COMPLETED": None}
         self.event_to_attr: dict[Event, str] = dict(_COUNTED_BY)
         for name, value in kwargs.items():
             setattr(self, name, value)
 
     def get_event_attrib_value(self, event_name: Event) -> int:
-        """Return the value that filters on the event compare with; RuntimeError if it has none."""
+        """Return the value that filters on the event compare with; RuntimeError if the event has none."""
         attribute = self.event_to_attr.get(event_name)
         if attribute is None:
             raise RuntimeError(
@@ -52,8 +53,8 @@ class State:
         return value
 
     if TYPE_CHECKING:
-        # Programs add attributes of their own, so a type checker has to let any name pass. Only the checker sees
-        # these two: at run time they would make every access of the loop slower.
+        # Programs add attributes of their own, so a type checker must accept any name. These two are for the checker
+        # alone: at run time they would slow down every access of the loop.
         def __getattr__(self, name: str) -> Any: ...
         def __setattr__(self, name: str, value: Any) -> None: ...
 

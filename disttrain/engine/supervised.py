@@ -1,7 +1,7 @@
-"""The one training step body, its evaluation sibling, and the factories that put parts in their places.
+"""The one training step body, and the factories that put its parts together.
 
     zero the gradients at an update's first iteration
-    for each microbatch of the batch:        # gradients.microbatches: one, unless the run is cut into slots
+    for each microbatch of the batch:        # gradients.microbatches: one, or one for each slot
         x, y = prepare_batch(microbatch)
         with precision.forward():
             y_pred = model_transform(model_fn(model, x))
@@ -10,16 +10,15 @@
     at its last: precision.update()          # unscale, before_step, step; then after_step
     output_transform(x, y, y_pred, loss)
 
-*Contract*: the four public `supervised_training_step*` are this body with another `Precision` in its place. The
-loss is divided for the backward and handed on undivided. A step starts with the whole model in training
-mode, an evaluation step with all of it in evaluation mode. Under DDP no gradients are sent before an
-update's last microbatch.
+*Contract*: the four public `supervised_training_step*` are this body with four different `Precision` objects. The loss
+is divided for the backward and passed on undivided. A step starts with the whole model in training mode. Under DDP no
+gradients are sent before an update's last microbatch.
 
-*Errors*: ValueError for arguments that exclude each other; RuntimeError for an xla device without torch_xla;
-ModuleNotFoundError, with what to install, where apex or torch_xla is absent.
+*Errors*: ValueError for arguments that exclude each other. RuntimeError for an xla device without torch_xla.
+ModuleNotFoundError, which names the package to install, if apex or torch_xla is absent.
 
-*Cost*: everything is resolved when the step is made; what it adds to the same step by hand is about a
-microsecond.
+*Cost*: every choice is made when the step is made. The step takes about a microsecond more than the same step written
+by hand.
 """
 
 from collections.abc import Callable, Iterable
@@ -31,9 +30,10 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from disttrain.backend.base import Backend
+from disttrain.devices import INSTALL_TORCH_XLA, has_torch_xla
 from disttrain.engine.deterministic import DeterministicEngine
 from disttrain.engine.engine import Engine
-from disttrain.engine.parts import (
+from disttrain.engine.step_defaults import (
     Device,
     LossFn,
     ModelFn,
@@ -48,15 +48,15 @@ from disttrain.engine.parts import (
     loss_item,
     mode_setter,
 )
-from disttrain.engine.parts import prepare_batch as default_prepare_batch
-from disttrain.parallel.base import Accumulation, Gradients
+from disttrain.engine.step_defaults import prepare_batch as default_prepare_batch
+from disttrain.parallel.gradients import Accumulation, Gradients
 from disttrain.precision.amp import AMP
 from disttrain.precision.apex import Apex
 from disttrain.precision.base import FP32, BeforeStep, Precision
-from disttrain.precision.xla import INSTALL, XLA, has_torch_xla
+from disttrain.precision.xla import XLA
 
 AfterStep = Callable[[bool], object]
-"""Called after each update with whether the optimizer stepped: steps a schedule, counts what was skipped."""
+"""Called after each update with True if the optimizer stepped, else False; it can step a schedule or count skips."""
 
 
 def _training_step(
@@ -74,15 +74,15 @@ def _training_step(
     before_step: BeforeStep | None = None,
     after_step: AfterStep | None = None,
 ) -> Step:
-    """Return the step body over these parts."""
+    """Return the step body with these parts."""
     set_mode = mode_setter(model, training=True)
     divisor, several = gradients.divisor, gradients.several
     opens, closes = gradients.opens, gradients.closes
     microbatches_of: Callable[[Any, int], Iterable[Any]] = gradients.microbatches
-    if divisor == 1 and type(gradients) is Accumulation:  # most runs: there is nothing to hold back
-        opens, closes, microbatches_of = _always, _always, _whole
+    if divisor == 1 and type(gradients) is Accumulation:  # the shorter way, for updates of one microbatch
+        opens, closes, microbatches_of = _always, _always, _whole_batch
     forward, backward, update = precision.forward, precision.backward, precision.update
-    plain = model_fn is call_model  # then the model is called here: that much shorter is the way to it
+    plain = model_fn is call_model  # then the step calls the model itself, which saves a call
 
     def step(engine: Engine, batch: Any) -> Any:
         iteration = engine.state.iteration
@@ -101,14 +101,14 @@ def _training_step(
                 if several:
                     outputs.append(output_transform(x, y, y_pred, loss))
         except BaseException:
-            # Whoever keeps the exception keeps the generator too, and what it holds back (DDP's no_sync).
+            # A kept exception would keep the generator alive, and with it the contexts inside (DDP's no_sync).
             getattr(microbatches, "close", _nothing)()
             raise
         if closes(iteration):
             stepped = update(optimizer, before_step)
             if after_step is not None:
                 after_step(stepped)
-        # One output is made last: its `.item()` then waits while the device already has the update's work.
+        # A single output is made last: the device then has the update's work while `.item()` waits.
         return outputs if several else output_transform(x, y, y_pred, loss)
 
     return step
@@ -122,7 +122,7 @@ def _always(iteration: int) -> bool:
     return True
 
 
-def _whole(batch: Any, iteration: int) -> Iterable[Any]:
+def _whole_batch(batch: Any, iteration: int) -> Iterable[Any]:
     return (batch,)
 
 
@@ -158,10 +158,10 @@ def supervised_training_step_amp(
     model_fn: ModelFn = call_model,
     dtype: torch.dtype | None = None,
 ) -> Step:
-    """Return a process function that trains under `torch.autocast`, on the device's type or else the model's.
+    """Return a process function that trains under `torch.autocast` for the type of `device`, or of the model's device.
 
-    `dtype` is torch.float16 or torch.bfloat16; None takes float16 with a scaler, and without one what autocast
-    takes by itself (CUDA: float16, CPU: bfloat16).
+    `dtype` is torch.float16 or torch.bfloat16. None means float16 with a scaler, and without one the default of
+    autocast (CUDA: float16, CPU: bfloat16).
     """
     parts = (device, non_blocking, prepare_batch, model_transform, output_transform, model_fn)
     gradients = Accumulation(model, gradient_accumulation_steps)
@@ -180,7 +180,7 @@ def supervised_training_step_apex(
     gradient_accumulation_steps: int = 1,
     model_fn: ModelFn = call_model,
 ) -> Step:
-    """Return a process function that trains a model and an optimizer that `apex.amp.initialize` prepared."""
+    """Return a process function that trains a model and an optimizer prepared by `apex.amp.initialize`."""
     parts = (device, non_blocking, prepare_batch, model_transform, output_transform, model_fn)
     gradients = Accumulation(model, gradient_accumulation_steps)
     return _training_step(model, optimizer, loss_fn, *parts, _apex(model, gradient_accumulation_steps), gradients)
@@ -198,7 +198,7 @@ def supervised_training_step_tpu(
     gradient_accumulation_steps: int = 1,
     model_fn: ModelFn = call_model,
 ) -> Step:
-    """Return a process function that trains on an XLA device, stepping by `xm.optimizer_step`."""
+    """Return a process function that trains on an XLA device and steps with `xm.optimizer_step`."""
     parts = (device, non_blocking, prepare_batch, model_transform, output_transform, model_fn)
     gradients = Accumulation(model, gradient_accumulation_steps)
     return _training_step(model, optimizer, loss_fn, *parts, XLA(), gradients)
@@ -225,14 +225,15 @@ def create_supervised_trainer(
     after_step: AfterStep | None = None,
     backend: Backend | None = None,
 ) -> Engine:
-    """Return an engine that trains `model`: the step body with the parts that these arguments pick.
+    """Return an engine that trains `model` with the step body, whose parts these arguments choose.
 
-    The device and `amp_mode` (None, "amp" or "apex") pick the precision, `gradient_accumulation_steps` how
-    gradients come together; `precision` and `gradients` say it outright, and then the others must be left
-    alone. `state.scaler` is there with `scaler=True` alone. `before_step` runs before each optimizer step,
-    with the gradients unscaled and reduced, and skips it by returning False; `after_step(stepped)` runs after each
-    update and hears whether the optimizer stepped, which is when a learning rate's schedule is to step.
-    `backend` is whose rank 0 draws the seed of a deterministic engine.
+    The device and `amp_mode` (None, "amp" or "apex") choose the precision. `gradient_accumulation_steps` chooses how
+    gradients are added up. `precision` and `gradients` set the two directly, and then the others must keep their
+    defaults. `state.scaler` exists only with `scaler=True`.
+
+    `before_step` runs before each optimizer step, when the gradients are unscaled and reduced. It skips the step by
+    returning False. `after_step(stepped)` runs after each update; `stepped` is whether the optimizer stepped, and only
+    then should a learning rate schedule step. Rank 0 of `backend` draws the seed of a deterministic engine.
     """
     if precision is not None and (amp_mode is not None or scaler is not False):
         raise ValueError(f"expected precision alone or amp_mode and scaler, got both (amp_mode={amp_mode!r})")
@@ -241,7 +242,7 @@ def create_supervised_trainer(
             "expected gradients alone or gradient_accumulation_steps, "
             f"got both (gradient_accumulation_steps={gradient_accumulation_steps})"
         )
-    precision = precision or _pick(model, device, amp_mode, scaler, gradient_accumulation_steps)
+    precision = precision or _choose_precision(model, device, amp_mode, scaler, gradient_accumulation_steps)
     gradients = gradients or Accumulation(model, gradient_accumulation_steps)
     parts = (device, non_blocking, prepare_batch, model_transform, output_transform, model_fn)
     step = _training_step(model, optimizer, loss_fn, *parts, precision, gradients, before_step, after_step)
@@ -251,16 +252,20 @@ def create_supervised_trainer(
     return trainer
 
 
-def _pick(
+def _choose_precision(
     model: nn.Module, device: Device, amp_mode: str | None, scaler: bool | GradScaler, accumulation_steps: int
 ) -> Precision:
-    """Return the precision that the contract gives for `amp_mode`, `scaler` and the device."""
+    """Return the precision that belongs to `amp_mode`, `scaler` and the device."""
     check_amp_mode(amp_mode, device, ("amp", "apex"))
     if scaler and amp_mode != "amp":
-        raise ValueError(f'expected amp_mode="amp" with a scaler, got amp_mode={amp_mode!r}; use it, or scaler=False')
+        raise ValueError(
+            f'expected amp_mode="amp" with a scaler, got amp_mode={amp_mode!r}; set amp_mode="amp" or scaler=False'
+        )
     if device is not None and torch.device(device).type == "xla":
         if not has_torch_xla():
-            raise RuntimeError(f"expected torch_xla for device {str(device)!r}, which is not installed; {INSTALL}")
+            raise RuntimeError(
+                f"expected torch_xla for device {str(device)!r}, got no such package; {INSTALL_TORCH_XLA}"
+            )
         return XLA()
     if amp_mode == "amp":
         return AMP(device_kind(model, device), scaler=scaler)
@@ -268,5 +273,5 @@ def _pick(
 
 
 def _apex(model: nn.Module, accumulation_steps: int) -> Apex:
-    """Return apex; under DDP a window's gradients meet at its end, and stay scaled until they have."""
+    """Return apex. Under DDP gradients are reduced at the end of an accumulation window and stay scaled until then."""
     return Apex(unscale_at_update=accumulation_steps > 1 and hasattr(model, "no_sync"))

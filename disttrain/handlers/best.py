@@ -1,7 +1,8 @@
-"""The best evaluation of a run, whose checkpoint is kept beside the newest ones.
+"""Remember the best evaluation of a run, whose checkpoint is kept beside the newest ones.
 
-*Contract*: the best is the first of those with the best value; nan and infinities are never it. It is a function of the
-run's position alone: a checkpoint says which it is at its step (`about`), and who goes on from there knows (`stands`).
+*Contract*: the best evaluation is the first one with the best value; nan and infinities never count. It depends on the
+run's position alone: each checkpoint holds the best evaluation up to its step (`position`), and a resumed run loads it
+(`load_position`).
 """
 
 import logging
@@ -16,10 +17,11 @@ from disttrain.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 Mode = Literal["min", "max"]
+"""Whether the smallest or the largest value is the best."""
 
 
 class Best:
-    """Remembers the step whose evaluation gave the smallest or largest value of `monitor`."""
+    """Remembers the step whose evaluation gave the smallest or the largest value of `monitor`."""
 
     def __init__(self, monitor: str, mode: Mode, backend: Backend | None = None) -> None:
         self.monitor = monitor
@@ -28,11 +30,11 @@ class Best:
         self.found: BestStep | None = None
 
     def improved(self, step: int, results: Mapping[str, Any]) -> bool:
-        """Take note of an evaluation; return whether it is better than all before. Called by every rank.
+        """Record an evaluation; return True if it is better than all evaluations before. Every rank calls this.
 
-        Rank 0's value counts: a metric that each rank computes may differ in its last bit.
+        Only rank 0's value counts: a metric that each rank computes may differ in its last bit.
 
-        *Errors*: ConfigError where the result is no single number.
+        *Errors*: ConfigError if the result is not a single number.
         """
         value = results[self.monitor]
         if self._backend is not None:
@@ -42,49 +44,53 @@ class Best:
                 f"checkpoint.monitor={self.monitor!r}: expected a result that is one number, got {str(value)[:60]}; "
                 "monitor another one, such as 'loss'"
             )
-        if not math.isfinite(value) or (self.found is not None and not self._better(value, self.found.value)):
+        if not math.isfinite(value) or (self.found is not None and not self._is_better(value, self.found.value)):
             return False
         self.found = BestStep(step, self.monitor, float(value))
         return True
 
-    def _better(self, new: float, old: float) -> bool:
+    def _is_better(self, new: float, old: float) -> bool:
         return new < old if self.mode == "min" else new > old
 
     def keeps(self, filename: str) -> bool:
-        """Return whether that is the name of the best one's checkpoint."""
+        """Return True if `filename` is the checkpoint of the best evaluation."""
         return self.found is not None and filename.partition(".")[0] == checkpoint_name(self.found.step)
 
-    def about(self) -> dict[str, Any]:
-        """Return what a checkpoint says of it."""
+    def position(self) -> dict[str, Any]:
+        """Return the best evaluation as an entry for a checkpoint's position; empty if there is none yet."""
         return {} if self.found is None else {"best": {**self.found._asdict(), "mode": self.mode}}
 
-    def stands(self, position: Mapping[str, Any]) -> None:
-        """Take back what a checkpoint says, unless another result was monitored then, or other values were good."""
-        found = best_in(position)
+    def load_position(self, position: Mapping[str, Any]) -> None:
+        """Load the best evaluation from a checkpoint's position; ignore it if it has another monitor or mode."""
+        best = best_in(position)
         self.found = None
-        if found is not None:
-            before = (found.monitor, position["best"].get("mode", self.mode))
+        if best is not None:
+            before = (best.monitor, position["best"].get("mode", self.mode))
             if before == (self.monitor, self.mode):
-                self.found = found
+                self.found = best
             else:
                 logger.warning(
-                    "the best %s (%s), of step %d, counts no more: %s does", *before, found.step, self.monitor
+                    "the best %s (%s), of step %d, no longer counts: the run now monitors %s (%s)",
+                    *before,
+                    best.step,
+                    self.monitor,
+                    self.mode,
                 )
 
 
 def mode_of(mode: str, monitor: str, metrics: Mapping[str, Any]) -> Mode:
-    """Return whether small or large values are good: as the config says, or the metric itself.
+    """Return whether small or large values are good: by the config's `mode`, or by the metric itself.
 
-    *Errors*: ConfigError where neither does.
+    *Errors*: ConfigError if neither decides it.
     """
     if mode in ("min", "max"):
         return mode  # type: ignore[return-value]
-    if monitor not in metrics:  # then it is the loss
+    if monitor not in metrics:  # the only result that is not a metric is the loss
         return "min"
-    higher: bool | None = getattr(metrics[monitor], "higher_is_better", None)
-    if higher is None:
+    higher_is_better: bool | None = getattr(metrics[monitor], "higher_is_better", None)
+    if higher_is_better is None:
         raise ConfigError(
-            f"checkpoint.monitor={monitor!r}: {type(metrics[monitor]).__name__} does not say whether higher is better; "
-            "set checkpoint.mode to 'max' or 'min'"
+            f"checkpoint.monitor={monitor!r}: expected a metric whose higher_is_better is True or False, got "
+            f"{type(metrics[monitor]).__name__} without it; set checkpoint.mode to 'max' or 'min'"
         )
-    return "max" if higher else "min"
+    return "max" if higher_is_better else "min"

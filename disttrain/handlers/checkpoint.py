@@ -1,28 +1,28 @@
 """Save objects while an engine runs, keep the newest or the best of them, and load them again.
 
 *Contract*: `trainer.add_event_handler(Events.EPOCH_COMPLETED, Checkpoint(to_save, save_handler))` saves the
-`state_dict` of every object in `to_save` each time the event fires. An old checkpoint goes only after the new
-one is safe. A save handler is a directory (files by `DiskSaver`), a `DiskSaver`, a `DirectorySaver`, or any
-callable `(checkpoint, filename, metadata)`; one that has `remove(filename)` is asked to remove what is rotated out.
+`state_dict` of every object in `to_save` each time the event fires. An old checkpoint is removed only after the new one
+is safe. A save handler is a directory (files by `DiskSaver`), a `DiskSaver`, a `DirectorySaver`, or any callable
+`(checkpoint, filename, metadata)`. Old checkpoints are removed by its `remove(filename)`, if it has one.
 
-On several ranks pass the `backend`: every rank calls the handler, one writes (all, if the save handler is made
-for that), all take its score, and a failure there is a failure on each.
+On several ranks pass the `backend`. Every rank calls the handler, and one rank writes (all ranks, if the save handler
+has `every_rank`). All ranks take the score of the rank that writes. If that rank fails, all ranks fail.
 
 File names, such as `checkpoint_50000.pt` and `best_model_7_accuracy=0.9150.pt`:
 
-    [PREFIX_]NAME[_STEP][_SCORENAME=SCORE].pt       NAME: the object's if there is one, else "checkpoint"
+    [PREFIX_]NAME[_STEP][_SCORENAME=SCORE].pt       NAME: the object's name if there is one object, or "checkpoint"
 """
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from disttrain.checkpoint import DiskSaver, on_one_rank
-from disttrain.checkpoint.agree import Ranks
+from disttrain.checkpoint.agree import CheckpointRanks
 from disttrain.engine import Engine
-from disttrain.handlers.objects import bare, load_objects, map_objects, strongly, weakly
+from disttrain.handlers.rotation import SavedCheckpoint, rotated, should_save
+from disttrain.handlers.stateful import bare, load_objects, map_objects, strongly, weakly
 
 T = TypeVar("T")
 
@@ -30,36 +30,29 @@ SaveHandler = Callable[..., Any]
 """`(checkpoint, filename, metadata)`, or `(checkpoint, filename)`. It may have:
 
 - `remove(filename)`, which removes what was saved under that name;
-- `filename_pattern`, the names that it wants;
-- `at_least`, the fewest checkpoints that it agrees to keep;
-- `every_rank = True`: it is called on every rank and sees to it that all agree;
-- `saved() -> [(step, filename)]`, oldest first: what is there already, to be rotated out too.
+- `filename_pattern`, the pattern of its file names;
+- `at_least`, the fewest checkpoints that it keeps;
+- `every_rank = True`: every rank calls it, and it makes them agree;
+- `saved() -> [(step, filename)]`, oldest first: the checkpoints of an earlier process, which are removed in turn.
 """
 
 _FIELDS = ("filename_prefix", "name", "global_step", "score_name", "score", "ext")
 _SELF = "checkpointer"
 
 
-class Item(NamedTuple):
-    """A checkpoint that was saved: its score, or its step where there is no score."""
-
-    priority: int | float
-    filename: str
-
-
 class Checkpoint:
     """Saves `to_save` when called with an engine.
 
-    - `to_save`: name to object with `state_dict`, or to a list or dict of such. A wrapped model (DataParallel,
-      DistributedDataParallel, torch.compile) is saved as the bare one. An Engine is referred to weakly.
+    - `to_save`: a dict from names to objects with `state_dict`, or to lists or dicts of such objects. A wrapped model
+      (DataParallel, DistributedDataParallel, torch.compile) is saved as the bare model. An Engine is held weakly.
     - `score_function(engine)`: higher is better; the `n_saved` best are kept instead of the newest. With only a
       `score_name` the score is `engine.state.metrics[score_name]`. A nan is worse than any number.
     - `n_saved`: None keeps all.
-    - `global_step_transform(engine, event)`: the step in the file name, by default the iterations of `engine`;
-      for a handler of an evaluator pass one that gives the trainer's.
-    - `include_self`: the list of what was saved is saved too, as "checkpointer".
+    - `global_step_transform(engine, event)`: the step in the file name, by default the iterations of `engine`. The
+      handler of an evaluator needs one that returns the step of the trainer.
+    - `include_self`: the list of saved checkpoints is saved too, as "checkpointer".
     - `greater_or_equal`: an equal score replaces the oldest of the worst.
-    - `keeps(filename)`: what is to stay beside those `n_saved` for as long as this says so.
+    - `keeps(filename)`: True for a checkpoint that stays beside the `n_saved` ones.
     """
 
     def __init__(
@@ -75,7 +68,7 @@ class Checkpoint:
         include_self: bool = False,
         greater_or_equal: bool = False,
         save_on_rank: int = 0,
-        backend: Ranks | None = None,
+        backend: CheckpointRanks | None = None,
         keeps: Callable[[str], bool] | None = None,
     ) -> None:
         if not isinstance(to_save, Mapping):
@@ -107,10 +100,10 @@ class Checkpoint:
         self.save_on_rank = save_on_rank
         self._keeps = keeps or (lambda _filename: False)
         self._backend = backend
-        self._with_metadata = _takes_three(save_handler)
+        self._with_metadata = _takes_metadata(save_handler)
         self._pattern = self._choose_pattern(filename_pattern or getattr(save_handler, "filename_pattern", None))
-        self._saved: list[Item] = []
-        self._looked = False
+        self._saved: list[SavedCheckpoint] = []
+        self._knows_saved = False
 
     def _choose_pattern(self, given: str | None) -> str:
         if given is None:
@@ -128,17 +121,21 @@ class Checkpoint:
         return given
 
     def attach(self, engine: Engine, event: Any) -> Any:
-        """Save each time `event` of `engine` fires; return the handle that undoes it."""
+        """Save each time `event` of `engine` fires; return a handle whose `remove()` ends that."""
         return engine.add_event_handler(event, self)
 
-    def __call__(self, engine: Engine) -> None:
-        """Save, if there is room or the score is better than the worst, then remove what is one too many."""
-        global_step, priority = self._progress(engine)
-        self._look()
-        if not self._wanted(priority):
+    def __call__(self, engine: Engine, exception: BaseException | None = None) -> None:
+        """Save, if there is room or the score is better than the worst; then remove a surplus checkpoint."""
+        global_step, priority = self._step_and_priority(engine)
+        self._list_saved()
+        scored = self.score_function is not None
+        if not should_save(
+            self._saved, priority, scored=scored, n_saved=self.n_saved, equal_is_better=self.greater_or_equal
+        ):
             return
         filename = self._filename(global_step, priority)
-        saved, removed = self._rotated(Item(priority, filename))
+        new = SavedCheckpoint(priority, filename)
+        saved, removed = rotated(self._saved, new, scored=scored, n_saved=self.n_saved, keeps=self._keeps)
         name = "_".join(filter(None, (self.filename_prefix, self._name())))
         metadata = {"basename": name, "score_name": self.score_name, "priority": priority, "global_step": global_step}
 
@@ -151,18 +148,18 @@ class Checkpoint:
         if removed and hasattr(self.save_handler, "remove"):
             self._on_writers(lambda: self._remove(removed))
 
-    def _remove(self, items: list[Item]) -> None:
-        for item in items:
-            self.save_handler.remove(item.filename)  # type: ignore[attr-defined]
+    def _remove(self, checkpoints: list[SavedCheckpoint]) -> None:
+        for checkpoint in checkpoints:
+            self.save_handler.remove(checkpoint.filename)  # type: ignore[attr-defined]
 
     def _on_writers(self, action: Callable[[], T]) -> T:
-        """Run `action` where the save handler belongs: on every rank, or on one while the others wait for it."""
+        """Run `action` on every rank, or on one rank while the others wait, as the save handler needs it."""
         if getattr(self.save_handler, "every_rank", False):
             return action()
         return on_one_rank(self._backend, action, self.save_on_rank)
 
-    def _progress(self, engine: Engine) -> tuple[int, int | float]:
-        """Return the step for the file name and the priority, those of one rank on all."""
+    def _step_and_priority(self, engine: Engine) -> tuple[int, int | float]:
+        """Return the step for the file name and the priority: those of one rank, on all ranks."""
         transform = self.global_step_transform
         global_step = engine.state.iteration if transform is None else transform(engine, engine.last_event_name)
         priority = global_step if self.score_function is None else _number(self.score_function(engine))
@@ -170,29 +167,12 @@ class Checkpoint:
             global_step, priority = self._backend.broadcast((global_step, priority), source=self.save_on_rank)
         return global_step, priority
 
-    def _look(self) -> None:
-        """Before the first save, take over what the save handler finds there from an earlier process."""
-        if not self._looked and self.score_function is None and hasattr(self.save_handler, "saved"):
-            self._saved = [Item(step, filename) for step, filename in self._on_writers(self.save_handler.saved)]
-        self._looked = True
-
-    def _wanted(self, priority: int | float) -> bool:
-        # Without a score the newest is always wanted: also when a second run counts from 1 again.
-        if self.score_function is None or self.n_saved is None or len(self._saved) < self.n_saved:
-            return True
-        worst, new = _rank(self._saved[0]), _rank(Item(priority, ""))
-        return new >= worst if self.greater_or_equal else new > worst
-
-    def _rotated(self, item: Item) -> tuple[list[Item], list[Item]]:
-        """Return what will be there after `item` was saved, worst or oldest first, and what has to go."""
-        # An object store's names have a part of their own after the step's, another for each save.
-        again = (item.filename, f"{item.filename}.")
-        saved = [o for o in self._saved if o.filename != again[0] and not o.filename.startswith(again[1])] + [item]
-        if self.score_function is not None:
-            saved.sort(key=_rank)
-        surplus = 0 if self.n_saved is None else max(0, len(saved) - self.n_saved)
-        removed = [other for other in saved[:surplus] if not self._keeps(other.filename)]
-        return [other for other in saved if other not in removed], removed
+    def _list_saved(self) -> None:
+        """Before the first save, list the checkpoints that an earlier process saved."""
+        if not self._knows_saved and self.score_function is None and hasattr(self.save_handler, "saved"):
+            listed = self._on_writers(self.save_handler.saved)
+            self._saved = [SavedCheckpoint(step, filename) for step, filename in listed]
+        self._knows_saved = True
 
     def _name(self) -> str:
         return next(iter(self._objects)) if len(self._objects) == 1 and not self.include_self else "checkpoint"
@@ -213,8 +193,8 @@ class Checkpoint:
         objects: dict[str, Any] = map_objects(self._objects, strongly)
         return objects
 
-    def _collect(self, saved: list[Item]) -> Any:
-        """Return the state of all objects; of one alone just its own."""
+    def _collect(self, saved: list[SavedCheckpoint]) -> Any:
+        """Return the states of all objects by name; of a single object its state alone."""
         checkpoint = map_objects(self._objects, lambda obj, path: bare(strongly(obj, path)).state_dict())
         if self.include_self:
             checkpoint[_SELF] = _own_state(saved)
@@ -224,7 +204,7 @@ class Checkpoint:
 
     @property
     def last_checkpoint(self) -> str | Path | None:
-        """The newest, or with a score the best: its path, or its name if the save handler has no `dirname`."""
+        """The newest checkpoint, or the best: its path, or its name if the save handler has no `dirname`."""
         if not self._saved:
             return None
         filename = self._saved[-1].filename
@@ -234,28 +214,28 @@ class Checkpoint:
         return Path(dirname) / filename
 
     def reset(self) -> None:
-        """Forget what was saved, for another run with the same handler; nothing is removed."""
+        """Forget the saved checkpoints, for another run with the same handler; nothing is removed."""
         self._saved = []
-        self._looked = True
+        self._knows_saved = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the list of what was saved, as plain values."""
+        """Return the list of saved checkpoints, as plain values."""
         return _own_state(self._saved)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over the list of what was saved."""
-        self._saved = [Item(priority, filename) for priority, filename in state_dict["_saved"]]
+        """Load the list of saved checkpoints."""
+        self._saved = [SavedCheckpoint(priority, filename) for priority, filename in state_dict["_saved"]]
 
     @staticmethod
     def get_default_score_fn(metric_name: str, score_sign: float = 1.0) -> Callable[[Engine], Any]:
-        """Return a score function: a metric of the engine, times -1.0 for a loss or an error."""
+        """Return a score function: a metric of the engine, times `score_sign` (-1.0 for a loss or an error)."""
         if score_sign not in (1.0, -1.0):
             raise ValueError(f"expected score_sign to be 1.0 or -1.0, got {score_sign}")
 
         def score(engine: Engine) -> Any:
             metrics = engine.state.metrics
             if metric_name not in metrics:
-                raise ValueError(f"expected a metric {metric_name!r} of this engine, it has {sorted(metrics)}")
+                raise ValueError(f"expected a metric {metric_name!r} of this engine, got {sorted(metrics)}")
             return score_sign * metrics[metric_name]
 
         return score
@@ -266,42 +246,44 @@ class Checkpoint:
     ) -> str:
         """Return the pattern of file names with these parts."""
         if not (with_score or with_global_step):
-            raise ValueError("expected with_score or with_global_step, else all names are the same")
+            raise ValueError("expected with_score or with_global_step, got neither: then all names are the same")
         if with_score_name and not with_score:
-            raise ValueError("expected with_score=True where with_score_name=True")
+            raise ValueError("expected with_score=True beside with_score_name=True, got with_score=False")
         score = ("_{score_name}={score}" if with_score_name else "_{score}") if with_score else ""
         return f"{'{filename_prefix}_' * with_prefix}{{name}}{'_{global_step}' * with_global_step}{score}.{{ext}}"
 
     @staticmethod
     def load_objects(
-        to_load: Mapping[str, Any], checkpoint: Mapping[str, Any] | str | Path, strict: bool = True
+        to_load: Mapping[str, Any],
+        checkpoint: Mapping[str, Any] | str | Path,
+        strict: bool = True,
+        allow_missing: bool = False,
     ) -> None:
-        """Load the objects from a checkpoint: a dict, a file, a checkpoint directory, or a directory of those.
+        """Load objects from a checkpoint: a dict, a file, a checkpoint directory, or a directory of those.
 
-        Nothing is loaded if one of them is missing. `strict` goes to modules: False lets their keys differ.
+        Nothing is loaded if one of them is missing, unless `allow_missing`: then such an object stays as it is, and a
+        state that no object takes is dropped, each with a warning. `strict` is passed to modules: False lets their keys
+        differ.
         """
-        load_objects(to_load, checkpoint, strict)
+        load_objects(to_load, checkpoint, strict, allow_missing)
 
 
-def _own_state(saved: list[Item]) -> dict[str, Any]:
-    return {"_saved": [(item.priority, item.filename) for item in saved]}
-
-
-def _rank(item: Item) -> float:
-    return -math.inf if math.isnan(item.priority) else item.priority
+def _own_state(saved: list[SavedCheckpoint]) -> dict[str, Any]:
+    return {"_saved": [(checkpoint.priority, checkpoint.filename) for checkpoint in saved]}
 
 
 def _number(score: Any) -> int | float:
-    """Return a score as a plain number; a tensor or numpy scalar of one element is one too."""
+    """Return a score as a plain number; it may be a tensor or a numpy scalar of one element."""
     value = score.item() if hasattr(score, "item") else score
     if not isinstance(value, (int, float)):
         raise ValueError(f"expected score_function to return a number, got {type(score).__name__}")
     return value
 
 
-def _takes_three(save_handler: SaveHandler) -> bool:
+def _takes_metadata(save_handler: SaveHandler) -> bool:
+    """Return True if the save handler takes (checkpoint, filename, metadata), and not (checkpoint, filename)."""
     try:
         inspect.signature(save_handler).bind(None, None, None)
     except (TypeError, ValueError) as error:
-        return isinstance(error, ValueError)  # a builtin does not tell
+        return isinstance(error, ValueError)  # a builtin has no signature
     return True

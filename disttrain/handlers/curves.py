@@ -1,4 +1,4 @@
-"""What `metrics/` holds: the training and validation curves as JSONL, and for TensorBoard where it is installed."""
+"""Write the training and validation curves of a run to `metrics/`: as JSONL, and for TensorBoard if it is installed."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -6,22 +6,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 from disttrain.errors import ConfigError
+from disttrain.files import JsonLines
 from disttrain.handlers.losses import Pace
-from disttrain.run_directory import JsonLines
 
 
 class TensorBoard:
-    """Writes to `folder`; a resumed run's later steps replace those that the killed one had written."""
+    """Writes events to `folder`; steps of a resumed run replace those that the killed run had written after `step`."""
 
     def __init__(self, folder: Path, step: int) -> None:
         if find_spec("tensorboard") is None:
-            raise ConfigError("log.tensorboard=True needs TensorBoard: pip install 'disttrain[tensorboard]'")
+            raise ConfigError(
+                "log.tensorboard=True: expected TensorBoard to be installed, got none; "
+                "pip install 'disttrain[tensorboard]', or set log.tensorboard=False"
+            )
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write the values that are single numbers; what is not stays in the JSONL alone."""
+        """Write the values that are single numbers; the JSONL file holds the others too."""
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self._writer.add_scalar(name, value, step)
@@ -31,7 +34,10 @@ class TensorBoard:
 
 
 class Curves:
-    """Writes into `folder` on rank 0, going on after `step`; `tensorboard="auto"` is where it is installed."""
+    """Writes files in `folder`, on rank 0 only, and continues them after `step`.
+
+    `tensorboard="auto"` writes for TensorBoard if it is installed.
+    """
 
     def __init__(self, folder: Path, step: int, *, tensorboard: bool | Literal["auto"]) -> None:
         self._train = JsonLines(folder / "train.jsonl", step)
@@ -40,20 +46,20 @@ class Curves:
         self._board = TensorBoard(folder / "tensorboard", step) if wanted else None
 
     def trained(self, lines: list[dict[str, Any]], pace: Pace) -> None:
-        """Write a line for each step, and to TensorBoard the newest."""
+        """Write a line for each step; TensorBoard gets the newest step only."""
         self._train.write(*lines)
         if self._board is not None:
             names = ("loss", "learning_rate", "samples_per_second")
             self._board.add(pace.step, {f"train/{name}": getattr(pace, name) for name in names})
 
     def validated(self, step: int, epoch: int, values: Mapping[str, Any]) -> None:
-        """Write the results of the validation data."""
+        """Write the results of an evaluation."""
         self._valid.write({"step": step, "epoch": epoch, **values})
         if self._board is not None:
             self._board.add(step, {f"valid/{name}": value for name, value in values.items()})
 
     def sync(self) -> None:
-        """Flush what was written to the disk."""
+        """Flush the written lines to the disk."""
         self._train.sync()
         self._valid.sync()
 

@@ -1,11 +1,11 @@
-"""The training losses of all slots, fetched in batches: one line a step, and the pace.
+"""Fetch the training losses of all slots, several steps at a time: one line for each step, and the pace.
 
-*Contract*: every step's loss is the mean over the slots, folded in slot order in float64, so the logged curve
-is the same bits on any number of ranks. Losses and the gradients' norms stay on the device until `fetch`, a
-collective that the recipe calls every `log.every_steps` steps, at each epoch's end and before each checkpoint.
-No checkpoint is ever made of a state that followed a bad step: fetching comes first, and raises.
+*Contract*: a step's loss is the mean over all slots, summed in the order of the slots in float64. So the logged curve
+has the same bits on any number of ranks. Losses and gradient norms stay on the device until `fetch`, which is a
+collective. A run fetches every `log.every_steps` steps, at the end of each epoch and before each checkpoint. A bad step
+raises in the fetch, so no checkpoint ever holds a state that followed a bad step.
 
-*Cost*: between two fetches none but keeping the step's losses; a fetch is one all_gather.
+*Cost*: between two fetches only the losses of the steps are kept; a fetch is one all_gather.
 """
 
 import math
@@ -23,22 +23,22 @@ from disttrain.handlers.bad_steps import BadSteps
 from disttrain.parallel import mean_over_slots
 
 Update = tuple[Tensor | None, str | None]
-"""The gradient's norm of one step, where that is known, and why its update was left out, if it was."""
+"""The gradient norm of a step (None if unknown), and the reason if its update was left out (None if it was not)."""
 
 
-class Companion(Protocol):
-    """What travels with the losses, so that it costs no collective of its own."""
+class Passenger(Protocol):
+    """An object whose data travels with the losses, and so needs no collective of its own."""
 
-    def say(self) -> Any:
-        """Return what this rank has to say, of plain values."""
+    def payload(self) -> Any:
+        """Return this rank's data, as plain values."""
 
-    def hear(self, by_rank: list[Any], /) -> None:
-        """Take what all ranks said, on every rank."""
+    def receive(self, by_rank: list[Any], /) -> None:
+        """Take the data of all ranks; called on every rank."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """What the newest fetch told: the last step's loss and the pace since the fetch before."""
+    """The last step of a fetch, and the samples per second since the fetch before."""
 
     step: int
     epoch: int
@@ -48,11 +48,12 @@ class Pace:
 
 
 class LossLog:
-    """Collects each step's per-slot losses, fetches them together and hands them to whoever listens.
+    """Collects the slot losses of each step, and fetches them together.
 
-    A step's output is the list of this rank's slot losses, 0-dimensional tensors; an empty one, on every rank, is that
-    of a step that was left out whole. `update()` tells of the newest step's update, the same on every rank. After each
-    fetch, on every rank, `fetched` is called with a line for each step and with the pace; then `bad_steps` looks.
+    The output of a step is the list of this rank's slot losses, 0-dimensional tensors. On a step that was left out
+    whole, it is an empty list on every rank. `update()` returns the update of the newest step, the same on every rank.
+    After each fetch, every rank calls `fetched` with a line for each step and the pace; then `bad_steps` checks the
+    lines.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class LossLog:
         update: Callable[[], Update] = lambda: (None, None),
         bad_steps: BadSteps | None = None,
         fetched: Callable[[list[dict[str, Any]], Pace], None],
-        companion: Companion | None = None,
+        passenger: Passenger | None = None,
     ) -> None:
         self.backend = backend
         self.optimizer = optimizer
@@ -72,60 +73,61 @@ class LossLog:
         self.update = update
         self.bad_steps = bad_steps
         self.fetched = fetched
-        self.companion = companion
-        self._pending: list[list[Tensor]] = []
+        self.passenger = passenger
+        self._losses: list[list[Tensor]] = []
         self._updates: list[Update] = []
-        self._rates: list[float] = []
-        self._since = time.perf_counter()
+        self._learning_rates: list[float] = []
+        self._last_fetch = time.perf_counter()
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED, self.restart_clock)
-        engine.add_event_handler(Events.ITERATION_STARTED, self.note_rate)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.collect)
+        engine.add_event_handler(Events.STARTED, self._restart_clock)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._collect_learning_rate)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect_losses)
 
-    def restart_clock(self) -> None:
-        self._since = time.perf_counter()
+    def _restart_clock(self) -> None:
+        self._last_fetch = time.perf_counter()
 
-    def note_rate(self) -> None:
-        self._rates.append(float(self.optimizer.param_groups[0]["lr"]))
+    def _collect_learning_rate(self) -> None:
+        self._learning_rates.append(float(self.optimizer.param_groups[0]["lr"]))
 
-    def collect(self, engine: Engine) -> None:
-        self._pending.append([loss.detach() for loss in engine.state.output])
+    def _collect_losses(self, engine: Engine) -> None:
+        self._losses.append([loss.detach() for loss in engine.state.output])
         self._updates.append(self.update())
 
     def fetch(self, engine: Engine) -> None:
-        """Gather the pending losses and hand them on; NonFiniteError where a step is bad."""
-        if self._pending:
-            lines, pace = self._gathered(engine.state.iteration, engine.state.epoch)
+        """Gather the losses since the last fetch and pass them on; NonFiniteError if a step is bad."""
+        if self._losses:
+            lines, pace = self._gather(engine.state.iteration, engine.state.epoch)
             self.fetched(lines, pace)
         else:
             lines = []
         if self.bad_steps is not None:
-            self.bad_steps.look(lines)
+            self.bad_steps.check(lines)
 
-    def _gathered(self, step: int, epoch: int) -> tuple[list[dict[str, Any]], Pace]:
-        """Return a line for each pending step, the last of which is `step`, and the pace."""
+    def _gather(self, step: int, epoch: int) -> tuple[list[dict[str, Any]], Pace]:
+        """Return a line for each collected step, the last of which is `step`, and the pace."""
         norms = [norm for norm, _ in self._updates if norm is not None]
-        found = iter(self.backend.fetch([*(loss for losses in self._pending for loss in losses), *norms]))
-        local = [[next(found) for _ in losses] for losses in self._pending]  # [steps, this rank's slots]
-        mine = [None if norm is None else next(found) for norm, _ in self._updates]
-        reasons, rates = [reason for _, reason in self._updates], self._rates[: len(local)]
-        self._pending, self._updates, self._rates = [], [], []
-        by_rank = self.backend.all_gather((local, mine, None if self.companion is None else self.companion.say()))
-        if self.companion is not None:
-            self.companion.hear([said for _, _, said in by_rank])
-        slots = [[x for losses, _, _ in by_rank for x in losses[i]] for i in range(len(local))]
-        means = [mean_over_slots(losses) if losses else None for losses in slots]
+        values = iter(self.backend.fetch([*(loss for losses in self._losses for loss in losses), *norms]))
+        local_losses = [[next(values) for _ in losses] for losses in self._losses]  # [steps, this rank's slots]
+        local_norms = [None if norm is None else next(values) for norm, _ in self._updates]
+        reasons, rates = [reason for _, reason in self._updates], self._learning_rates[: len(local_losses)]
+        self._losses, self._updates, self._learning_rates = [], [], []
+        payload = None if self.passenger is None else self.passenger.payload()
+        by_rank = self.backend.all_gather((local_losses, local_norms, payload))
+        if self.passenger is not None:
+            self.passenger.receive([payload for _, _, payload in by_rank])
+        slot_losses = [[loss for losses, _, _ in by_rank for loss in losses[i]] for i in range(len(local_losses))]
+        means = [mean_over_slots(losses) if losses else None for losses in slot_losses]
 
         now = time.perf_counter()
-        pace = len(means) * self.samples_per_step / max(now - self._since, 1e-9)
-        self._since = now
+        samples_per_second = len(means) * self.samples_per_step / max(now - self._last_fetch, 1e-9)
+        self._last_fetch = now
         lines = [
-            # An epoch's end is always a fetch, so all pending steps are of the present epoch.
-            {"step": at, "epoch": epoch, "loss": loss, "grad_norm": norm, "learning_rate": rate}
+            # The end of an epoch always fetches, so all collected steps are of this epoch.
+            {"step": line_step, "epoch": epoch, "loss": loss, "grad_norm": norm, "learning_rate": rate}
             | ({} if reason is None else {"left_out": reason})
-            for at, loss, norm, rate, reason in zip(
-                # The norm is the same everywhere; rank 0's is taken, so that all ranks see the same bad steps.
+            for line_step, loss, norm, rate, reason in zip(
+                # The norm is the same on every rank. All take rank 0's, so all find the same bad steps.
                 range(step - len(means) + 1, step + 1),
                 means,
                 by_rank[0][1],
@@ -134,5 +136,5 @@ class LossLog:
                 strict=True,
             )
         ]
-        newest = next((mean for mean in reversed(means) if mean is not None), math.nan)
-        return lines, Pace(step, epoch, newest, rates[-1], pace)
+        newest_loss = next((mean for mean in reversed(means) if mean is not None), math.nan)
+        return lines, Pace(step, epoch, newest_loss, rates[-1], samples_per_second)

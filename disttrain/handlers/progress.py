@@ -1,4 +1,4 @@
-"""What a person sees of a run, on rank 0 only: a bar on a terminal, now and then a plain line elsewhere."""
+"""Show the progress of a run, on rank 0 only: a bar on a terminal, a plain line from time to time elsewhere."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,13 +15,13 @@ from disttrain.handlers.losses import Pace
 REDRAW_EVERY_S = 0.1
 
 
-def number(value: Any) -> str:
-    """Return a metric's value as a person wants to read it."""
+def value_text(value: Any) -> str:
+    """Return a metric's value as text: a float with four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 class ProgressDisplay:
-    """Shows epoch, step, loss, samples/s and time left; `total_steps` is where the run ends."""
+    """Shows epoch, step, loss, samples/s and the time left; the run ends at `total_steps`."""
 
     def __init__(self, console: Console, *, total_steps: int, max_epochs: int | None, line_every_s: float) -> None:
         self.console = console
@@ -31,16 +31,16 @@ class ProgressDisplay:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._pace: Pace | None = None
-        self._next = 0.0
-        self._started = (0, 0.0)
+        self._next_show = 0.0
+        self._start = (0, 0.0)
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.show)
 
     def start(self, engine: Engine) -> None:
-        self._started = (engine.state.iteration, time.monotonic())
-        self._next = time.monotonic() + self.every_s
+        self._start = (engine.state.iteration, time.monotonic())
+        self._next_show = time.monotonic() + self.every_s
         if self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
@@ -57,38 +57,38 @@ class ProgressDisplay:
             self._bar.start()
 
     def pace(self, pace: Pace) -> None:
-        """Take note of the newest loss; listens to a LossLog."""
+        """Store the newest loss and pace; a LossLog calls this after each fetch."""
         self._pace = pace
 
     def show(self, engine: Engine) -> None:
         now = time.monotonic()
-        if now < self._next:
+        if now < self._next_show:
             return
-        self._next = now + self.every_s
+        self._next_show = now + self.every_s
         step = engine.state.iteration
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=step, description=self._epoch(engine), pace=self._words())
+            self._bar.update(self._task, completed=step, description=self._epoch(engine), pace=self._loss_and_pace())
         else:
-            first, since = self._started
-            left = (now - since) / max(step - first, 1) * (self.total_steps - step)
+            first_step, began = self._start
+            left_s = (now - began) / max(step - first_step, 1) * (self.total_steps - step)
             self.line(
-                f"{self._epoch(engine)}  step {step}/{self.total_steps}  {self._words()}  "
-                f"{timedelta(seconds=round(left))} left"
+                f"{self._epoch(engine)}  step {step}/{self.total_steps}  {self._loss_and_pace()}  "
+                f"{timedelta(seconds=round(left_s))} left"
             )
 
     def validated(self, step: int, epoch: int, values: Mapping[str, Any]) -> None:
-        """Print one line of validation results."""
-        of = f"/{self.max_epochs}" if self.max_epochs else ""
-        words = "  ".join(f"{name} {number(value)}" for name, value in values.items())
-        self.line(f"epoch {epoch}{of}  step {step}  validation: {words}")
+        """Print the results of an evaluation on one line."""
+        of_epochs = f"/{self.max_epochs}" if self.max_epochs else ""
+        words = "  ".join(f"{name} {value_text(value)}" for name, value in values.items())
+        self.line(f"epoch {epoch}{of_epochs}  step {step}  validation: {words}")
 
     def line(self, text: str) -> None:
         console = self._bar.console if self._bar is not None else self.console
-        # Without markup: a metric's "[nan, 0.5]" is no style.
+        # Without markup: rich would read a metric's "[nan, 0.5]" as a style.
         console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Take the bar off the screen; any number of times."""
+        """Remove the bar from the screen; may be called several times."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -96,7 +96,7 @@ class ProgressDisplay:
     def _epoch(self, engine: Engine) -> str:
         return f"epoch {engine.state.epoch}" + (f"/{self.max_epochs}" if self.max_epochs else "")
 
-    def _words(self) -> str:
+    def _loss_and_pace(self) -> str:
         if self._pace is None:
             return ""
         return f"loss {self._pace.loss:.4f}  {self._pace.samples_per_second:,.0f} samples/s"
@@ -104,17 +104,20 @@ class ProgressDisplay:
 
 @contextmanager
 def dropping(console: Console, *, line_every_s: float) -> Iterator[Callable[[int, int], None]]:
-    """Show how data that lies before a resumed run's place is read and dropped; the function takes (done, total)."""
-    began = shown = time.monotonic()
+    """Show the progress of reading and dropping data up to the step of a resumed run.
+
+    The function that this yields takes the number of steps that are done, and their total.
+    """
+    began = last_line = time.monotonic()
     bar: Progress | None = None
 
     def show(done: int, total: int) -> None:
-        nonlocal bar, shown
+        nonlocal bar, last_line
         now = time.monotonic()
         if done == 0:
             console.print(
-                f"WARNING: {total} steps of the training data are read and dropped to come to where the run stands; "
-                "data goes on at once with a state_dict() that holds all, and load_state_dict(state) (docs/streams.md)",
+                f"WARNING: {total} steps of the training data are read and dropped to get to the position of the run; "
+                "data with state_dict() and load_state_dict(state) continues there at once (docs/streams.md)",
                 style="bold yellow",
                 soft_wrap=True,
             )
@@ -125,8 +128,8 @@ def dropping(console: Console, *, line_every_s: float) -> Iterator[Callable[[int
                 bar.start()
         if bar is not None:
             bar.update(bar.task_ids[0], completed=done)
-        elif now - shown >= line_every_s:
-            shown = now
+        elif now - last_line >= line_every_s:
+            last_line = now
             left = timedelta(seconds=round((now - began) / max(done, 1) * (total - done)))
             console.print(f"read and dropped {done} of {total} steps, {left} left", soft_wrap=True)
 

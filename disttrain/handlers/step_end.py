@@ -1,12 +1,12 @@
-"""What happens when a step is over, always in this order: fetch losses, validate, save, stop.
+"""Do what is due at the end of a step, always in this order: fetch losses, validate, save, stop.
 
-*Contract*: a checkpoint comes after everything else of its step, so a run that is killed right after it has
-nothing to do again; at an epoch's end it comes after EPOCH_COMPLETED's other handlers. Each act falls due by
-the step's number alone (or by all ranks' agreement), so all ranks act alike. A step whose evaluation is the best so far
-is saved too, whatever its number.
+*Contract*: the checkpoint comes after everything else of its step, so a run that is killed right after it repeats
+nothing. At the end of an epoch it comes after the other handlers of EPOCH_COMPLETED. Whether something is due depends
+on the number of the step alone, or on an agreement of all ranks, so all ranks do the same. A step with the best
+evaluation so far is saved too, whatever its number.
 
-A signal ends an evaluation before its end. The step is saved all the same, as one that is to be evaluated still:
-whoever goes on from it calls `catch_up` first, and the curves are those of a run that nobody stopped.
+A signal interrupts an evaluation. The step is saved all the same, as one whose evaluation is still due. The resumed run
+calls `catch_up` before its next step, so its curves are those of a run that was not interrupted.
 """
 
 import math
@@ -20,15 +20,16 @@ from disttrain.handlers.preemption import NOTHING, STOP, Preemption
 
 
 def due(every_steps: int, step: int, epoch_ends: bool) -> bool:
-    """Return whether something that happens every so many steps (0: at each epoch's end) happens now."""
+    """Return True if something that is due every `every_steps` steps (0: at the end of each epoch) is due now."""
     return step % every_steps == 0 if every_steps else epoch_ends
 
 
 class StepEnd:
-    """Attached last of all. `validate` returns the results of the validation data, None where a signal cut it short;
-    `save` makes a checkpoint in the time that is left, or says by False that it made none.
+    """Ends each step; attach it after every handler that computes something of the step.
 
-    Where an epoch's length is not known beforehand, `pass_ends()` says after each step whether that was its last.
+    `validate` returns the results of the validation data, or None if a signal interrupted it. `save` makes a checkpoint
+    in the time that is left; it returns False if it made none. If the length of an epoch is not known in advance,
+    `pass_ends()` returns after each step whether that step was the last one of its epoch.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class StepEnd:
         self.interrupted = False
         self.metrics: dict[str, Any] = {}
         self.saved_at = 0
-        """The step of the newest checkpoint; 0 where there is none."""
+        """The step of the newest checkpoint; 0 if there is none."""
         self._save = save
         self._validate = validate
         self._pass_ends = pass_ends
@@ -64,62 +65,59 @@ class StepEnd:
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_STARTED, self.preemption.ask)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.inside_epoch)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_end)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._end_step)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._end_epoch)
 
-    def inside_epoch(self, engine: Engine) -> None:
+    def _end_step(self, engine: Engine) -> None:
         if self._pass_ends is not None:
-            ends = self._pass_ends()
+            epoch_ends = self._pass_ends()
         else:
-            ends = engine.state.iteration % (engine.state.epoch_length or 1) == 0
-        if not ends:
+            epoch_ends = engine.state.iteration % (engine.state.epoch_length or 1) == 0
+        if not epoch_ends:
             self._act(engine, epoch_ends=False)
         elif self._pass_ends is not None:
             engine.terminate_epoch()  # EPOCH_COMPLETED comes next
 
-    def epoch_end(self, engine: Engine) -> None:
+    def _end_epoch(self, engine: Engine) -> None:
         self._act(engine, epoch_ends=True)
 
     def _act(self, engine: Engine, *, epoch_ends: bool) -> None:
         step = engine.state.iteration
-        last = step >= self.total_steps
-        if epoch_ends or last or step % self.log_every_steps == 0:
+        is_last = step >= self.total_steps
+        if epoch_ends or is_last or step % self.log_every_steps == 0:
             self.losses.fetch(engine)
-        evaluates = due(self.validate_every_steps, step, epoch_ends) or last
-        whole = not evaluates or self.validate(engine)
-        wish = self.preemption.agreed(anew=evaluates)
-        if not whole:
-            wish = STOP  # which the ranks have agreed on while they evaluated
-        if wish != NOTHING or due(self.save_every_steps, step, epoch_ends) or self._best_unsaved:
-            # A run that is done is saved where it belongs, however long that takes: no launch comes after it.
-            hurries = wish == STOP and not (last and whole)
-            self.save(engine, self.preemption.left_s() if hurries else math.inf)
-            wish = max(wish, self.preemption.agreed(anew=True))  # not to save again a step later
-        if wish == STOP and (step < self.total_steps or not whole):
-            self.stop(engine)
-
-    def stop(self, engine: Engine) -> None:
-        self.interrupted = True
-        engine.interrupt()
+        evaluates = due(self.validate_every_steps, step, epoch_ends) or is_last
+        is_evaluated = not evaluates or self._evaluate(engine)
+        request = self.preemption.agreed(anew=evaluates)
+        if not is_evaluated:
+            request = STOP  # the ranks agreed on it during the evaluation
+        if request != NOTHING or due(self.save_every_steps, step, epoch_ends) or self._best_unsaved:
+            # A completed run is saved in its usual place, however long that takes: no later launch would do it.
+            hurries = request == STOP and not (is_last and is_evaluated)
+            self._save_once(engine, self.preemption.left_s() if hurries else math.inf)
+            request = max(request, self.preemption.agreed(anew=True))  # a signal during the save needs no second save
+        if request == STOP and (step < self.total_steps or not is_evaluated):
+            self.interrupted = True
+            engine.interrupt()
 
     def catch_up(self, engine: Engine) -> None:
-        """Evaluate at the step that the run goes on from, if it was saved before that was done."""
-        self.interrupted = not self.validate(engine)
+        """Evaluate at the step from which the run resumes, if it was saved before its evaluation was complete."""
+        self.interrupted = not self._evaluate(engine)
         if self._best_unsaved:
-            self.save(engine)
+            self._save_once(engine)
 
     def finish(self, engine: Engine) -> None:
-        """Do what the last step has left undone; called once, when all steps are over."""
+        """Do what is left of the last step; called once, after all steps."""
         self.losses.fetch(engine)
-        self.interrupted = not self.validate(engine)
-        self.save(engine)
+        self.interrupted = not self._evaluate(engine)
+        self._save_once(engine)
 
     def resumed_at(self, step: int) -> None:
-        """Note that a checkpoint of `step` is there already."""
+        """Record that there is a checkpoint of `step` already."""
         self.saved_at = step
 
-    def validate(self, engine: Engine) -> bool:
-        """Evaluate, unless that was done at this step; return whether it was done to its end."""
+    def _evaluate(self, engine: Engine) -> bool:
+        """Evaluate, unless this step was evaluated before; return False if a signal interrupted it."""
         if self._validate is None or self._validated_at == engine.state.iteration:
             return True
         metrics = self._validate(engine)
@@ -130,8 +128,9 @@ class StepEnd:
             self._best_unsaved = self._best.improved(engine.state.iteration, metrics)
         return True
 
-    def save(self, engine: Engine, left_s: float = math.inf) -> None:
-        # A checkpoint that was there before it turned out the best does not say so.
+    def _save_once(self, engine: Engine, left_s: float = math.inf) -> None:
+        """Save, unless there is a checkpoint of this step already."""
+        # A checkpoint that was made before this step turned out to be the best does not hold that fact.
         if self.saved_at != engine.state.iteration or self._best_unsaved:
             self.losses.fetch(engine)
             if self._save(engine, left_s):

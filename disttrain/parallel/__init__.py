@@ -1,91 +1,60 @@
-"""HOW gradients meet: over microbatches, slots and ranks, so that a step's result is a function of its position.
+"""HOW gradients meet: over microbatches, slots and ranks, with the same bits on any number of ranks.
 
-`Slots` says which slots of a run this rank runs. `SlotGradients` makes their gradients the same bits on any number of
-ranks, `XlaSlotGradients` on any number of XLA devices, `slot_gradients` picks the one for a device. `Accumulation` adds
-up microbatches of one rank. All obey `Gradients`, which the step body calls. `shard` spreads a model over the ranks
-before its optimizer is built, and returns the `Layout`. `TreeReduce` is the reduction alone, for somebody's own loop.
+    slots               the slots of a run, the rank that owns each, and the binary tree over them; pure Python
+    tree                sums tensors along that tree over the ranks; a training loop of your own can use it
+    strategies          makes one object per strategy: the layout of a model and its gradients
+    gradients           the protocol of gradients that the step body uses; accumulation on one rank
+    ddp                 gradients of replicated parameters, over torch.distributed
+    fsdp                gradients of sharded parameters, over torch.distributed
+    xla_gradients       gradients on XLA devices
+    leaving_out         leaves whole steps out of a run
+    layout              the protocol of layouts; parameters whole on every rank
+    fsdp_layout         parameters that FSDP2 cuts over the ranks
+    groups              the groups of modules whose parameters FSDP2 gathers together
+    spmd_layout         parameters that are cut over the XLA devices of one rank
+    counterparts        finds the tensor of this run that corresponds to a tensor of a checkpoint
+    optimizer_state     loads an optimizer's state with the dtypes that were saved
+    model_checks        refuses models that cannot have the same bits on any number of ranks
+    slot_checks         refuses forwards that change parameters, and loops that are left before their end
+    buffers             makes BatchNorm's statistics independent of the number of ranks
+    trained_parameters  the parameters that a run trains, and a warning for those that no slot uses
+
+| noun   | meaning                                                                                             |
+|--------|-----------------------------------------------------------------------------------------------------|
+| meet   | gradients meet when they have been summed over all slots of all ranks                               |
+| node   | a range of slots [lo, hi) of the binary tree; its value is the sum over these slots                 |
+| part   | the value of one node, as far as one rank has it                                                    |
+| bucket | a piece of the gradient that is reduced on its own: DDP's bucket, or the gradients of an FSDP group |
+| group  | the modules whose parameters FSDP2 gathers together (not the process group)                         |
+| layout | the distribution of a model's parameters over ranks and devices                                     |
+| whole  | of a tensor: with all its values, not cut over ranks or devices                                     |
+| cut    | the device mesh and the placements of a tensor that is cut over ranks                               |
+| kept   | of an object: a handler gave it to the run, which saves it with its checkpoints                     |
 """
 
-from collections.abc import Callable
-from typing import Literal
-
-import torch
-from torch import Tensor, nn
-from torch.distributed import ProcessGroup
-
-from disttrain.errors import ConfigError
-from disttrain.parallel.base import Accumulation, Gradients
 from disttrain.parallel.ddp import SlotGradients
 from disttrain.parallel.fsdp import FsdpGradients
-from disttrain.parallel.layout import Layout, Replicated, total_norm
-from disttrain.parallel.sharded import Alone, Sharded
+from disttrain.parallel.gradients import Accumulation, Gradients
+from disttrain.parallel.layout import Layout, ReplicatedLayout, total_norm
 from disttrain.parallel.slots import Slots, TreeSum, mean_over_slots
-from disttrain.parallel.spmd import Spread
+from disttrain.parallel.strategies import Strategy, World, strategy_for
 from disttrain.parallel.tree import TreeReduce
-from disttrain.parallel.xla import XlaSlotGradients
+from disttrain.parallel.xla_gradients import XlaSlotGradients
 
 __all__ = [
     "Accumulation",
     "FsdpGradients",
     "Gradients",
     "Layout",
-    "Replicated",
+    "ReplicatedLayout",
     "SlotGradients",
     "Slots",
-    "Spread",
+    "Strategy",
     "TreeReduce",
     "TreeSum",
+    "World",
     "XlaSlotGradients",
     "mean_over_slots",
-    "shard",
-    "slot_gradients",
+    "strategy_for",
     "total_norm",
 ]
-
-
-def shard(
-    model: nn.Module,
-    strategy: Literal["ddp", "fsdp"],
-    slots: Slots,
-    *,
-    process_group: ProcessGroup | None,
-    reduction: Literal["invariant", "fast"],
-    device: torch.device,
-    num_devices: int = 1,
-) -> Layout:
-    """Spread the model over the ranks as `strategy` says, in place, before its optimizer is built; no collective.
-
-    Over a rank's devices where it has several (`num_devices`), which it has in XLA's SPMD mode alone.
-    """
-    if num_devices > 1:
-        return Spread(model, num_devices, shards=strategy == "fsdp")
-    if strategy == "ddp":
-        return Replicated()
-    if device.type == "xla" and slots.world_size > 1:
-        raise ConfigError(
-            'strategy="fsdp" cuts parameters over ranks of gloo or nccl, or over the XLA devices of one rank; '
-            'connect with spmd=True, or use strategy="ddp"'
-        )
-    if slots.world_size == 1 or process_group is None:
-        return Alone(model)
-    several = max(slots.counts) > 1
-    return Sharded(model, process_group, device=device, reduction=reduction, stays_gathered=several)
-
-
-def slot_gradients(
-    model: nn.Module,
-    slots: Slots,
-    *,
-    seed: int,
-    process_group: ProcessGroup | None,
-    gather: Callable[[Tensor], Tensor],
-    reduction: Literal["invariant", "fast"],
-    device: torch.device,
-    layout: Layout | None = None,
-) -> SlotGradients | FsdpGradients | XlaSlotGradients:
-    """Return how gradients meet on `device`: over the process group, or by `gather` on XLA devices, which need none."""
-    if isinstance(layout, Sharded):
-        return FsdpGradients(model, slots, layout, seed=seed, reduction=reduction, device=device)
-    if device.type == "xla":
-        return XlaSlotGradients(model, slots, seed=seed, gather=gather, reduction=reduction, device=device)
-    return SlotGradients(model, slots, seed=seed, process_group=process_group, reduction=reduction, device=device)

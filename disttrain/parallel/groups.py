@@ -1,14 +1,16 @@
-"""Which modules of a model FSDP2 gathers as one, and what keeps a model from being sharded; nothing is changed here.
+"""The groups of modules whose parameters FSDP2 gathers together, and the checks before a model is sharded.
 
-*Contract*: each child of an `nn.Sequential` or `nn.ModuleList` that holds parameters is a group, unless it lies in a
-group already: the blocks of a transformer, the stages of a convolutional network. What is left is the model's own
-group. A child that shares a parameter with what lies outside it (tied embeddings) is left to the model's own group too.
+*Contract*: each child of an `nn.Sequential` or `nn.ModuleList` that has parameters is a group, unless it lies in a
+group already. So the blocks of a transformer are groups, and the stages of a convolutional network. The parameters of
+no group form the model's own group. A child that shares a parameter with a module outside it (tied embeddings) belongs
+to the model's own group too. Nothing here changes a model.
 
-*Errors*: ConfigError, which names the parameter, for what FSDP2 cannot shard or not with the same bits.
+*Errors*: ConfigError for models and optimizers that FSDP2 cannot shard, or not with the same bits. It names the
+parameter.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -18,11 +20,11 @@ from disttrain.errors import ConfigError
 CONTAINERS = (nn.Sequential, nn.ModuleList)
 WITHOUT_FORWARD = (nn.ModuleList, nn.ModuleDict)
 ACROSS_PARAMETERS = {"LBFGS", "Muon", "Adafactor", "LAMB", "Lamb", "LARS", "Lars", "Shampoo", "SOAP", "KFAC"}
-"""Optimizers whose step looks at more of a parameter than the element it changes, by name."""
+"""The names of optimizers whose step on one element of a parameter depends on its other elements."""
 
 
 def groups_of(model: nn.Module) -> list[nn.Module]:
-    """Return the modules to be gathered as one, in the model's order, the model itself last."""
+    """Return the modules whose parameters are gathered together, in the model's order, the model itself last."""
     homes = Counter(id(parameter) for module in model.modules() for parameter in _own(module))
     return [*dict.fromkeys(_children(model, homes)), model]
 
@@ -42,8 +44,19 @@ def _children(module: nn.Module, homes: Counter[int]) -> Iterator[nn.Module]:
             yield from _children(child, homes)
 
 
+def own_parameters(groups: Sequence[nn.Module]) -> list[list[str]]:
+    """Return, for each group, the names in the group of the parameters that no inner group has."""
+    owned: set[int] = set()
+    names = []
+    for group in groups:  # inner groups come first
+        mine = [(name, parameter) for name, parameter in group.named_parameters() if id(parameter) not in owned]
+        owned |= {id(parameter) for _, parameter in mine}
+        names.append([name for name, _ in mine])
+    return names
+
+
 def check_shardable(model: nn.Module) -> None:
-    """Raise ConfigError for a model that cannot be sharded, on any number of ranks alike."""
+    """Raise ConfigError for a model that cannot be sharded; the answer is the same on any number of ranks."""
     for name, module in model.named_modules():
         if type(module).__name__.startswith("FSDP"):
             raise ConfigError(
@@ -54,32 +67,32 @@ def check_shardable(model: nn.Module) -> None:
             raise ConfigError(f'strategy="fsdp" cannot cut the parameter {name} of shape (); give it the shape (1,)')
         if not parameter.is_contiguous():
             raise ConfigError(
-                f'strategy="fsdp" cuts parameters that lie in memory row by row; {name} does not (channels_last, or a '
-                'transposed view): leave it contiguous, or use strategy="ddp"'
+                f'strategy="fsdp" needs parameters that lie in memory row by row; {name} does not (channels_last, or '
+                'a transposed view): leave it contiguous, or use strategy="ddp"'
             )
     parts = groups_of(model)
     for group in parts:
         others = {id(parameter) for part in parts if part is not group for parameter in part.parameters()}
         mine = [p for p in group.parameters() if p.requires_grad and (group is not model or id(p) not in others)]
         if len(dtypes := {parameter.dtype for parameter in mine}) > 1:
-            found = " and ".join(sorted(map(str, dtypes)))
+            names = " and ".join(sorted(map(str, dtypes)))
             raise ConfigError(
-                f'strategy="fsdp" needs one dtype of the trained parameters that are gathered together; '
-                f'{type(group).__name__} has {found}: use one, or strategy="ddp"'
+                f'strategy="fsdp" needs one dtype for the trained parameters that are gathered together; '
+                f'{type(group).__name__} has {names}: use one, or strategy="ddp"'
             )
 
 
 def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ConfigError for an optimizer whose step on a part of a parameter is not that part of its step."""
+    """Raise ConfigError unless the optimizer's step on a part of a parameter equals that part of the whole step."""
     for kind in type(optimizer).__mro__:
         if kind.__name__ in ACROSS_PARAMETERS:
             raise ConfigError(
-                f'strategy="fsdp": {kind.__name__} looks at whole parameters, of which each rank holds a part; use an '
+                f'strategy="fsdp": {kind.__name__} needs whole parameters, but each rank holds a part of each; use an '
                 'optimizer that treats each element by itself (SGD, Adam, AdamW, RMSprop, Adagrad), or strategy="ddp"'
             )
     for group in optimizer.param_groups:
         if group.get("fused") and group["params"][0].device.type == "cpu":
             raise ConfigError(
                 f'strategy="fsdp": {type(optimizer).__name__}(fused=True) rounds the last elements of a tensor '
-                "otherwise on a CPU, so that its bits change with the number of ranks; leave out fused"
+                "differently on a CPU, so its bits change with the number of ranks; leave out fused"
             )

@@ -1,12 +1,12 @@
-"""How the parameters of a model lie over the ranks, and what follows from it for whoever reads or scales them.
+"""The layout of a model's parameters over ranks and devices, and how to read, scale, save and load them.
 
-*Contract*: `shard` (in this room's `__init__`) is called once, on every rank, when the model is built and before its
-optimizer is: what it returns is a `Layout`. Everybody who needs more of a parameter, a gradient or an optimizer state
-than what this rank holds asks the layout, so that nobody else has to know the strategy.
+*Contract*: a strategy (`strategies.py`) makes the layout once, on every rank, after the model is built and before its
+optimizer is built. Code that needs more of a parameter, a gradient or an optimizer state than this rank holds calls
+the layout, so no other code knows the strategy.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -19,31 +19,40 @@ Cuts = Callable[[str, tuple[int, ...]], Any]
 
 
 class Layout(Protocol):
-    """What the strategies differ in, beside how gradients meet. All ranks call a method in the same order."""
+    """The layout of a model over ranks and devices. All ranks call its methods in the same order."""
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
-        """ConfigError for an optimizer that would give other bits than on whole parameters."""
+        """Raise ConfigError for an optimizer that would give other bits than on whole parameters."""
 
     def total_norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Return the 2-norm of all gradients together, 0-dimensional, on their device: the same bits on every rank."""
+        """Return the 2-norm of all gradients together: 0-dimensional, on their device, the same bits on every rank."""
 
     def clip(self, parameters: Sequence[Tensor], limit: float, norm: Tensor) -> None:
-        """Scale the gradients of `parameters`, whose norm is `norm`, down to `limit`, if it is larger."""
+        """Scale the gradients of `parameters` down to the norm `limit`, if their norm, `norm`, is larger."""
 
     def whole(self, tensor: Tensor) -> Tensor:
         """Return a parameter, a gradient or an optimizer state as a plain tensor with all its values, on every rank."""
 
     def gathered(self) -> AbstractContextManager[None]:
-        """Return a context in which the model can be called without a collective, as often as each rank likes."""
+        """Return a context in which each rank may call the model any number of times, without a collective."""
+
+    def cut(self, batch: Any) -> Any:
+        """Cut a batch that lies on the device over the devices of this rank."""
+
+    def bring_together(self, outputs: Any) -> Any:
+        """Lay outputs whole on each device of this rank, so that its host can read them."""
 
     def stateful(self, part: Any) -> Any:
-        """Return the model, or its optimizer, as what a checkpoint saves and loads."""
+        """Return a model, an optimizer or a kept object in the form that a checkpoint saves and loads."""
 
-    def cuts(self, model: nn.Module, optimizer: Optimizer) -> Cuts | None:
-        """Return which tensors of a checkpoint are to be loaded as DTensors, and how cut; None: none of them."""
+    def cuts(self, model: nn.Module, optimizer: Optimizer, kept: Mapping[str, Any]) -> Cuts | None:
+        """Return the cut of each tensor that a checkpoint loads as a DTensor; None if there are no such tensors.
+
+        `kept`: the further objects of a run by name (`Run.keep`).
+        """
 
 
-class Replicated:
+class ReplicatedLayout:
     """Every rank holds every parameter whole."""
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
@@ -61,22 +70,28 @@ class Replicated:
     def gathered(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def cut(self, batch: Any) -> Any:
+        return batch
+
+    def bring_together(self, outputs: Any) -> Any:
+        return outputs
+
     def stateful(self, part: Any) -> Any:
         return part
 
-    def cuts(self, model: nn.Module, optimizer: Optimizer) -> Cuts | None:
+    def cuts(self, model: nn.Module, optimizer: Optimizer, kept: Mapping[str, Any]) -> Cuts | None:
         return None
 
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Return the 2-norm of all gradients together; the same bits as torch's, in two thirds of its time."""
+    """Return the 2-norm of all gradients together, with the same bits as torch's function in two thirds of its time."""
     if len({(gradient.device, gradient.dtype) for gradient in gradients}) != 1:
         return norm_of_norms([torch.linalg.vector_norm(gradient) for gradient in gradients])
     return norm_of_norms(torch._foreach_norm(list(gradients)))
 
 
 def norm_of_norms(norms: Sequence[Tensor]) -> Tensor:
-    """Return the norm of all from the norms of each, in their order."""
+    """Return the norm of all tensors together from the norm of each, in their order."""
     dtype = functools.reduce(torch.promote_types, [norm.dtype for norm in norms])
     norm: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, dtype) for norm in norms]))
     return norm

@@ -1,13 +1,13 @@
-"""Who owns which slots, and the one binary tree in which their values are summed; pure Python.
+"""The slots of a run, the rank that owns each, and the binary tree in which their values are summed; pure Python.
 
-Contract: a run has `num_slots` = V slots, fixed for its life. Rank r of W runs the slots [V*r//W, V*(r+1)//W),
-W <= V. Floating-point addition is not associative, so the grouping is fixed too: node [lo, hi) of the tree is
-the sum of its halves [lo, mid) and [mid, hi), mid = (lo + hi)//2, and the root is [0, V). Whoever sums along
-this tree gets the same bits, however the slots are spread over ranks.
+*Contract*: a run has `num_slots` = V slots, fixed for its life. Rank r of W runs the slots [V*r//W, V*(r+1)//W),
+W <= V. Floating-point addition is not associative, so the grouping is fixed too. Node [lo, hi) of the tree is the sum
+of its halves [lo, mid) and [mid, hi), mid = (lo + hi)//2. The root is [0, V). Every sum along this tree has the same
+bits, however the slots are spread over ranks.
 
-Cost: a rank's range is made of at most 2*log2(V) nodes, and summing it slot by slot holds at most that many values.
+*Cost*: a rank's range consists of at most 2*log2(V) nodes. A sum over it slot by slot holds at most that many values.
 
-Source: the ranges are cut as a segment tree cuts its queries; `TreeSum` is a binary counter that counts slots.
+*Source*: the ranges are cut as a segment tree cuts its queries. `TreeSum` is a binary counter that counts slots.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,42 +29,34 @@ def halves(node: Node) -> tuple[Node, Node]:
 
 
 def path(node: Node, num_slots: int) -> Iterator[Node]:
-    """Yield the nodes from the root down to `node`; ValueError where the tree has no such node."""
-    at: Node = (0, num_slots)
-    while at != node:
-        yield at
-        if at[1] - at[0] < 2:
+    """Yield the nodes from the root down to `node`; ValueError if the tree has no such node."""
+    current: Node = (0, num_slots)
+    while current != node:
+        yield current
+        if current[1] - current[0] < 2:
             raise ValueError(f"{node} is no node of the tree over {num_slots} slots")
-        left, right = halves(at)
-        at = left if node[0] < left[1] else right
-    yield at
-
-
-def is_node(node: Node, num_slots: int) -> bool:
-    """Return whether the tree over `num_slots` slots has this node."""
-    try:
-        return list(path(node, num_slots))[-1] == node
-    except ValueError:
-        return False
+        left, right = halves(current)
+        current = left if node[0] < left[1] else right
+    yield current
 
 
 def parent(node: Node, num_slots: int) -> Node | None:
-    """Return the node whose half `node` is; None for the root."""
-    above = list(path(node, num_slots))[:-1]
-    return above[-1] if above else None
+    """Return the node that has `node` as one half; None for the root."""
+    ancestors = list(path(node, num_slots))[:-1]
+    return ancestors[-1] if ancestors else None
 
 
 def sibling(node: Node, num_slots: int) -> Node | None:
     """Return the other half of the node's parent; None for the root."""
-    up = parent(node, num_slots)
-    if up is None:
+    above = parent(node, num_slots)
+    if above is None:
         return None
-    left, right = halves(up)
+    left, right = halves(above)
     return right if node == left else left
 
 
 def tiles(lo: int, hi: int, num_slots: int) -> list[Node]:
-    """Return the fewest nodes that make up the slots [lo, hi), from left to right."""
+    """Return the fewest nodes that together cover the slots [lo, hi), from left to right."""
 
     def within(node: Node) -> list[Node]:
         if hi <= node[0] or node[1] <= lo:
@@ -78,12 +70,13 @@ def tiles(lo: int, hi: int, num_slots: int) -> list[Node]:
 
 
 def fold(parts: Mapping[Node, T], num_slots: int, add: Callable[[T, T], T]) -> T:
-    """Return the root's value from nodes that tile it; `add(left, right)` is called in the tree's grouping."""
+    """Return the root's value from the values of nodes that tile it; `add(left, right)` follows the tree's grouping."""
     return _folded((0, num_slots), parts, add)
 
 
 def _folded(node: Node, parts: Mapping[Node, T], add: Callable[[T, T], T]) -> T:
-    # Not a function inside `fold`: one that calls itself is a cycle and keeps the parts until they are collected.
+    # Not a function inside `fold`: an inner function that calls itself is a reference cycle, which keeps the parts
+    # alive until the garbage collector runs.
     if node in parts:
         return parts[node]
     if node[1] - node[0] < 2:
@@ -95,7 +88,7 @@ def _folded(node: Node, parts: Mapping[Node, T], add: Callable[[T, T], T]) -> T:
 def mean_over_slots(losses: Sequence[float]) -> float:
     """Return the mean of the slots' losses: summed in slot order in float64, divided by their number.
 
-    `losses` holds one value for each slot of the run, by slot. Not `sum`, which rounds otherwise from Python 3.12 on.
+    `losses` has one value for each slot of the run, in slot order. `sum` would round differently from Python 3.12 on.
     """
     total = 0.0
     for loss in losses:
@@ -104,10 +97,10 @@ def mean_over_slots(losses: Sequence[float]) -> float:
 
 
 class TreeSum(Generic[T]):
-    """Sums values inside the tree as they come, and holds only the nodes that still wait for their sibling.
+    """Sums values inside the tree as they arrive; it holds only the nodes that still wait for their sibling.
 
-    `add(left, right)` may reuse either argument: both are dropped. Once all slots of a range are in, the nodes left are
-    that range's `tiles`.
+    `add(left, right)` may reuse either argument, because both are dropped. When all slots of a range have arrived, the
+    remaining nodes are that range's `tiles`.
     """
 
     def __init__(self, num_slots: int, add: Callable[[T, T], T]) -> None:
@@ -116,7 +109,7 @@ class TreeSum(Generic[T]):
         self._add = add
 
     def put(self, node: Node, value: T) -> None:
-        """Add the value of a node, merging it with its sibling, and their parent with its own, where they are there."""
+        """Add the value of a node. If its sibling has arrived, merge the two, and treat their parent the same way."""
         while (other := sibling(node, self.num_slots)) is not None and other in self.parts:
             waiting = self.parts.pop(other)
             value = self._add(waiting, value) if other < node else self._add(value, waiting)
@@ -126,11 +119,11 @@ class TreeSum(Generic[T]):
 
 @dataclass(frozen=True)
 class Slots:
-    """The slots of a run, and which of them this rank runs: `mine`, a range.
+    """The slots of a run, and the range of slots that this rank runs, `mine`.
 
-    *Contract*: rank r of W runs the slots [V*r//W, V*(r+1)//W) of V; plain numbers, nothing is looked up. `num_slots`
-    is fixed for the life of a run, rank and world size are not.
-    *Errors*: ConfigError for more ranks than slots, and for numbers that cannot be.
+    *Contract*: rank r of W runs the slots [V*r//W, V*(r+1)//W) of V. These are plain numbers; no backend is asked for
+    them. `num_slots` is fixed for the life of a run; rank and world size are not.
+    *Errors*: ConfigError for more ranks than slots, and for impossible numbers.
     """
 
     num_slots: int
@@ -145,8 +138,9 @@ class Slots:
             )
         if self.world_size > self.num_slots:
             raise ConfigError(
-                f"num_slots={self.num_slots} cannot occupy world_size={self.world_size} ranks, each needs a slot; "
-                f"use at most {self.num_slots} ranks, or begin a new run with num_slots={self.world_size} or more"
+                f"num_slots={self.num_slots} is too few for {self.world_size} ranks, since each rank needs a slot; "
+                f"use at most {self.num_slots} rank{'s' if self.num_slots > 1 else ''}, or start a new run with "
+                f"num_slots={self.world_size} or more"
             )
 
     def of(self, rank: int) -> range:
@@ -160,7 +154,7 @@ class Slots:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """How many slots each rank runs, by rank."""
+        """The number of slots of each rank, by rank."""
         return tuple(len(self.of(rank)) for rank in range(self.world_size))
 
     def check_batch(self, batch: Sequence[object]) -> None:
@@ -178,7 +172,7 @@ class Slots:
         return ((slot + 1) * self.world_size - 1) // self.num_slots
 
     def nodes(self, rank: int) -> list[Node]:
-        """Return the nodes of the tree that make up a rank's slots, from left to right."""
+        """Return the nodes of the tree that together cover a rank's slots, from left to right."""
         slots = self.of(rank)
         return tiles(slots.start, slots.stop, self.num_slots)
 

@@ -1,20 +1,20 @@
 """Sums a tensor over the slots of all ranks in the grouping of the slots' tree: the same bits on any number of ranks.
 
-Contract: every rank brings the sums of its own nodes (`Slots.nodes`) as flat tensors of one size, dtype and device, and
-every rank gets the sum over all slots divided by `divisor`, the same bits on each. An element's bits depend on nothing
-but the elements at its place: not on the number of ranks, the tensor's size or what else is in it. float16 and bfloat16
-are summed and divided in float32 and rounded once, at the end.
+*Contract*: every rank passes the sums of its own nodes (`Slots.nodes`) as flat tensors of one size, dtype and device.
+Every rank gets the sum over all slots divided by `divisor`, with the same bits. The bits of an element depend only on
+the elements at the same index: not on the number of ranks, the size of the tensor or its other elements. float16 and
+bfloat16 are summed and divided in float32 and rounded once, at the end.
 
-Errors: RuntimeError from the process group where a peer is gone, or silent for the group's timeout.
+*Errors*: RuntimeError from the process group if a peer has gone, or has been silent for the group's timeout.
 
-Cost: each of W ranks owns 1/W of the tensor. It gets its part of every node, folds it and sends the sum to all: two
-rounds of messages, and 2(W-1)/W of the tensor sent by each rank, as by a ring all-reduce, where a rank's slots are one
-node (W and V powers of two, or one slot a rank); up to twice that elsewhere. Small tensors go whole to every rank, in
-one round. `start_scatter` is the first round alone, for sums of which each rank keeps its part. Memory: what a rank
-receives before it folds, (W-1)/W of the tensor for one node a rank; kept between calls.
+*Cost*: each of W ranks owns 1/W of the tensor. It receives this piece of every node, folds the pieces and sends the sum
+to all. That is two rounds of messages. Each rank sends 2(W-1)/W of the tensor, as in a ring all-reduce, if a rank's
+slots are one node (W and V powers of two, or one slot per rank), and up to twice that otherwise. Small tensors go whole
+to every rank, in one round. `start_scatter` is the first round alone, for sums of which each rank keeps its own piece.
+Memory: what a rank receives before it folds, (W-1)/W of the tensor for one node per rank. It is kept between calls.
 
-Source: direct exchange, the all-to-all form of reduce-scatter and all-gather. Beside recursive halving and doubling on
-gloo it took 1.0, 0.8 and 0.75 times as long on 2, 4 and 8 ranks: it has two rounds, whatever W.
+*Source*: direct exchange, the all-to-all form of reduce-scatter and all-gather. It took 1.0, 0.8 and 0.75 times as long
+as recursive halving and doubling on gloo, on 2, 4 and 8 ranks: it has two rounds for any W.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,15 +27,15 @@ from torch.distributed import ProcessGroup, Work
 
 from disttrain.parallel.slots import Node, Slots
 
-SMALL_BYTES = 2 * 1024**2
-"""A rank that would send at most this much by sending everything to everybody does so: a round costs more."""
+SMALL_MESSAGE_BYTES = 2 * 1024**2
+"""A rank sends its whole parts to every rank if that is at most this many bytes: a second round would cost more."""
 
 Message = tuple[Callable[..., Any], Tensor, int]
-"""`dist.isend` or `dist.irecv`, what, and the other rank of the group."""
+"""`dist.isend` or `dist.irecv`, the tensor, and the other rank of the group."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which values of `dtype` are summed: float32 for the 16-bit ones, else itself."""
+    """Return the dtype in which values of `dtype` are summed: float32 for the 16-bit floats, otherwise `dtype`."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
@@ -44,7 +44,7 @@ def _add(left: Tensor, right: Tensor) -> Tensor:
 
 
 class Reduction:
-    """One reduction on its way, in rounds of messages; its tensors belong to it until `wait` has returned."""
+    """One reduction under way, in rounds of messages; its tensors belong to it until `wait` has returned."""
 
     def __init__(self, out: Tensor, rounds: Iterator[list[Work]]) -> None:
         self._out = out
@@ -52,23 +52,23 @@ class Reduction:
         self._works: list[Work] | None = next(rounds, None)
 
     def advance(self) -> None:
-        """Wait for the round that is on its way, work on what it brought, and send the next."""
+        """Wait for the round under way, process the data it brought, and send the next round."""
         if self._works is not None:
             for work in self._works:
                 work.wait()
             self._works = next(self._rounds, None)
 
     def wait(self) -> Tensor:
-        """Return the result when it is there."""
+        """Finish all rounds and return the result."""
         while self._works is not None:
             self.advance()
         return self._out
 
 
 class TreeReduce:
-    """Reduces tensors over one run's slots. `process_group` may be None where the world size is 1.
+    """Reduces tensors over one run's slots. `process_group` may be None if the world size is 1.
 
-    Several reductions may be on their way at once, if every rank starts and advances them in the same order.
+    Several reductions may be under way at once, if every rank starts and advances them in the same order.
     """
 
     def __init__(self, slots: Slots, process_group: ProcessGroup | None) -> None:
@@ -76,8 +76,8 @@ class TreeReduce:
             raise ValueError(f"world_size={slots.world_size} needs a process group, got None")
         if process_group is not None and (process_group.rank(), process_group.size()) != (slots.rank, slots.world_size):
             raise ValueError(
-                f"the slots are those of rank {slots.rank} of {slots.world_size}, "
-                f"in the process group this is rank {process_group.rank()} of {process_group.size()}"
+                f"expected a process group in which this is rank {slots.rank} of {slots.world_size}, as in the slots; "
+                f"got one in which it is rank {process_group.rank()} of {process_group.size()}"
             )
         self.slots = slots
         self._group = process_group
@@ -88,28 +88,30 @@ class TreeReduce:
     def reduce(self, parts: Mapping[Node, Tensor], *, out: Tensor | None = None, divisor: int = 1) -> Tensor:
         """Return the sum over all slots, divided by `divisor`, in `out` (default: the last part).
 
-        The parts are used up: their memory is overwritten. `out` may be one of them and sets the result's dtype.
+        The memory of the parts is overwritten. `out` may be one of them; it sets the dtype of the result.
         """
         return self.start(parts, out=out, divisor=divisor).wait()
 
     def start(self, parts: Mapping[Node, Tensor], *, out: Tensor | None = None, divisor: int = 1) -> Reduction:
-        """Send the first round of `reduce` and return what is on its way."""
+        """Send the first round of `reduce` and return the reduction under way."""
         mine = self._nodes[self.slots.rank]
         if sorted(parts) != mine:
-            raise ValueError(f"rank {self.slots.rank} brings the nodes {mine}, got {sorted(parts)}")
+            raise ValueError(f"expected the nodes {mine} of rank {self.slots.rank}, got {sorted(parts)}")
         out = parts[mine[-1]] if out is None else out
         wide = accumulation_dtype(out.dtype)
         return Reduction(out, self._rounds({node: part.to(wide) for node, part in parts.items()}, out, divisor))
 
     def start_scatter(self, parts: Mapping[Node, Tensor], *, out: Tensor, divisor: int = 1) -> Reduction:
-        """Send the messages of a reduction of which each rank keeps its own part alone, and return what is on its way.
+        """Start a reduction of which each rank keeps its own chunk alone: send its messages, and return the reduction.
 
-        The parts are `world_size` chunks as long as `out`, one after the other; rank r gets the sum of the r-th.
+        A part consists of `world_size` chunks as long as `out`, one after the other; rank r gets the sum of the r-th.
         """
         mine, count = self._nodes[self.slots.rank], self.slots.world_size
         if sorted(parts) != mine or any(part.numel() != count * out.numel() for part in parts.values()):
             sizes = {node: part.numel() for node, part in sorted(parts.items())}
-            raise ValueError(f"rank {self.slots.rank} brings the nodes {mine} of {count} x {out.numel()}, got {sizes}")
+            raise ValueError(
+                f"expected the nodes {mine} of rank {self.slots.rank}, of {count} x {out.numel()} elements; got {sizes}"
+            )
         wide = accumulation_dtype(out.dtype)
         chunks = [slice(out.numel() * r, out.numel() * (r + 1)) for r in range(count)]
         return Reduction(
@@ -117,9 +119,9 @@ class TreeReduce:
         )
 
     def _rounds(self, parts: dict[Node, Tensor], out: Tensor, divisor: int) -> Iterator[list[Work]]:
-        """Fold each rank's chunk on that rank, and collect the others' sums."""
+        """Fold this rank's chunk, then exchange the sums of all chunks."""
         rank, size = self.slots.rank, out.numel()
-        whole = len(self._others) * size * out.element_size() <= SMALL_BYTES
+        whole = len(self._others) * size * out.element_size() <= SMALL_MESSAGE_BYTES
         chunks = self._chunks(size, whole)
         yield from self._folding(parts, chunks, out[chunks[rank]], divisor)
         if not whole:
@@ -129,7 +131,7 @@ class TreeReduce:
     def _folding(
         self, parts: dict[Node, Tensor], chunks: Sequence[slice], out: Tensor, divisor: int
     ) -> Iterator[list[Work]]:
-        """Bring each node's chunks to the chunks' owners, and fold this rank's chunk into `out`."""
+        """Send each node's chunks to the ranks that own them, and fold this rank's chunk into `out`."""
         rank = self.slots.rank
         mine = chunks[rank]
         width = mine.stop - mine.start
@@ -146,14 +148,14 @@ class TreeReduce:
         self._free.append(room)
 
     def _chunks(self, size: int, whole: bool) -> list[slice]:
-        """Return what each rank folds: all of it, or its part."""
+        """Return the chunk that each rank folds, by rank: the whole tensor, or its 1/W."""
         count = self.slots.world_size
         if whole:
             return [slice(0, size)] * count
         return [slice(size * r // count, size * (r + 1) // count) for r in range(count)]
 
     def _borrow(self, like: Tensor, size: int) -> Tensor:
-        """Return uninitialised memory of at least `size`, a free piece if it fits, else a new one in its place."""
+        """Return uninitialised memory of at least `size` elements; a free piece that is too small is replaced."""
         same = [i for i, room in enumerate(self._free) if (room.dtype, room.device) == (like.dtype, like.device)]
         if same:
             room = self._free.pop(max(same, key=lambda i: self._free[i].numel()))
@@ -162,6 +164,6 @@ class TreeReduce:
         return like.new_empty(size)
 
     def _post(self, messages: Sequence[Message]) -> list[Work]:
-        """Send and receive all of it at once; receives come first, so that no data waits for its place."""
-        ops = [dist.P2POp(op, what, group=self._group, group_peer=peer) for op, what, peer in messages if what.numel()]
+        """Send and receive all messages at once; receives come first, so no data waits for memory to arrive in."""
+        ops = [dist.P2POp(op, data, group=self._group, group_peer=peer) for op, data, peer in messages if data.numel()]
         return dist.batch_isend_irecv(ops) if ops else []

@@ -1,12 +1,12 @@
-"""Mixed precision by `torch.amp`: bfloat16 alone, float16 with a gradient scaler; CPU, CUDA and XLA.
+"""Mixed precision by `torch.amp` on CPU, CUDA and XLA: bfloat16, or float16 with a gradient scaler.
 
-*Contract*: the model and the loss run under `torch.autocast`; parameters, gradients and the optimizer stay in
-float32. With a scaler the gradients are unscaled before `before_step` sees them. An update whose gradients
-overflowed is skipped: `before_step` is still called (its norm is then inf or nan), the scale shrinks,
-`update` returns False and `num_skipped` grows by one. A `before_step` that returns False skips the optimizer
-but not the scaler, whose scale follows the gradients it saw.
+*Contract*: the model and the loss run under `torch.autocast`. Parameters, gradients and the optimizer stay in float32.
+With a scaler, the gradients are unscaled before `before_step` is called. An update with gradients that overflowed is
+skipped: `before_step` is still called (its norm is then inf or nan), the scale shrinks, `update` returns False, and
+`num_skipped` grows by one. If `before_step` returns False, the optimizer is skipped, but the scaler is updated: its
+scale follows the gradients that it has unscaled.
 
-*Cost*: with a scaler, two fetches of the scale an update, to know on the host whether the optimizer stepped.
+*Cost*: with a scaler, each update fetches the scale twice, so the host knows whether the optimizer stepped.
 """
 
 from contextlib import AbstractContextManager
@@ -20,10 +20,10 @@ from disttrain.precision.base import FP32, BeforeStep
 
 
 class AMP(FP32):
-    """Autocast to `dtype` on devices of `device_type`; gradients scaled where there is a `scaler`.
+    """Autocast to `dtype` on devices of `device_type`; with a `scaler` the gradients are scaled.
 
-    `scaler` is a GradScaler, or True for a new one. `dtype` None means float16 with a scaler, and what
-    `torch.autocast` takes by itself without one (CUDA: float16, others: bfloat16).
+    `scaler` is a GradScaler, or True for a new one. `dtype` None means float16 with a scaler. Without a scaler it means
+    the default of `torch.autocast`: float16 on CUDA, bfloat16 elsewhere.
     """
 
     def __init__(
@@ -34,9 +34,9 @@ class AMP(FP32):
         if scaler is True:
             scaler = GradScaler(device_type)
         self.scaler: GradScaler | None = scaler or None
-        """The gradient scaler; None where the gradients are not scaled."""
+        """The gradient scaler; None if the gradients are not scaled."""
         self.num_skipped = 0
-        """How many updates the scaler skipped because their gradients overflowed."""
+        """The number of updates that the scaler has skipped because their gradients overflowed."""
         self._device_type = device_type
         self._dtype = dtype or (torch.float16 if self.scaler else torch.get_autocast_dtype(device_type))
         if self._dtype not in (torch.float16, torch.bfloat16):
@@ -62,7 +62,7 @@ class AMP(FP32):
         if wanted:
             self.scaler.step(optimizer)
         self.scaler.update()
-        overflowed = self.scaler.get_scale() < scale  # the scaler says it in no other public way
+        overflowed = self.scaler.get_scale() < scale  # there is no other public sign of it
         self.num_skipped += overflowed
         return wanted and not overflowed
 
@@ -72,7 +72,7 @@ class AMP(FP32):
         return {"scaler": self.scaler.state_dict(), "num_skipped": self.num_skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned; the empty state of a run without a scaler leaves ours new."""
+        """Restore a state that `state_dict` returned; an empty state, of a run without a scaler, changes nothing."""
         if self.scaler is not None and state:
             self.scaler.load_state_dict(state["scaler"])
             self.num_skipped = int(state["num_skipped"])

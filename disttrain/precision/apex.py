@@ -1,15 +1,15 @@
 """Mixed precision by NVIDIA apex's `amp`, for programs that were written for it.
 
-*Contract*: whoever builds the model calls `prepare` (apex's own `amp.initialize`) before wrapping it in DDP.
-Each microbatch's backward runs inside `amp.scale_loss`; `before_step` runs after that context has exited, so
-the gradients are unscaled, and clips over `master_params`. apex itself skips an update that overflowed.
+*Contract*: the code that builds the model calls `prepare` (apex's own `amp.initialize`) before it wraps the model in
+DDP. The backward of each microbatch runs inside `amp.scale_loss`. `before_step` runs after that context has exited, so
+the gradients are unscaled; it clips over `master_params`. apex itself skips an update that overflowed.
 
-Where the gradients of several microbatches meet over ranks only after their backwards, `unscale_at_update` leaves
-them scaled until then. Else the last microbatch's, which DDP sums while its backward runs, would meet the others'
-unscaled, and a rank that alone saw an overflow would go on with a scale of its own.
+If the gradients of several microbatches meet over ranks only after their backwards, `unscale_at_update` leaves them
+scaled until then. Otherwise DDP would sum the last microbatch's gradients during its backward, still scaled, with the
+others' unscaled ones. And a rank that saw an overflow alone would continue with a scale of its own.
 
-*Errors*: ModuleNotFoundError with what to install, in three cases (see `require_amp`); nothing foreign is
-imported to find out, for the wrong package fails in its own way when it is.
+*Errors*: ModuleNotFoundError with the package to install, in three cases (see `require_amp`). The package is not
+imported for this check, because another package of that name fails in its own way when it is imported.
 
 *Source*: apex's README, its page "Advanced Amp Usage" ("Gradient accumulation across iterations", `delay_unscale`)
 and `apex/amp/handle.py`; its last tag with `amp` is 25.05.
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from disttrain.precision.base import FP32, BeforeStep
 
-INSTALL = (
+INSTALL_APEX = (
     "install NVIDIA's from source, tag 25.05 "
     '(pip install -v --no-build-isolation "git+https://github.com/NVIDIA/apex@25.05"), or use torch.amp: '
     'amp_mode="amp", in a config precision="bf16" or "fp16"'
@@ -32,20 +32,20 @@ INSTALL = (
 
 
 def require_amp() -> None:
-    """Raise ModuleNotFoundError, with what to do, unless NVIDIA's apex with its `amp` is installed."""
+    """Raise ModuleNotFoundError, with advice, unless NVIDIA's apex with its `amp` is installed."""
     spec = find_spec("apex")
     if spec is None:
-        raise ModuleNotFoundError(f"expected NVIDIA apex, found no package apex; {INSTALL}", name="apex")
+        raise ModuleNotFoundError(f"expected NVIDIA apex, found no package apex; {INSTALL_APEX}", name="apex")
     folders = [Path(folder) for folder in spec.submodule_search_locations or []]
 
     def holds(file: str) -> bool:
         return any((folder / file).is_file() for folder in folders)
 
     if not (holds("multi_tensor_apply/multi_tensor_apply.py") and holds("optimizers/fused_adam.py")):
-        where = ", ".join(map(str, folders)) or spec.origin
+        place = ", ".join(map(str, folders)) or spec.origin
         raise ModuleNotFoundError(
-            f"expected NVIDIA apex, found another package of that name in {where}; "
-            f"remove it (pip uninstall apex) and {INSTALL}",
+            f"expected NVIDIA apex, found another package of that name in {place}; "
+            f"remove it (pip uninstall apex) and {INSTALL_APEX}",
             name="apex",
         )
     if not holds("amp/frontend.py"):
@@ -58,7 +58,7 @@ def require_amp() -> None:
 
 
 class Apex(FP32):
-    """Forward as apex patched it, backward through `amp.scale_loss`, apex's own skipping of overflows."""
+    """The forward that apex patched, a backward inside `amp.scale_loss`, and apex's own skipping of overflows."""
 
     name = "apex"
 
@@ -69,23 +69,23 @@ class Apex(FP32):
         self._amp: Any = amp
         self._opt_level = opt_level
         self._unscale_at_update = unscale_at_update
-        self._while_backward = {"delay_unscale": True} if unscale_at_update else {}
+        self._backward_options = {"delay_unscale": True} if unscale_at_update else {}
         self._overflowed = False
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Return model and optimizer as `amp.initialize` prepared them; before DDP, once a process."""
+        """Return model and optimizer after `amp.initialize`; call it before DDP, once in each process."""
         prepared: tuple[nn.Module, torch.optim.Optimizer] = self._amp.initialize(
             model, optimizer, opt_level=self._opt_level
         )
         return prepared
 
     def master_params(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-        """Return the parameters that the optimizer steps: what a `before_step` clips."""
+        """Return the parameters that the optimizer steps; a `before_step` clips their gradients."""
         return list(self._amp.master_params(optimizer))
 
     def backward(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         step = _own_step(optimizer)
-        with self._amp.scale_loss(loss, optimizer, **self._while_backward) as scaled:
+        with self._amp.scale_loss(loss, optimizer, **self._backward_options) as scaled:
             torch.autograd.backward(scaled)
         self._overflowed = self._overflowed or _own_step(optimizer) is not step
 
@@ -93,15 +93,15 @@ class Apex(FP32):
         if self._unscale_at_update:
             step = _own_step(optimizer)
             with self._amp.scale_loss(torch.zeros(()), optimizer):
-                pass  # the gradients are there already: on leaving, apex unscales them and looks for an overflow
+                pass  # no backward: on exit, apex unscales the gradients that are there and checks for an overflow
             self._overflowed = _own_step(optimizer) is not step
         overflowed, self._overflowed = self._overflowed, False
         if before_step is not None and before_step() is False:
             if overflowed:
-                optimizer.step()  # the empty one, or the next update would be skipped in its place
+                optimizer.step()  # apex's empty method; without this call it would skip the next update
             return False
         stepped: list[bool] = []
-        # The empty method in the place of `step`, after an overflow, leaves the hook silent.
+        # After an overflow, apex has replaced `step` by an empty method, which does not call the hook.
         hook = optimizer.register_step_post_hook(lambda *_: stepped.append(True))
         try:
             optimizer.step()
@@ -119,5 +119,5 @@ class Apex(FP32):
 
 
 def _own_step(optimizer: torch.optim.Optimizer) -> object:
-    """Return the step that was put over the class's, or None; apex puts one that does nothing after an overflow."""
+    """Return the `step` that was set on the object, or None; after an overflow, apex sets one that does nothing."""
     return vars(optimizer).get("step")

@@ -1,10 +1,10 @@
-"""In what numbers a step computes: three methods, what comes before them, and the state that a checkpoint needs.
+"""The protocol of a precision: three methods of a step, a preparation before them, and a state for checkpoints.
 
-*Contract*: the recipe calls `prepare` once, when model and optimizer are built and before the model is wrapped (in
-DDP). Then the one step body (`engine.supervised`) calls `forward` around the model and the loss, `backward` once for
-each microbatch, and `update` once when all the gradients of the update have met. A precision never sees the data or
-the ranks. `update` returns whether the optimizer stepped: a gradient scaler that found an overflow, or a
-`before_step` that says no, skips exactly that update.
+*Contract*: a run calls `prepare` once, after it has built model and optimizer and before it wraps the model (in DDP).
+Then the one step body (`engine.supervised`) calls `forward` around the model and the loss, `backward` once for each
+microbatch, and `update` once, when all gradients of the update have met. A precision never gets the data or the ranks.
+`update` returns whether the optimizer stepped. A gradient scaler that found an overflow skips exactly that update, and
+so does a `before_step` that returns False.
 """
 
 from collections.abc import Callable
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 
 BeforeStep = Callable[[], bool | None]
-"""Called with the gradients reduced and unscaled: clips, measures. Returning False skips the update."""
+"""A function that is called when the gradients are reduced and unscaled, to clip or measure them. False: no update."""
 
 
 @runtime_checkable
 class Precision(Protocol):
-    """What the step body needs of a precision."""
+    """The methods of a precision that the step body calls."""
 
     name: str
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Return model and optimizer as this precision wants them: the same two, changed or not."""
+        """Return model and optimizer in the form that this precision needs: the same two objects, changed or not."""
 
     def forward(self) -> AbstractContextManager[Any]:
         """Return the context in which the model and the loss are computed."""
@@ -37,10 +37,10 @@ class Precision(Protocol):
         """Unscale the gradients, call `before_step`, step the optimizer; return whether it stepped."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold; empty where there is nothing."""
+        """Return the state that a checkpoint must hold; empty if there is none."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore a state that `state_dict` returned."""
 
 
 _NO_CONTEXT = nullcontext()

@@ -1,41 +1,36 @@
-"""The numbers of an XLA device, TPUs first: float32, or bfloat16 by autocast; the step by torch_xla.
+"""Float32, or bfloat16 by autocast, on XLA devices such as TPUs; torch_xla does the step of the optimizer.
 
-*Contract*: nothing here waits for the device; `update` sends it what was recorded. Where the gradients have not met yet
-(`reduces`) it first averages them over the replicas, as `xm.optimizer_step(barrier=True)` does, and then asks
-`before_step`. On TPUs matrix products of float32 are computed in float32, which they are not by default.
+*Contract*: nothing here waits for the device. `update` sends the recorded operations to the device. If the gradients
+have not met yet (`reduces`), it first averages them over the replicas, as `xm.optimizer_step(barrier=True)` does, and
+then calls `before_step`. On TPUs, matrix products of float32 are computed in float32; this is not their default.
 
-*Errors*: ModuleNotFoundError with what to install where torch_xla is absent; ValueError for float16, for which
-there is no scaler on these devices.
+*Errors*: ModuleNotFoundError with the package to install if torch_xla is missing. ValueError for float16, because there
+is no gradient scaler for these devices.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
 
+from disttrain.devices import INSTALL_TORCH_XLA, has_torch_xla
 from disttrain.precision.base import FP32, BeforeStep
-
-INSTALL = "pip install torch==2.9.0 torch_xla==2.9.0 (its newest release needs that torch)"
-
-
-def has_torch_xla() -> bool:
-    """Return whether torch_xla is installed, without importing it, which would start its runtime."""
-    return find_spec("torch_xla") is not None
 
 
 class XLA(FP32):
-    """Plain forward, or autocast to `dtype` torch.bfloat16; plain backward; torch_xla's optimizer step.
+    """Plain forward, or autocast to `dtype` torch.bfloat16; plain backward; torch_xla's step of the optimizer.
 
-    `reduces=False`: the gradients have met, the same on every replica, when `update` is called.
+    `reduces=False`: the gradients have met before `update` is called, and are the same on every replica.
     """
 
     def __init__(self, dtype: torch.dtype | None = None, *, reduces: bool = True) -> None:
         if dtype not in (None, torch.bfloat16):
             raise ValueError(f"expected dtype None or torch.bfloat16 on an xla device, got {dtype}")
         if not has_torch_xla():
-            raise ModuleNotFoundError(f"expected torch_xla, which is not installed; {INSTALL}", name="torch_xla")
+            raise ModuleNotFoundError(
+                f"expected torch_xla, which is not installed; {INSTALL_TORCH_XLA}", name="torch_xla"
+            )
         import torch_xla
         import torch_xla.core.xla_model as xm
 
@@ -45,7 +40,7 @@ class XLA(FP32):
         self.name = "fp32" if dtype is None else "bf16"
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        # The public function for it logs a warning each time.
+        # torch_xla's public function for this logs a warning each time.
         self._torch_xla._XLAC._xla_set_mat_mul_precision("highest")
         return model, optimizer
 

@@ -1,6 +1,6 @@
-"""Wrong: the model seeds by the clock, so that no two runs begin with the same weights.
+"""Wrong: the model is seeded by the clock, so no two runs begin with the same weights.
 
-`disttrain verify` finds that the runs did not begin with the same state.
+`disttrain verify` reports that the runs did not begin with the same state.
 """
 
 import time

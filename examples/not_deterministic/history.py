@@ -1,7 +1,7 @@
-"""Wrong: the dataset draws from a generator of its own, seeded, so that a draw depends on those before it.
+"""Wrong: the dataset draws from a seeded generator of its own, so each draw depends on the draws before it.
 
-The same again gives the same bits, but not a loader process more or less, and not a resumed run: its generator begins
-anew. `disttrain verify` finds that the samples were the same, but not what was loaded of them.
+The same launch gives the same bits. Another number of loader processes does not, and a resumed run does not either,
+because its generator begins anew. `disttrain verify` reports that the samples were the same, but not the loaded data.
 """
 
 import numpy as np

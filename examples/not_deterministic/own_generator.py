@@ -1,6 +1,6 @@
-"""Wrong: the dataset draws from a generator of its own, which nobody has seeded.
+"""Wrong: the dataset draws from a generator of its own that is not seeded.
 
-`disttrain verify` finds that the samples were the same, but not what was loaded of them.
+`disttrain verify` reports that the samples were the same, but not the loaded data.
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
-"""Wrong: the step depends on the rank, so that another number of ranks trains another model.
+"""Wrong: the step depends on the rank, so another number of ranks trains another model.
 
-`disttrain verify` finds that what was loaded was the same, but not the loss, and in which slots.
+`disttrain verify` reports that the loaded data was the same, but not the loss, and names the slots.
 """
 
 import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""A small config that gives the same bits whatever happens to it; the others in this folder each break it.
+"""A small config that gives the same bits in every run. Each of the other files in this folder breaks it in one way.
 
 disttrain verify examples/not_deterministic/sound.py
 """
@@ -14,7 +14,7 @@ from disttrain import Config
 
 
 class Digits(Dataset):
-    """Scans with some noise, drawn from torch's global generator, which disttrain seeds for each microbatch."""
+    """Scans with noise, drawn from torch's global generator, which disttrain seeds for each microbatch."""
 
     def __init__(self) -> None:
         scans = load_digits()

@@ -1,8 +1,8 @@
-"""Wrong: the model counts its calls in an attribute, which no checkpoint holds; a resumed run counts anew.
+"""Wrong: the model counts its calls in an attribute that no checkpoint holds, so a resumed run counts anew.
 
-`disttrain verify` finds that what was loaded was the same, but not the loss: in the slots that are not a rank's first,
-and in the first step after the checkpoint that a killed run went on from. A buffer (`register_buffer`) would be kept;
-every slot of a step begins with the same.
+`disttrain verify` reports that the loaded data was the same, but not the loss: in slots that are not the first of a
+rank, and in the first step after the checkpoint from which a killed run resumed. A checkpoint does hold a buffer
+(`register_buffer`), and every slot of a step begins with the same buffers.
 """
 
 import torch
@@ -13,7 +13,7 @@ from disttrain import Config
 
 
 class Warming(nn.Module):
-    """Noise on the hidden units that fades with each call."""
+    """A model with noise on its hidden units, which fades with each call."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on this host: one_host.sh RANKS CFG.PY [WORD...]. The same command again goes on.
+# Train on this host: one_host.sh RANKS CFG.PY [WORD...]. The same command again resumes the run.
 set -euo pipefail
 
 if (($# < 2)); then
@@ -9,4 +9,4 @@ fi
 ranks=$1
 shift
 
-exec "${PYTHON:-python3}" -m disttrain.cli launch --ranks "$ranks" "$@"
+exec "${PYTHON:-python3}" -m disttrain launch --ranks "$ranks" "$@"

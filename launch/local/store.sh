@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Keeps the place where hosts meet in a process of its own, so that it outlives any of them: store.sh HOST:PORT
+# Run the store at which hosts meet in a process of its own, so that it outlives every host: store.sh HOST:PORT
 #
-# It listens on that address, to anyone who reaches it: choose one of a network that you trust. Ctrl-C ends it.
+# The store listens on that address and accepts everyone, so choose a network that you trust. Ctrl-C ends it.
 set -euo pipefail
 
 if (($# != 1)) || [[ $1 != *:* ]]; then

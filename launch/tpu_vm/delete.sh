@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Deletes a TPU VM or slice and what lies on its disks: delete.sh NAME ZONE
+# Delete a TPU VM or slice with everything on its disks: delete.sh NAME ZONE
 set -euo pipefail
 
 if (($# != 2)); then

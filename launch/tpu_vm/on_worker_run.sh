@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Starts torchrun on one worker, one rank a chip: on_worker_run.sh ADDRESS,ADDRESS,... CFG.PY [KEY=VALUE...]
+# Start torchrun on one worker, with a rank for each chip: on_worker_run.sh ADDRESS,ADDRESS,... CFG.PY [KEY=VALUE...]
 #
-# The addresses are those of all workers, in their order; the first is where the ranks meet. CHIPS says how many chips
-# this worker has where they cannot be counted.
+# The addresses are those of all workers, in their order. The ranks meet at the first one. Set CHIPS to the number of
+# this worker's chips if they cannot be counted.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the checkout that setup.sh has brought, on one worker. The VMs' own Python is older than disttrain needs.
+# Install on one worker the checkout that setup.sh has copied. The VMs' own Python is too old for disttrain.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains on every chip of a TPU VM or a slice: run.sh NAME ZONE CFG.PY [KEY=VALUE or option of the launcher...]
+# Train on every chip of a TPU VM or a slice: run.sh NAME ZONE CFG.PY [KEY=VALUE or option of the launcher...]
 #
-# CFG.PY and --runs are paths on the workers, relative to the checkout there. The same command again goes on.
+# CFG.PY and --runs are paths on the workers, relative to the checkout there. The same command again resumes the run.
 set -euo pipefail
 
 if (($# < 3)); then

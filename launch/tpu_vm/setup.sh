@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Copies this checkout, its cfg files with it, to every worker and installs it there: setup.sh NAME ZONE
+# Copy this checkout, with its cfg files, to every worker and install it there: setup.sh NAME ZONE
 set -euo pipefail
 
 if (($# != 2)); then
@@ -14,5 +14,6 @@ trap 'rm -f "$archive"' EXIT
 tar --create --gzip --file "$archive" --directory "$root" \
   --exclude './.*' --exclude ./runs --exclude __pycache__ .
 gcloud compute tpus tpu-vm scp "$archive" "$name:disttrain.tgz" --zone "$zone" --worker=all
+unpack='mkdir -p disttrain && tar --extract --gzip --file disttrain.tgz --directory disttrain'
 gcloud compute tpus tpu-vm ssh "$name" --zone "$zone" --worker=all --command \
-  'mkdir -p disttrain && tar --extract --gzip --file disttrain.tgz --directory disttrain && bash disttrain/launch/tpu_vm/on_worker_setup.sh'
+  "$unpack && bash disttrain/launch/tpu_vm/on_worker_setup.sh"

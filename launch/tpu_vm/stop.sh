@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Has a run save a checkpoint and end, on every worker: stop.sh NAME ZONE. Ending run.sh alone would leave it running.
+# Save a checkpoint and end the run, on every worker: stop.sh NAME ZONE. To end run.sh alone would leave it running.
 set -euo pipefail
 
 if (($# != 2)); then

@@ -1,24 +1,20 @@
-"""Which backend a name means, on what device, and what is refused."""
+"""The backend and the device that a name means, and the combinations that are refused."""
 
 import os
+import socket
 import subprocess
 import sys
-import threading
-from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import Ranks
 
-from disttrain.backend import NAMES, Backend, Place, connect
+from disttrain.backend import Backend, connect
 from disttrain.backend.connect import choose_name
-from disttrain.backend.environment import Launch
-from disttrain.backend.native import GROUPS, NativeBackend, choose_device
 from disttrain.backend.xla import check_world_size
+from disttrain.environment import Launch, Topology
 from disttrain.errors import BackendError, ConfigError
 
 TORCHRUN = {
@@ -36,7 +32,7 @@ def test_an_unknown_name_lists_the_names() -> None:
         connect("mpi")
 
 
-def test_xla_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_torch_xla_is_named_with_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [p for p in sys.path if not (Path(p) / "torch_xla").exists()])
     for name in [n for n in sys.modules if n.partition(".")[0] == "torch_xla"]:
         monkeypatch.delitem(sys.modules, name)
@@ -52,7 +48,7 @@ def test_xla_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_xla_runs_on_its_own_devices_alone() -> None:
-    with pytest.raises(ConfigError, match="runs on 'xla', got device='cpu'"):
+    with pytest.raises(ConfigError, match="expected an xla device for backend='xla', got device='cpu'"):
         connect("xla", device="cpu")
 
 
@@ -65,11 +61,13 @@ def test_one_rank_on_several_devices_is_for_xla_alone(name: str, monkeypatch: py
         assert backend.num_devices == 1
 
 
-@pytest.mark.parametrize(("device_type", "told"), [("CPU", "train alone as rank 0 of 1"), ("TPU", "--nproc-per-node")])
-def test_replicas_that_are_not_the_launchers_are_refused(device_type: str, told: str) -> None:
-    launch = Launch("torchrun", Place(1, 2, 1, 2, 0, 1), "localhost", 29999)
+@pytest.mark.parametrize(
+    ("device_type", "advice"), [("CPU", "train alone as rank 0 of 1"), ("TPU", "--nproc-per-node")]
+)
+def test_another_number_of_replicas_than_of_ranks_is_refused(device_type: str, advice: str) -> None:
+    launch = Launch("torchrun", Topology(1, 2, 1, 2, 0, 1), "localhost", 29999)
     check_world_size(launch, 2, device_type)
-    with pytest.raises(BackendError, match=f"expected 2 replicas, as torchrun started, got 1 .*{told}"):
+    with pytest.raises(BackendError, match=f"expected 2 replicas, as torchrun started, got 1 .*{advice}"):
         check_world_size(launch, 1, device_type)
 
 
@@ -88,7 +86,7 @@ def test_auto_without_a_launcher_is_single() -> None:
 
 
 def test_auto_under_a_launcher_follows_the_device() -> None:
-    launch = Launch("torchrun", Place(0, 2, 0, 2, 0, 1), "localhost", 29999)
+    launch = Launch("torchrun", Topology(0, 2, 0, 2, 0, 1), "localhost", 29999)
     assert choose_name(launch, torch.device("cuda", 0)) == "nccl"
     assert choose_name(launch, torch.device("cpu")) == "gloo"
     assert choose_name(launch, None) == "gloo"
@@ -101,15 +99,15 @@ def auto(backend: Backend) -> tuple[str, int, int]:
         return automatic.name, automatic.world_size, automatic.all_reduce(automatic.rank)
 
 
-def test_auto_under_torchrun_meets_the_others(ranks: Ranks) -> None:
+def test_auto_under_torchrun_connects_to_the_other_ranks(ranks: Ranks) -> None:
     name = "nccl" if torch.cuda.is_available() else "gloo"
     assert ranks(2, auto) == [(name, 2, 1)] * 2
 
 
-def test_single_refuses_to_be_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_refuses_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(BackendError, match="'single' is one process, got 2 ranks from torchrun"):
+    with pytest.raises(BackendError, match="expected one process for backend='single', got 2 ranks from torchrun"):
         connect("single")
 
 
@@ -129,112 +127,43 @@ def test_gloo_without_a_launcher_is_a_real_group_of_one(ranks: Ranks) -> None:
     assert ranks(1, alone) == [("gloo", 1, "cpu", 1, 3)]
 
 
-def test_nccl_without_cuda_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nccl_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
     with pytest.raises(BackendError, match="'nccl' expected a cuda device, got none; use backend='gloo'"):
         connect("nccl")
 
 
 def test_a_backend_refuses_a_device_of_another_kind() -> None:
-    with pytest.raises(ConfigError, match="'gloo' runs on 'cpu', got device='cuda:0'"):
+    with pytest.raises(ConfigError, match="expected a cpu device for backend='gloo', got device='cuda:0'"):
         connect("gloo", device="cuda:0")
 
 
-def test_devices_go_to_local_ranks() -> None:
-    chosen = [choose_device("cuda", 4, Place(4 + local, 8, local, 4, 1, 2)) for local in range(4)]
-    assert chosen == [torch.device("cuda", local) for local in range(4)]
-    assert choose_device("cpu", 0, Place()) == torch.device("cpu")
-
-
-def test_a_rank_that_sees_one_device_takes_it() -> None:
-    assert choose_device("cuda", 1, Place(3, 4, 3, 4, 0, 1)) == torch.device("cuda", 0)
-
-
-def test_more_local_ranks_than_devices_are_refused() -> None:
-    with pytest.raises(BackendError, match=r"at most 2 ranks on this host, one for each cuda device, got 4; .*'gloo'"):
-        choose_device("cuda", 2, Place(0, 4, 0, 4, 0, 1))
-
-
-def test_another_accelerator_is_a_row_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    launch = Launch("torchrun", Place(0, 2, 0, 2, 0, 1), "localhost", 29999)
-    assert choose_name(launch, torch.device("xpu", 0)) == "gloo"  # its ranks talk, on the CPU
-    monkeypatch.setitem(GROUPS, "xpu", "xccl")
-    assert choose_name(launch, torch.device("xpu", 0)) == "xccl"
-
-
-def test_a_group_is_bound_to_its_device_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU: what NativeBackend asks of torch for cuda:1, in its order."""
-    asked: list[Any] = []
-    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: asked.append(index))
-    monkeypatch.setattr(dist, "init_process_group", lambda name, **options: asked.append((name, options["device_id"])))
-    monkeypatch.setattr(dist, "new_group", lambda backend, timeout: asked.append(backend))
-    backend = NativeBackend.__new__(NativeBackend)
-    backend.name, backend.device, backend.place = "nccl", torch.device("cuda", 1), Place(1, 2, 1, 2)
-    backend._timeout = timedelta(seconds=1)
-    backend._open_groups(None)
-    assert asked == [1, ("nccl", torch.device("cuda", 1)), "gloo"]
-
-
-class Properties(NamedTuple):
-    """What torch says of a GPU, of which only the UUID is asked."""
-
-    uuid: str
-
-
-def on_gpus(backend: Backend, uuids: list[str]) -> str:
-    """Let this rank say that it is on the GPU of this name, and return what it is told."""
-    assert isinstance(backend, NativeBackend)
-    seen = torch.get_device_module
-    torch.get_device_module = lambda device: SimpleNamespace(  # type: ignore[assignment]
-        get_device_properties=lambda device: Properties(uuids[backend.rank])
-    )
-    backend.device = torch.device("cuda", 0)
-    try:
-        backend._check_devices()
-    except BackendError as error:
-        return str(error)
-    finally:
-        torch.get_device_module = seen
-        backend.device = torch.device("cpu")
-    return "in order"
-
-
-def test_two_ranks_on_one_gpu_are_refused_on_every_rank(ranks: Ranks) -> None:
-    assert ranks(3, on_gpus, ["a", "b", "c"]) == ["in order"] * 3
-    for said in ranks(3, on_gpus, ["a", "b", "a"]):
-        assert "got ranks 0, 2 on cuda a; start one rank per accelerator, or use backend='gloo'" in said
-
-
-def connect_twice(backend: Backend) -> str:
-    with pytest.raises(BackendError) as caught:
-        connect("gloo")
-    assert backend.all_reduce(1) == backend.world_size
-    return str(caught.value)
-
-
-def test_a_second_process_group_is_refused_and_harms_nothing(ranks: Ranks) -> None:
-    assert all("initialized already" in message for message in ranks(2, connect_twice))
-
-
-def loopback(backend: Backend) -> str | None:
-    return os.environ.get("GLOO_SOCKET_IFNAME")
-
-
-def test_ranks_of_one_host_use_the_loopback(ranks: Ranks) -> None:
-    assert ranks(2, loopback) == ["lo" if sys.platform == "linux" else "lo0"] * 2
-
-
-def reconnect(backend: Backend, times: int) -> tuple[list[int], int]:
+def in_a_slurm_step(backend: Backend, port: int) -> tuple[int, int, int, int, int, str]:
     backend.close()
-    sums = []
-    for turn in range(times):
-        with connect("gloo") as again:
-            sums.append(again.all_reduce(turn))
-    return sums, threading.active_count()
+    for name in list(os.environ):
+        if name.startswith(("RANK", "WORLD_", "LOCAL_", "GROUP_", "MASTER_", "TORCHELASTIC")):
+            del os.environ[name]
+    step = {
+        "SLURM_JOB_ID": "99",
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": str(backend.rank),
+        "SLURM_LOCALID": str(backend.rank),
+        "SLURM_NODEID": "0",
+        "SLURM_NNODES": "1",
+        "SLURM_STEP_NUM_TASKS": "3",
+        "SLURM_STEP_TASKS_PER_NODE": "3",
+        "SLURM_STEP_NODELIST": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    os.environ.update(step)
+    with connect("gloo") as own:
+        return own.rank, own.world_size, own.local_rank, own.local_world_size, own.all_reduce(own.rank), own.name
 
 
-def test_connecting_again_and_again_leaves_nothing_behind(ranks: Ranks) -> None:
-    assert ranks(2, reconnect, 5) == [([0, 2, 4, 6, 8], 1)] * 2
+def test_the_tasks_of_a_slurm_step_connect_at_its_first_host(ranks: Ranks) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    assert ranks(3, in_a_slurm_step, port) == [(rank, 3, rank, 3, 3, "gloo") for rank in range(3)]
 
 
 def test_importing_the_room_has_no_effect(tmp_path: Path) -> None:
@@ -247,7 +176,3 @@ def test_importing_the_room_has_no_effect(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "clean\n"), done.stderr
-
-
-def test_every_name_is_known() -> None:
-    assert NAMES == ("auto", "gloo", "nccl", "single", "xla")

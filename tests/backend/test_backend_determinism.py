@@ -1,4 +1,4 @@
-"""make_deterministic: what it sets, in a process of its own, what it refuses, and what it leaves to the user."""
+"""make_deterministic: the settings that it changes, the values that it refuses, and the user's own settings."""
 
 import os
 
@@ -45,12 +45,12 @@ def refusal_of_a_workspace(backend: Backend) -> str:
 
 
 def test_a_workspace_that_is_not_deterministic_is_refused(ranks: Ranks) -> None:
-    (told,) = ranks(1, refusal_of_a_workspace)
-    assert "CUBLAS_WORKSPACE_CONFIG to be :4096:8 or :16:8, got ':0:0'" in told
+    (message,) = ranks(1, refusal_of_a_workspace)
+    assert "CUBLAS_WORKSPACE_CONFIG to be :4096:8 or :16:8, got ':0:0'" in message
 
 
-def uses_put(where: torch.Tensor) -> None:
-    where.put_(torch.tensor([1]), torch.ones(1))
+def uses_put(tensor: torch.Tensor) -> None:
+    tensor.put_(torch.tensor([1]), torch.ones(1))
 
 
 class PutsInItsBackward(torch.autograd.Function):
@@ -64,12 +64,12 @@ class PutsInItsBackward(torch.autograd.Function):
         return grad
 
 
-def told_of(backend: Backend, what: str) -> str:
+def refusal_of_put(backend: Backend, place: str) -> str:
     make_deterministic()
     with pytest.raises(ConfigError) as caught, refused_operations_named():
-        if what == "forward":
+        if place == "forward":
             uses_put(torch.zeros(3))
-        elif what == "backward":
+        elif place == "backward":
             PutsInItsBackward.apply(torch.zeros(3, requires_grad=True)).sum().backward()
         else:
             try:
@@ -79,23 +79,23 @@ def told_of(backend: Backend, what: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("what", ["forward", "backward", "inside another error"])
-def test_a_refused_operation_is_named_with_its_place(ranks: Ranks, what: str) -> None:
-    (told,) = ranks(1, told_of, what)
-    assert told.startswith("expected operations that give the same bits each time, got put_ (called in uses_put, ")
-    assert "test_backend_determinism.py, line" in told
-    assert "deterministic=false" in told
-    assert "warn_only" not in told  # torch's own advice is about a call that is not the user's
+@pytest.mark.parametrize("place", ["forward", "backward", "inside another error"])
+def test_a_refused_operation_is_named_with_its_place(ranks: Ranks, place: str) -> None:
+    (message,) = ranks(1, refusal_of_put, place)
+    assert message.startswith("expected operations that give the same bits each time, got put_ (called in uses_put, ")
+    assert "test_backend_determinism.py, line" in message
+    assert "deterministic=false" in message
+    assert "warn_only" not in message  # torch's own advice is about a call that is not the user's
 
 
-def test_what_a_worker_quoted_is_named_too(ranks: Ranks) -> None:
+def test_an_operation_in_the_quoted_error_of_a_worker_is_named(ranks: Ranks) -> None:
     with pytest.raises(ConfigError, match=r"got put_ .*deterministic=false"), refused_operations_named():
         raise LoadingError(
             "dataset[3] raised RuntimeError: put_ does not have a deterministic implementation, but you set ..."
         )
 
 
-def test_other_errors_go_through() -> None:
+def test_other_errors_stay_as_they_are() -> None:
     error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     with pytest.raises(RuntimeError) as caught, refused_operations_named():
         raise error

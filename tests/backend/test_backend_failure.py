@@ -1,6 +1,6 @@
-"""One rank fails: whatever the others are blocked in, they wake and know why. Real processes, real blocks.
+"""One rank fails: the others wake from every blocking call and get the reason, in real processes.
 
-The groups' timeout is 60 s in all of these: who answers within 20 s was woken, not timed out.
+The groups' timeout is 60 s in all of these tests: a rank that answers within 20 s did not wait for the timeout.
 """
 
 import json
@@ -26,7 +26,7 @@ WOKEN_S = 20.0
 
 
 class Blocked:
-    """Ways of being blocked that a failing peer does not answer."""
+    """Calls that block until the peer answers."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -46,7 +46,7 @@ class Blocked:
         self.backend.start_any(True)()
 
 
-def fail_while_others_wait(backend: Backend, where: str, failing: int) -> tuple[int, str, bool]:
+def fail_while_others_wait(backend: Backend, call: str, failing: int) -> tuple[int, str, bool]:
     blocked = Blocked(backend)
     started = time.monotonic()
     if backend.rank == failing:
@@ -54,20 +54,20 @@ def fail_while_others_wait(backend: Backend, where: str, failing: int) -> tuple[
         backend.fail(ValueError("the disk is full of sand"))
     else:
         with pytest.raises(RuntimeError):
-            getattr(blocked, where)()
+            getattr(blocked, call)()
     failure = backend.first_failure()
     assert failure is not None
     return failure.rank, failure.message, time.monotonic() - started < WOKEN_S
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-@pytest.mark.parametrize("where", ["plain", "ddp", "own", "any"])
-def test_blocked_peers_wake_and_know_why(ranks: Ranks, where: str, failing: int) -> None:
-    results = ranks(3, fail_while_others_wait, where, failing)
+@pytest.mark.parametrize("call", ["plain", "ddp", "own", "any"])
+def test_blocked_peers_wake_and_know_why(ranks: Ranks, call: str, failing: int) -> None:
+    results = ranks(3, fail_while_others_wait, call, failing)
     assert results == [(failing, "ValueError: the disk is full of sand", True)] * 3
 
 
-def test_the_stores_host_may_go_once_it_has_told_all(ranks: Ranks) -> None:
+def test_the_stores_host_may_end_after_all_ranks_have_the_failure(ranks: Ranks) -> None:
     outcomes = ranks.outcomes(3, fail_and_exit)
     assert isinstance(outcomes[0], Died)
     assert outcomes[0].code == 3
@@ -96,7 +96,7 @@ def busy_while_another_fails(backend: Backend) -> tuple[str, str]:
     return type(caught.value).__name__, str(caught.value)
 
 
-def test_a_rank_that_computes_meanwhile_hears_it_at_its_next_collective(ranks: Ranks) -> None:
+def test_a_rank_that_computes_meanwhile_gets_it_at_its_next_collective(ranks: Ranks) -> None:
     expected = ("RemoteError", "rank 1 failed: OSError: out of memory")
     assert ranks(3, busy_while_another_fails) == [expected, ("", ""), expected]
 
@@ -130,7 +130,7 @@ def raise_in_the_block(backend: Backend) -> Any:
     backend.barrier()
 
 
-def test_leaving_the_with_block_by_an_exception_tells_the_others(ranks: Ranks) -> None:
+def test_an_exception_in_the_with_block_is_reported_to_the_other_ranks(ranks: Ranks) -> None:
     outcomes = ranks.outcomes(3, raise_in_the_block)
     assert [type(o.error).__name__ for o in outcomes if isinstance(o, Err)] == [
         "RemoteError",
@@ -150,7 +150,7 @@ def fail_from_a_thread(backend: Backend) -> str:
     return str(caught.value)
 
 
-def test_another_thread_may_fail_a_blocked_rank(ranks: Ranks) -> None:
+def test_another_thread_may_report_the_failure_of_a_blocked_rank(ranks: Ranks) -> None:
     assert ranks(3, fail_from_a_thread) == ["rank 0 failed: TimeoutError: no progress"] * 3
 
 
@@ -187,7 +187,7 @@ def test_the_first_failure_is_never_replaced() -> None:
     assert (first.rank, first.message) == (0, "ValueError: one")
 
 
-def test_a_rank_that_is_hurried_waits_for_nobody() -> None:
+def test_a_hurried_rank_waits_for_no_other() -> None:
     board = Board()
     threading.Timer(0.05, board.hurry).start()
     assert board.first(wait_s=3600) is None
@@ -196,18 +196,18 @@ def test_a_rank_that_is_hurried_waits_for_nobody() -> None:
     assert "all the same" in str(board.first(wait_s=3600))
 
 
-def test_what_was_posted_is_found_before_the_bell_rings_and_a_rank_that_is_gone_is_not_waited_for() -> None:
+def test_a_posted_failure_is_found_before_its_bell_and_close_stops_waiting_for_ranks_that_are_gone() -> None:
     store = HashStore()
     board = StoreBoard(0, 3, lambda: store, lambda: None)
     assert board.first(0) is None
     store.set(FIRST, json.dumps([1, "OSError: out of memory"]))
     assert str(board.first(0)) == "rank 1 failed: OSError: out of memory"
-    board.close()  # nobody ever acknowledges it
+    board.close()  # no rank ever acknowledges it
     assert str(board.first(0)) == "rank 1 failed: OSError: out of memory"
 
 
 def wait_and_give_up(backend: Backend) -> list[int]:
-    """Collectives whose waits give up again and again, some in the moment in which the last rank comes."""
+    """Reduce with waits that end after 1 ms each, some of them just as the last rank comes."""
     sums = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "LOOK_UP_EVERY", timedelta(milliseconds=1))

@@ -1,4 +1,4 @@
-"""Ranks find their contemporaries: past what earlier attempts left, or with an error that names who is absent."""
+"""Ranks of one attempt find each other in spite of older keys, or get an error that names the absent ranks."""
 
 import signal
 import socket
@@ -10,25 +10,24 @@ from functools import partial
 import pytest
 import torch.distributed as dist
 
-from disttrain.backend import Place
-from disttrain.backend.environment import Launch
-from disttrain.backend.rendezvous import Meeting, meet
+from disttrain.backend.rendezvous import Rendezvous, meet
+from disttrain.environment import Launch, Topology
 from disttrain.errors import BackendError
 
 
 @pytest.fixture
 def agent() -> dist.TCPStore:  # type: ignore[name-defined]
-    """A store like the one that torchrun's agent keeps."""
+    """Open a store like that of torchrun's agent."""
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def launch(rank: int, world_size: int, port: int, has_agent_store: bool = True) -> Launch:
-    return Launch("torchrun", Place(rank, world_size, rank, world_size, 0, 1), "127.0.0.1", port, has_agent_store)
+    return Launch("torchrun", Topology(rank, world_size, rank, world_size, 0, 1), "127.0.0.1", port, has_agent_store)
 
 
-def in_threads(calls: list[Callable[[], Meeting]]) -> list[Meeting | BackendError]:
-    """Call all at once and return what each returned or raised."""
-    results: list[Meeting | BackendError | None] = [None] * len(calls)
+def in_threads(calls: list[Callable[[], Rendezvous]]) -> list[Rendezvous | BackendError]:
+    """Make all calls at once, and return the result or the error of each."""
+    results: list[Rendezvous | BackendError | None] = [None] * len(calls)
 
     def run(index: int) -> None:
         try:
@@ -44,21 +43,23 @@ def in_threads(calls: list[Callable[[], Meeting]]) -> list[Meeting | BackendErro
     return [result for result in results if result is not None]
 
 
-def attempt(world_size: int, port: int, *, has_agent_store: bool = True, rank_0_after_s: float = 0.0) -> list[Meeting]:
-    """Let all ranks meet; rank 0 comes last, so that the others read first what is there already."""
+def attempt(
+    world_size: int, port: int, *, has_agent_store: bool = True, rank_0_after_s: float = 0.0
+) -> list[Rendezvous]:
+    """Connect all ranks; a late rank 0 lets the others read the keys of earlier attempts first."""
 
-    def come(rank: int) -> Meeting:
+    def connect(rank: int) -> Rendezvous:
         time.sleep(rank_0_after_s if rank == 0 else 0.0)
         return meet(launch(rank, world_size, port, has_agent_store), 20.0)
 
-    results = in_threads([partial(come, rank) for rank in range(world_size)])
-    assert [type(result) for result in results] == [Meeting] * world_size
-    return [result for result in results if isinstance(result, Meeting)]
+    results = in_threads([partial(connect, rank) for rank in range(world_size)])
+    assert [type(result) for result in results] == [Rendezvous] * world_size
+    return [result for result in results if isinstance(result, Rendezvous)]
 
 
-def share_a_store(meetings: list[Meeting]) -> bool:
-    for rank, meeting in enumerate(meetings):
-        meeting.store.set(f"rank/{rank}", str(rank))
+def share_a_store(meetings: list[Rendezvous]) -> bool:
+    for rank, rendezvous in enumerate(meetings):
+        rendezvous.store.set(f"rank/{rank}", str(rank))
     return all(m.connect().get(f"rank/{rank}") == str(rank).encode() for rank, m in enumerate(reversed(meetings)))
 
 
@@ -73,7 +74,7 @@ def test_every_attempt_gets_a_store_of_its_own(agent: dist.TCPStore) -> None:  #
 
 
 @pytest.mark.parametrize("came", [[0], [1], [0, 2]])
-def test_what_an_attempt_left_that_broke_off_misleads_nobody(
+def test_the_keys_of_a_broken_attempt_mislead_no_rank(
     agent: dist.TCPStore,  # type: ignore[name-defined]
     came: list[int],
 ) -> None:
@@ -87,17 +88,17 @@ def test_without_an_agents_store_rank_0_opens_one_at_the_address() -> None:
         port = probe.getsockname()[1]
     meetings = attempt(3, port, has_agent_store=False)
     assert share_a_store(meetings)
-    assert {meeting.port for meeting in meetings} == {port}
+    assert {rendezvous.port for rendezvous in meetings} == {port}
 
 
 @pytest.mark.parametrize("has_agent_store", [True, False])
-def test_absent_ranks_are_named_by_all_that_came(agent: dist.TCPStore, has_agent_store: bool) -> None:  # type: ignore[name-defined]
+def test_every_rank_that_came_names_the_absent_ones(agent: dist.TCPStore, has_agent_store: bool) -> None:  # type: ignore[name-defined]
     port = agent.port
     if not has_agent_store:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
     came = [launch(rank, 4, port, has_agent_store) for rank in (0, 2)]
-    results = in_threads([partial(meet, place, 1.0) for place in came])
+    results = in_threads([partial(meet, topology, 1.0) for topology in came])
     assert [str(result) for result in results] == [
         "expected 4 ranks within 1 s, got none from rank 1, 3; "
         "read the logs of those ranks, or raise timeout_s if they start slowly"
@@ -123,18 +124,18 @@ def test_a_port_in_use_is_named(agent: dist.TCPStore) -> None:  # type: ignore[n
         meet(launch(0, 2, agent.port, has_agent_store=False), 0.2)
 
 
-class Heard(Exception):
-    """Raised by a signal's handler."""
+class Signalled(Exception):
+    """The error that the signal's handler raises."""
 
 
-def test_rank_0_hears_signals_while_it_waits_for_the_others(agent: dist.TCPStore) -> None:  # type: ignore[name-defined]
-    def hear(*_: object) -> None:
-        raise Heard
+def test_rank_0_handles_signals_while_it_waits_for_the_others(agent: dist.TCPStore) -> None:  # type: ignore[name-defined]
+    def handle(*_: object) -> None:
+        raise Signalled
 
-    before = signal.signal(signal.SIGALRM, hear)
+    before = signal.signal(signal.SIGALRM, handle)
     signal.setitimer(signal.ITIMER_REAL, 0.2)
     try:
-        with pytest.raises(Heard):
+        with pytest.raises(Signalled):
             meet(launch(0, 2, agent.port), 3600.0)
     finally:
         signal.signal(signal.SIGALRM, before)

@@ -1,4 +1,4 @@
-"""Breaking connections: only those that were named, only while they are the same, and never a listening one."""
+"""Broken connections: only the given ones, only while each is the same socket, and never a listening one."""
 
 import os
 import socket
@@ -23,8 +23,8 @@ Connected = tuple[socket.socket, socket.socket, socket.socket]
 
 
 def close(sockets: Connected) -> None:
-    for each in sockets:
-        each.close()
+    for connection in sockets:
+        connection.close()
 
 
 def test_both_ends_of_a_broken_connection_wake(connected: Connected) -> None:
@@ -68,7 +68,7 @@ def test_connections_of_one_port_can_be_left_out(connected: Connected) -> None:
     close(connected)
 
 
-def test_files_are_no_sockets() -> None:
+def test_pipes_are_no_sockets() -> None:
     reader, writer = os.pipe()
     assert reader not in open_sockets()
     os.close(reader)
@@ -79,23 +79,21 @@ def test_the_loopback_is_known_here() -> None:
     assert loopback_name() == {"linux": "lo", "darwin": "lo0"}[sys.platform]
 
 
-def test_a_silent_connection_to_another_host_is_asked_whether_its_other_end_is_there(
-    connected: Connected, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sockets, "_within_this_host", lambda _descriptor: False)
+def test_a_silent_connection_to_another_host_is_probed(connected: Connected, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sockets, "_is_within_this_host", lambda _descriptor: False)
     server, client, _accepted = connected
-    pair = socket.socketpair()  # which has no host at its other end
+    pair = socket.socketpair()  # a connection that leads to no host
     found = open_sockets()
     notice_lost_hosts({fd: found[fd] for fd in (server.fileno(), client.fileno(), pair[0].fileno())})
     notice_lost_hosts({10**6: "socket:[1]"})
     assert client.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
     assert client.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1000 * LOST_AFTER_S
-    asked = [client.getsockopt(socket.IPPROTO_TCP, name) for name in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL)]
-    assert asked[0] + asked[1] * client.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) <= LOST_AFTER_S
+    idle_s, pause_s = (client.getsockopt(socket.IPPROTO_TCP, o) for o in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL))
+    assert idle_s + pause_s * client.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) <= LOST_AFTER_S
     assert pair[0].getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0
     close(connected)
-    for each in pair:
-        each.close()
+    for end in pair:
+        end.close()
 
 
 @pytest.mark.parametrize(
@@ -110,46 +108,46 @@ def test_a_silent_connection_to_another_host_is_asked_whether_its_other_end_is_t
         ([], False),
     ],
 )
-def test_which_connections_stay_within_this_host(
+def test_a_connection_within_this_host_is_known_by_its_ends(
     ends: list[tuple[object, ...]], within: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sockets, "_ends", lambda _descriptor: ends)
-    assert sockets._within_this_host(3) == within
+    assert sockets._is_within_this_host(3) == within
 
 
-def test_what_stays_within_this_host_is_not_asked(connected: Connected) -> None:
+def test_a_connection_within_this_host_is_not_probed(connected: Connected) -> None:
     _server, client, accepted = connected
     pair = socket.socketpair()
     notice_lost_hosts(open_sockets())
-    for each in (client, accepted, *pair):
-        assert each.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0
-        each.close()
+    for connection in (client, accepted, *pair):
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0
+        connection.close()
     close(connected)
 
 
 def kept_alive(descriptor: int) -> int | None:
-    """Return whether the other end of a connection is asked, None for what is no connection."""
+    """Return whether the other end of a connection is probed; None for a descriptor that is no connection."""
     try:
         copy = os.dup(descriptor)
     except OSError:  # closed since it was listed
         return None
-    with socket.socket(fileno=copy) as each:
-        if each.family == socket.AF_UNIX or each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+    with socket.socket(fileno=copy) as connection:
+        if connection.family == socket.AF_UNIX or connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             return None
-        return each.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        return connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
 
 def as_on_several_hosts(backend: Backend) -> list[int | None]:
     backend.close()
     before = open_sockets()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sockets, "_within_this_host", lambda _descriptor: False)
+        patch.setattr(sockets, "_is_within_this_host", lambda _descriptor: False)
         with connect("gloo", timeout_s=30):
             return [kept_alive(fd) for fd, inode in open_sockets().items() if before.get(fd) != inode]
 
 
-def test_all_connections_of_a_rank_to_other_hosts_are_asked(ranks: Ranks) -> None:
-    for answers in ranks(2, as_on_several_hosts):
-        asked = [answer for answer in answers if answer is not None]
-        assert len(asked) >= 4  # two groups, the store, the board
-        assert set(asked) == {1}
+def test_all_connections_of_a_rank_to_other_hosts_are_probed(ranks: Ranks) -> None:
+    for options in ranks(2, as_on_several_hosts):
+        probed = [option for option in options if option is not None]
+        assert len(probed) >= 4  # two groups, the store, the board
+        assert set(probed) == {1}

@@ -1,6 +1,6 @@
-"""One body of checks for every backend: single, threads, gloo on 1, 2 and 3 ranks, and nccl where CUDA is there.
+"""The same checks for every backend: single, threads, gloo on 1, 2 and 3 ranks, and nccl on a machine with CUDA.
 
-tests/xla runs it on 1, 2 and 4 XLA devices. Functions that run on the ranks take at most 4 of them.
+tests/xla runs these checks on 1, 2 and 4 XLA devices. The values in them are for at most 4 ranks.
 """
 
 import math
@@ -26,7 +26,7 @@ Run = Callable[..., list[Any]]
 
 @pytest.fixture(params=WORLDS)
 def world(request: pytest.FixtureRequest, ranks: Ranks) -> Run:
-    """Runs a function of this module on every rank of one world and returns the results by rank."""
+    """Run a function of this module on every rank of one world, and return the results by rank."""
     name, _, size = request.param.partition("-")
 
     def run(function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -50,7 +50,7 @@ def in_threads(size: int, function: Callable[..., Any], *args: Any) -> list[Any]
 
 
 def raised_by(call: Callable[[], object]) -> tuple[str, str]:
-    """Return the type and the message of what `call` raises; ("", "") for nothing."""
+    """Return the type and the message of the error that `call` raises; ("", "") without an error."""
     try:
         call()
     except Exception as error:
@@ -58,18 +58,18 @@ def raised_by(call: Callable[[], object]) -> tuple[str, str]:
     return "", ""
 
 
-# --- places
+# --- topology
 
 
-def places(backend: Backend) -> tuple[Any, ...]:
+def topology(backend: Backend) -> tuple[Any, ...]:
     by_rank = backend.rank, backend.local_rank, backend.node_rank
     sizes = backend.world_size, backend.local_world_size, backend.num_nodes
     group = backend.process_group
     return by_rank, sizes, backend.restarts, isinstance(backend.device, torch.device), group and group.size()
 
 
-def test_places(world: Run) -> None:
-    results = world(places)
+def test_topology(world: Run) -> None:
+    results = world(topology)
     for rank, result in enumerate(results):
         assert result[:4] == ((rank, rank, 0), (len(results), len(results), 1), 0, True)
         assert result[4] in (None, len(results))
@@ -88,7 +88,7 @@ DTYPES = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16"
 
 
 def a_tensor(rank: int, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Multiples of 6, so that sums, products and means over 1 to 4 ranks are exact in every order."""
+    """Return multiples of 6: their sums, products and means over 1 to 4 ranks are exact in every order."""
     values = (torch.arange(math.prod(shape)) * 7 + rank * 5) % 4 * 6
     return (values > 6 if dtype == "bool" else values).to(getattr(torch, dtype)).reshape(shape)
 
@@ -153,11 +153,11 @@ def reduce_in_pieces(backend: Backend) -> torch.Tensor:
     from disttrain.backend import checked
 
     whole = 2**26
-    checked.PIECE_BYTES = 64
+    checked.REDUCE_PIECE_BYTES = 64
     try:
         return backend.all_reduce(torch.arange(1001) + backend.rank)
     finally:
-        checked.PIECE_BYTES = whole
+        checked.REDUCE_PIECE_BYTES = whole
 
 
 def test_all_reduce_in_pieces(world: Run) -> None:
@@ -263,13 +263,13 @@ def leave_a_file(backend: Backend, folder: str) -> int:
     return len(list(Path(folder).iterdir()))
 
 
-def test_barrier_lets_nobody_pass_before_all_are_there(world: Run, tmp_path: Path) -> None:
+def test_no_rank_passes_a_barrier_before_all_have_come(world: Run, tmp_path: Path) -> None:
     results = world(leave_a_file, str(tmp_path))
     assert results == [len(results)] * len(results)
 
 
 def ask(backend: Backend, flags: list[list[bool]]) -> list[bool]:
-    """Ask several questions at a time, with other collectives in between."""
+    """Start several reductions at a time, with other collectives in between."""
     answers = []
     for question in flags:
         answers.append(backend.start_any(question[backend.rank]))
@@ -277,7 +277,7 @@ def ask(backend: Backend, flags: list[list[bool]]) -> list[bool]:
     return [answer() for answer in answers] + [answers[0]()]
 
 
-def test_start_any_is_true_where_one_rank_says_so(world: Run) -> None:
+def test_start_any_is_true_if_one_flag_is(world: Run) -> None:
     flags = [[False] * 4, [True, False, False, False], [True] * 4, [False, False, True, False]]
     results = world(ask, flags)
     expected = [any(question[: len(results)]) for question in flags]
@@ -298,22 +298,22 @@ def catch_disagreement(backend: Backend, failing: list[int]) -> tuple[str, str, 
     return *raised_by(lambda: agree_that(backend, failing)), backend.all_reduce(1)
 
 
-def test_agree_passes_where_nobody_raises(world: Run) -> None:
+def test_agree_passes_if_no_rank_raises(world: Run) -> None:
     assert all(result == "built" for result in world(agree_that, []))
 
 
 @pytest.mark.parametrize("failing", [[0], [0, 1, 2], [2, 1], [2]])
-def test_agree_raises_on_all_where_one_raises(world: Run, failing: list[int]) -> None:
+def test_agree_raises_on_all_ranks_if_one_raises(world: Run, failing: list[int]) -> None:
     results = world(catch_disagreement, failing)
-    there = [rank for rank in failing if rank < len(results)]
+    failed = [rank for rank in failing if rank < len(results)]
     for rank, (kind, message, count) in enumerate(results):
         assert count == len(results)
-        if rank in there:
+        if rank in failed:
             assert (kind, message) == ("KeyError", f"'no such part on {rank}'")
-        elif there:
+        elif failed:
             assert (kind, message) == (
                 "RemoteError",
-                f"rank {min(there)} failed: KeyError: 'no such part on {min(there)}'",
+                f"rank {min(failed)} failed: KeyError: 'no such part on {min(failed)}'",
             )
         else:
             assert kind == ""
@@ -329,7 +329,7 @@ def disagree_deep_inside(backend: Backend) -> tuple[str, str, int]:
     return *raised_by(body), backend.all_reduce(1)
 
 
-def test_a_rank_that_fails_inside_agree_is_heard_by_those_in_a_collective(world: Run) -> None:
+def test_a_rank_that_fails_inside_agree_wakes_ranks_that_are_in_a_collective(world: Run) -> None:
     results = world(disagree_deep_inside)
     last = len(results) - 1
     assert results[last] == ("ValueError", "deep", len(results))
@@ -365,7 +365,7 @@ def first_fails(backend: Backend) -> tuple[str, str, bool, int]:
     return *raised_by(body), ran, backend.all_reduce(1)
 
 
-def test_where_the_first_fails_the_others_do_not_try(world: Run) -> None:
+def test_if_the_first_rank_fails_the_others_do_not_try(world: Run) -> None:
     results = world(first_fails)
     size = len(results)
     assert results[0] == ("OSError", "no network", True, size)
@@ -442,13 +442,13 @@ PAIRS = list(zip(CALLS, [*list(CALLS)[1:], next(iter(CALLS))], strict=True))
 
 
 def mismatches(backend: Backend) -> list[tuple[str, str, int]]:
-    """Let rank 0 make the first call of every pair and the others the second; the backend works on after each."""
-    mine = [CALLS[pair[min(backend.rank, 1)]] for pair in PAIRS]
-    return [(*raised_by(lambda call=call: call(backend)), backend.all_reduce(1)) for call in mine]  # type: ignore[misc]
+    """Make the first call of every pair on rank 0 and the second on the others; the backend works after each pair."""
+    calls = [CALLS[pair[min(backend.rank, 1)]] for pair in PAIRS]
+    return [(*raised_by(lambda call=call: call(backend)), backend.all_reduce(1)) for call in calls]  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_ranks_that_call_different_things_all_hear_of_it(ranks: Ranks, size: int) -> None:
+def test_ranks_that_call_different_collectives_all_get_the_error(ranks: Ranks, size: int) -> None:
     others = "rank 1" if size == 2 else "ranks 1, 2"
     for results in ranks(size, mismatches):
         for (first, second), (kind, message, count) in zip(PAIRS, results, strict=True):
@@ -483,7 +483,7 @@ def use_after_close(backend: Backend) -> list[tuple[str, str]]:
     return [raised_by(lambda call=call: call(backend)) for call in calls]  # type: ignore[misc]
 
 
-def test_a_closed_backend_says_so(world: Run) -> None:
+def test_a_closed_backend_refuses_every_call(world: Run) -> None:
     for results in world(use_after_close):
         for kind, message in results:
             assert kind == BackendError.__name__
@@ -492,14 +492,14 @@ def test_a_closed_backend_says_so(world: Run) -> None:
 
 def fail_together(backend: Backend) -> tuple[Any, ...]:
     before = backend.first_failure(0)
-    raised_by(backend.barrier)  # a rank that is through may have failed before another is
+    raised_by(backend.barrier)  # a rank that has passed it may fail before another rank passes it
     backend.fail(ValueError(f"from {backend.rank}"))
     failure = backend.first_failure()
     later = raised_by(backend.barrier)
     return before, failure and (failure.rank, failure.message), later
 
 
-def test_the_first_failure_is_everybodys(world: Run) -> None:
+def test_every_rank_gets_the_same_first_failure(world: Run) -> None:
     results = world(fail_together)
     assert len({result[1] for result in results}) == 1
     for before, failure, later in results:

@@ -1,4 +1,4 @@
-"""The pool of ranks itself: results by rank, errors that come back, deaths that are noticed, settings put back."""
+"""The pool of ranks of tests/ranks.py: results by rank, returned errors, noticed deaths, restored settings."""
 
 import os
 import random
@@ -13,7 +13,7 @@ from disttrain.backend import Backend
 from disttrain.errors import RemoteError
 
 
-def place(backend: Backend, offset: int) -> tuple[int, int, str, int]:
+def topology(backend: Backend, offset: int) -> tuple[int, int, str, int]:
     return backend.rank + offset, backend.world_size, backend.name, backend.all_reduce(1)
 
 
@@ -51,17 +51,17 @@ def sleep_on_rank(backend: Backend, rank: int) -> None:
 def test_results_come_back_by_rank(ranks: Ranks) -> None:
     for world_size in (1, 3, 2):
         expected = [(rank + 5, world_size, "gloo", world_size) for rank in range(world_size)]
-        assert ranks(world_size, place, 5) == expected
+        assert ranks(world_size, topology, 5) == expected
 
 
-def test_a_call_finds_the_processes_as_the_first_found_them(ranks: Ranks) -> None:
+def test_every_call_starts_with_the_same_settings(ranks: Ranks) -> None:
     before = ranks(2, traces)
     ranks(2, leave_traces)
     assert ranks(2, traces) == before
     assert before[0][:4] == (None, os.getcwd(), 1, False)
 
 
-def test_an_exception_comes_back_as_itself(ranks: Ranks) -> None:
+def test_an_exception_is_returned_with_its_type(ranks: Ranks) -> None:
     outcomes = ranks.outcomes(2, raise_on_rank, 1)
     assert isinstance(outcomes[0], Ok)
     assert isinstance(outcomes[1], Err)
@@ -75,20 +75,20 @@ def test_a_killed_rank_is_noticed_and_renewed(ranks: Ranks) -> None:
     outcomes = ranks.outcomes(2, kill_rank, 1)
     assert isinstance(outcomes[1], Died)
     assert outcomes[1].code == -signal.SIGKILL
-    assert [row[3] for row in ranks(2, place, 0)] == [2, 2]
+    assert [row[3] for row in ranks(2, topology, 0)] == [2, 2]
 
 
 def test_a_hanging_rank_is_dumped_and_killed() -> None:
     pool = Ranks(grace_s=0.2)
     try:
-        assert pool(1, place, 0) == [(0, 1, "gloo", 1)]
+        assert pool(1, topology, 0) == [(0, 1, "gloo", 1)]
         with pytest.raises(RankFailure, match="in sleep_on_rank"):
             pool.outcomes(1, sleep_on_rank, 0, timeout_s=1.0)
     finally:
         pool.close()
 
 
-def test_errors_of_ours_survive_the_way_back(ranks: Ranks) -> None:
+def test_errors_of_the_package_are_returned_whole(ranks: Ranks) -> None:
     outcomes = ranks.outcomes(2, raise_remote)
     assert all(isinstance(o, Err) and isinstance(o.error, RemoteError) and o.error.rank == 7 for o in outcomes)
 

@@ -1,4 +1,4 @@
-"""Child processes for tests: forked, so that each costs milliseconds and not an import of torch."""
+"""Child processes for tests; they are forked, so each costs milliseconds instead of an import of torch."""
 
 import os
 import traceback
@@ -8,13 +8,13 @@ import torch
 
 
 def fork(body: Callable[[], None]) -> int:
-    """Run `body` in a child; it exits 0, or 1 after printing what was raised. Return its process id."""
+    """Run `body` in a child and return its process id; the child exits with 1 after an exception, which it prints."""
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
-        torch.set_num_threads(1)  # the parent's threads are not in the child, which would wait for them
+        torch.set_num_threads(1)  # the child has none of the parent's threads and would wait for them
         body()
         code = 0
     except BaseException:

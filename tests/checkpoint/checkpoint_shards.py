@@ -1,19 +1,21 @@
-"""A state of DTensors as a model and an optimizer with shards have it, for the tests on several ranks."""
+"""A state of DTensors, like that of a sharded model and its optimizer, for the tests on several ranks."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoint_states import same
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from disttrain.backend import Backend
-from disttrain.checkpoint import AsynchronousSaver, save
+from disttrain.checkpoint import AsynchronousSaver, load_newest, save
 
 SHAPES = {"a": (7, 3), "b": (2, 5), "c": (9,), "d": (0, 4), "e": (6, 8)}
 
 
 def whole(name: str, step: int) -> torch.Tensor:
+    """Return all values of the tensor `name` at `step`."""
     size = torch.Size(SHAPES[name]).numel()
     return torch.arange(size, dtype=torch.float32).reshape(SHAPES[name]) * 10 + step
 
@@ -28,7 +30,7 @@ def placement_of(name: str) -> Placement:
 
 
 def spread(backend: Backend, step: int) -> dict[str, Any]:
-    """Return a state of DTensors, some tied, and whole tensors, as a model and an optimizer with shards have them."""
+    """Return a state of DTensors, two of them tied, and of whole tensors."""
     mesh = mesh_of(backend)
     model: dict[str, torch.Tensor] = {
         name: distribute_tensor(whole(name, step), mesh, [placement_of(name)], src_data_rank=None) for name in SHAPES
@@ -44,6 +46,7 @@ def plain(step: int) -> dict[str, Any]:
 
 
 def save_spread(backend: Backend, root: Path, steps: list[int], asynchronous: bool = False) -> None:
+    """Save the state of `spread` at each of `steps`."""
     if not asynchronous:
         for step in steps:
             save(root, step, spread(backend, step), backend=backend)
@@ -53,3 +56,33 @@ def save_spread(backend: Backend, root: Path, steps: list[int], asynchronous: bo
             saver(spread(backend, step), f"step-{step:08d}", {})
             saver.poll()
         saver.settle()
+
+
+def load_spread(backend: Backend, root: Path | str) -> None:
+    """Load the newest checkpoint in three ways, and check it: whole, cut as it was, cut otherwise."""
+    found = load_newest(root, backend)
+    assert found is not None
+    assert same(found.state, plain(found.manifest.step))
+    assert found.state["model"]["tied"] is found.state["model"]["a"]
+    mesh, shapes = mesh_of(backend), {}
+    for dim in (0, 1):
+
+        def sharded(path: str, shape: tuple[int, ...], cut_dim: int = dim) -> Any:
+            shapes[path] = shape
+            if not path.startswith("model.") or path == "model.d":
+                return None
+            return mesh, [Shard(cut_dim % len(shape))]
+
+        found = load_newest(root, backend, sharded)
+        assert found is not None
+        for name, tensor in found.state["model"].items():
+            expected = whole("a" if name == "tied" else name, found.manifest.step)
+            if name == "d":
+                assert same(tensor, expected)
+                continue
+            assert isinstance(tensor, DTensor)
+            cut = distribute_tensor(expected, mesh, tensor.placements)
+            assert (tensor.shape, tensor.stride()) == (cut.shape, cut.stride())
+            assert same(tensor.to_local(), cut.to_local())
+        assert type(found.state["optimizer"][0]["exp_avg"]) is torch.Tensor
+    assert set(shapes) == {f"model.{name}" for name in (*SHAPES, "tied")} | {"optimizer.0.step", "optimizer.0.exp_avg"}

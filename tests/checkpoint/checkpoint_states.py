@@ -1,4 +1,4 @@
-"""What the tests of this room share: any nested state, exact comparison, and a small real training state."""
+"""Shared by the tests of this room: a strategy for any nested state, exact comparison, and a small training state."""
 
 import math
 import struct
@@ -10,19 +10,33 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
+from disttrain.checkpoint.state_tree import dtype_name
+from disttrain.checkpoint.tensor_writer import AS_BYTES
+
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128, torch.complex32,
     torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu,
     torch.float4_e2m1fn_x2, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32,
     torch.uint16, torch.uint8, torch.bool,
 ]  # fmt: skip
+COMMON_DTYPES = [dtype for dtype in DTYPES if dtype_name(dtype) not in AS_BYTES]
+"""The dtypes that the safetensors format has."""
 
 
 def tensor_of(dtype: torch.dtype, shape: list[int], seed: int = 0) -> torch.Tensor:
-    """Return a tensor of random bits; of random truth values for bool."""
+    """Return a tensor of random bits; a bool tensor has random truth values."""
     numbers = torch.Generator().manual_seed(seed)
     raw = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8, generator=numbers)
     return (raw % 2 if dtype == torch.bool else raw).view(dtype).reshape(shape)
+
+
+def tensor_examples(dtypes: list[torch.dtype]) -> dict[str, torch.Tensor]:
+    """Return tensors of each dtype in several shapes, one that is not contiguous, and one with an unusual name."""
+    shapes: list[list[int]] = [[], [0], [3], [2, 3]]
+    tensors = {f"{dtype}.{n}": tensor_of(dtype, shape) for dtype in dtypes for n, shape in enumerate(shapes)}
+    tensors["not contiguous"] = torch.arange(12.0).reshape(3, 4).T[::2]
+    tensors['name with ünïcode and "quotes"'] = torch.ones(1)
+    return tensors
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:
@@ -34,7 +48,7 @@ def raw_bytes(tensor: torch.Tensor) -> bytes:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Tell whether two states are equal in types, order, values and bits."""
+    """Return whether two states are equal in types, order, values and bits."""
     if type(a) is not type(b):
         return False
     if isinstance(a, torch.Tensor):
@@ -82,7 +96,7 @@ STATES = st.recursive(
 
 
 def marked(step: int, size: int = 1000) -> dict[str, Any]:
-    """Return a state in which every part tells the step."""
+    """Return a state in which every part depends on the step."""
     return {
         "model": OrderedDict({f"{i}.weight": torch.full((size,), float(step)) for i in range(3)}),
         "count": torch.tensor(step),
@@ -92,14 +106,14 @@ def marked(step: int, size: int = 1000) -> dict[str, Any]:
 
 
 def mark_of(state: dict[str, Any]) -> int:
-    """Return the step of a `marked` state, all of it."""
+    """Return the step of a `marked` state, after a check that all parts have it."""
     step = state["history"][0]
     assert same(state, marked(step, len(state["model"]["0.weight"])))
     return int(step)
 
 
 def training_state() -> dict[str, Any]:
-    """Return the state of a real model, optimizer, schedules, scaler, after two steps."""
+    """Return the state of a model, an optimizer, a schedule and a scaler after two steps."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -117,5 +131,5 @@ def training_state() -> dict[str, Any]:
 
 
 def files(directory: Path) -> dict[str, bytes]:
-    """Return every file below a directory with its content."""
+    """Return the content of every file below a directory, by its relative path."""
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}

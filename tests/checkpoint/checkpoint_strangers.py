@@ -1,7 +1,8 @@
-"""Checkpoints as a stranger would write them, hashes in order, and attacks that change anything in one.
+"""Checkpoints as a stranger would write them, with the right hashes, and attacks that change one.
 
-An attack draws what it changes from hypothesis and ends with a load that either works or is a CheckpointError:
-anything else that is raised is a finding. `test_checkpoint_fuzz.py` runs each for a second or two, `make soak` longer.
+An attack draws its change from hypothesis. The checkpoint is then loaded. The load must succeed or raise a
+CheckpointError; any other exception is a finding. `test_checkpoint_fuzz.py` runs each attack for a second or two, and
+`make soak` runs them longer.
 """
 
 import contextlib
@@ -14,15 +15,15 @@ from typing import Any
 from checkpoint_states import marked
 from hypothesis import strategies as st
 
-from disttrain.checkpoint import About, load, save, survey, tensors_of
-from disttrain.checkpoint.local import LocalPlace
-from disttrain.checkpoint.manifest import MANIFEST, SUMS, Cut, Table, describe, part_name
-from disttrain.checkpoint.tree import flatten
+from disttrain.checkpoint import CheckpointInfo, load, save, survey, tensors_of
+from disttrain.checkpoint.local_store import LocalStore
+from disttrain.checkpoint.manifest import MANIFEST, SUMS, Cut, Table, manifest_of, part_name
+from disttrain.checkpoint.state_tree import flatten
 from disttrain.errors import CheckpointError
 
 
 def rewrite(directory: Path, files: dict[str, bytes] | None = None, **fields: Any) -> None:
-    """Change a checkpoint as a stranger would who keeps its hashes in order."""
+    """Change files and fields of a checkpoint, and write the hashes that belong to the change."""
     for name, content in (files or {}).items():
         (directory / name).write_bytes(content)
     manifest = json.loads((directory / MANIFEST).read_text()) | fields
@@ -68,31 +69,31 @@ ANY = st.recursive(
 
 
 def victim(root: Path) -> Path:
-    """Save the checkpoint that is attacked, with a value of every kind in it."""
+    """Save the checkpoint to attack; it has a value of every kind."""
     return save(root, 1, marked(1, size=4) | {"pair": (1, 2**80), "keys": {1: 2.5}})
 
 
 def victim_in_two(root: Path) -> Path:
-    """Save one whose tensors lie in two files, as two ranks would write it: one of each is whole, two are cut."""
-    place, state = LocalPlace(root), marked(1, size=4)
+    """Save a checkpoint with two files of tensors, as two ranks write it: two tensors are whole, two are cut."""
+    store, state = LocalStore(root), marked(1, size=4)
     flat = flatten(state)
     table: Table = {"model.0.weight": Cut(dim=0, chunks=[[2, 3, 1], [1, 0, 3]]), "model.1.weight": 1, "count": 2}
     table["model.2.weight"] = Cut(dim=0, chunks=[[1, 0, 2], [2, 2, 2]])
     parts: list[dict[str, Any]] = [{}, {}]
-    for name, where in table.items():
-        for number, start, length in [[where, 0, None]] if isinstance(where, int) else where.chunks:
+    for name, entry in table.items():
+        for number, start, length in [[entry, 0, None]] if isinstance(entry, int) else entry.chunks:
             tensor = flat.tensors[name]
             parts[number - 1][name] = tensor if length is None else tensor[start : start + length]
-    upload = place.begin(1)
+    upload = store.begin(1)
     names = [part_name(number, 2) for number in (1, 2)]
-    files = {name: place.write_part(upload, name, part) for name, part in zip(names, parts, strict=True)}
-    return root / place.commit(upload, describe(1, flat.tree, About(), 2, files, table))
+    files = {name: store.write_part(upload, name, part) for name, part in zip(names, parts, strict=True)}
+    return root / store.commit(upload, manifest_of(1, flat.tree, CheckpointInfo(), 2, files, table))
 
 
-def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+def value_paths(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Return the paths to all values of a JSON tree."""
     inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    return [path, *(place for key, value in inner for place in places(value, (*path, key)))]
+    return [path, *(deeper for key, value in inner for deeper in value_paths(value, (*path, key)))]
 
 
 def put(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
@@ -105,7 +106,7 @@ def put(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
 
 
 def load_or_refuse(directory: Path) -> None:
-    """Load the checkpoint, and list it as the command line does; only a CheckpointError may come of it."""
+    """Load the checkpoint, and list it as the command line does; only a CheckpointError may be raised."""
     with contextlib.suppress(CheckpointError):
         assert load(directory).manifest.step >= 0
     with contextlib.suppress(CheckpointError):  # of a newer format
@@ -115,14 +116,14 @@ def load_or_refuse(directory: Path) -> None:
 
 
 def change_a_value(directory: Path, draw: Callable[..., Any]) -> None:
-    """Put any value in the place of any other in the manifest."""
+    """Replace any value in the manifest by any other."""
     manifest = json.loads((directory / MANIFEST).read_text())
-    place = draw(st.sampled_from(places(manifest)))
-    write_manifest(directory, json.dumps(put(manifest, place, draw(ANY))).encode())
+    path = draw(st.sampled_from(value_paths(manifest)))
+    write_manifest(directory, json.dumps(put(manifest, path, draw(ANY))).encode())
 
 
 def change_the_text(directory: Path, draw: Callable[..., Any]) -> None:
-    """Cut the manifest's text, or put other bytes into it."""
+    """Cut the text of the manifest, or insert other bytes."""
     data = (directory / MANIFEST).read_bytes()
     start = draw(st.integers(0, len(data)))
     end = draw(st.integers(start, min(len(data), start + 40)))
@@ -130,12 +131,12 @@ def change_the_text(directory: Path, draw: Callable[..., Any]) -> None:
 
 
 def any_bytes(directory: Path, draw: Callable[..., Any]) -> None:
-    """Put any bytes in the place of the manifest."""
+    """Replace the manifest by any bytes."""
     write_manifest(directory, draw(st.binary(max_size=300)))
 
 
 def change_the_chunks(directory: Path, draw: Callable[..., Any]) -> None:
-    """Say that the tensors lie elsewhere: other files, other places, chunks twice, none, too many."""
+    """Change the table: other files, other positions, chunks twice, no chunks, too many chunks."""
     table = json.loads((directory / MANIFEST).read_text())["tensors"]
     for _ in range(draw(st.integers(1, 3))):
         name = draw(st.sampled_from(sorted(table)))
@@ -152,7 +153,7 @@ def tensor_file(directory: Path) -> Path:
 
 
 def change_the_tensors(directory: Path, draw: Callable[..., Any]) -> None:
-    """Put other bytes into the tensor file, its header most of all."""
+    """Replace bytes of the tensor file, mostly in its header."""
     data = tensor_file(directory).read_bytes()
     start = draw(st.integers(0, len(data)) | st.integers(0, min(len(data), 400)))
     end = draw(st.integers(start, min(len(data), start + 40)))
@@ -160,11 +161,11 @@ def change_the_tensors(directory: Path, draw: Callable[..., Any]) -> None:
 
 
 def change_the_header(directory: Path, draw: Callable[..., Any]) -> None:
-    """Put any value in the place of any other in the tensor file's header."""
+    """Replace any value in the header of the tensor file by any other."""
     data = tensor_file(directory).read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
-    text = json.dumps(put(header, draw(st.sampled_from(places(header))), draw(ANY))).encode()
+    text = json.dumps(put(header, draw(st.sampled_from(value_paths(header))), draw(ANY))).encode()
     length = draw(st.sampled_from([len(text), len(text), len(text), len(text) + 1, 0, 2**63, 2**64 - 1, 100_000_001]))
     rewrite(directory, files={tensor_file(directory).name: length.to_bytes(8, "little") + text + data[8 + size :]})
 
@@ -174,7 +175,7 @@ ATTACKS = (change_a_value, change_the_text, any_bytes, change_the_tensors, chang
 
 
 def attack(directory: Path, how: Callable[[Path, Callable[..., Any]], None], draw: Callable[..., Any]) -> None:
-    """Change the victim, load it, and put it right again."""
+    """Change the victim, load it, and restore its files."""
     good = {path.name: path.read_bytes() for path in directory.iterdir()}
     try:
         how(directory, draw)

@@ -1,4 +1,4 @@
-"""Saving while the training goes on: the same bytes, one at a time, and a failure that every rank hears of."""
+"""Saving while the training continues: the same bytes, one save at a time, and a failure that reaches every rank."""
 
 import os
 import threading
@@ -18,7 +18,7 @@ from disttrain.errors import CheckpointError
 
 
 class Gate:
-    """Lets fsync wait until it is opened, so that a save is under way for as long as a test wants."""
+    """Makes fsync wait until the gate is opened, so a test decides how long a save is under way."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.entered, self._open = threading.Event(), threading.Event()
@@ -53,16 +53,16 @@ def name(step: int) -> str:
     ],
     ids=["training", "dtypes", "views"],
 )
-def test_it_writes_the_same_bytes(tmp_path: Path, state: Any) -> None:
+def test_the_bytes_are_those_of_a_synchronous_save(tmp_path: Path, state: Any) -> None:
     with AsynchronousSaver(tmp_path / "a") as saver:
-        for step in (1, 2):  # the second into the memory of the first
+        for step in (1, 2):  # the second save copies into the memory of the first
             saver(state, name(step), {})
         saver.settle()
     DirectorySaver(tmp_path / "s")(state, name(2), {})
     assert files(tmp_path / "a" / name(2)) == files(tmp_path / "s" / name(2))
 
 
-def test_what_is_saved_is_the_state_of_the_call(tmp_path: Path, gate: Gate) -> None:
+def test_the_state_at_the_call_is_saved(tmp_path: Path, gate: Gate) -> None:
     state = marked(3)
     with AsynchronousSaver(tmp_path) as saver:
         saver(state, name(3), {})
@@ -88,7 +88,7 @@ def test_the_next_save_waits_for_the_one_under_way(tmp_path: Path, gate: Gate) -
         assert committed(tmp_path) == [name(2), name(1)]
 
 
-def test_the_old_goes_only_after_the_new_is_committed(tmp_path: Path, gate: Gate) -> None:
+def test_an_old_checkpoint_goes_only_after_the_new_one_is_committed(tmp_path: Path, gate: Gate) -> None:
     with AsynchronousSaver(tmp_path) as saver:
         gate.open()
         saver(marked(1), name(1), {})
@@ -111,9 +111,9 @@ def fails(*_: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("ask", [AsynchronousSaver.settle, AsynchronousSaver.poll])
-def test_a_failed_save_is_told_and_takes_nothing_along(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Callable[[AsynchronousSaver], None]
+@pytest.mark.parametrize("wait", [AsynchronousSaver.settle, AsynchronousSaver.poll])
+def test_a_failed_save_is_raised_and_the_old_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait: Callable[[AsynchronousSaver], None]
 ) -> None:
     with AsynchronousSaver(tmp_path) as saver:
         saver(marked(1), name(1), {})
@@ -124,7 +124,7 @@ def test_a_failed_save_is_told_and_takes_nothing_along(
         assert saver._job is not None
         assert saver._job.ended(10)
         with pytest.raises(CheckpointError, match=r"step-00000002: No space left on device; it needs \d+ bytes"):
-            ask(saver)
+            wait(saver)
         monkeypatch.undo()
         assert os.listdir(tmp_path) == [name(1)]
         saver.settle()
@@ -133,13 +133,13 @@ def test_a_failed_save_is_told_and_takes_nothing_along(
     assert committed(tmp_path) == [name(3), name(1)]
 
 
-def test_what_cannot_be_held_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_state_that_cannot_be_held_is_refused_at_once(tmp_path: Path) -> None:
     with AsynchronousSaver(tmp_path) as saver, pytest.raises(CheckpointError, match=r"state\['a'\] is a set"):
         saver({"a": {1}}, name(1), {})
     assert not any(tmp_path.iterdir())
 
 
-def test_leaving_waits_and_tells_the_log(
+def test_leaving_the_context_waits_and_logs_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(ValueError, match="mine"), AsynchronousSaver(tmp_path) as saver:
@@ -165,13 +165,13 @@ def test_stopping_at_once_does_not_wait(tmp_path: Path, gate: Gate) -> None:
     saver._job.ended(None)
 
 
-def test_how_long_a_save_will_take_counts_what_is_left_of_the_one_under_way(tmp_path: Path, gate: Gate) -> None:
+def test_the_expected_time_includes_the_rest_of_the_save_under_way(tmp_path: Path, gate: Gate) -> None:
     saver = AsynchronousSaver(tmp_path)
     saver({"n": 1}, name(1), {})
     assert gate.entered.wait(30)
     assert saver.under_way
     first = saver.expected_s()
-    assert first is not None  # it takes as long as it has taken, at least
+    assert first is not None  # it takes at least as long as it has taken so far
     assert 0 < first < 60
     gate.open()
     saver.settle()
@@ -189,7 +189,7 @@ def test_how_long_a_save_will_take_counts_what_is_left_of_the_one_under_way(tmp_
     saver.settle()
 
 
-def test_what_is_given_the_rest_of_the_time_may_use_it(tmp_path: Path, gate: Gate) -> None:
+def test_a_save_may_use_the_time_that_it_is_given(tmp_path: Path, gate: Gate) -> None:
     with AsynchronousSaver(tmp_path) as saver:
         saver({"n": 1}, name(1), {})
         assert gate.entered.wait(30)
@@ -198,7 +198,7 @@ def test_what_is_given_the_rest_of_the_time_may_use_it(tmp_path: Path, gate: Gat
         assert committed(tmp_path) == [name(1)]
 
 
-def test_what_is_abandoned_is_waited_for_by_nobody(tmp_path: Path, gate: Gate) -> None:
+def test_nobody_waits_for_an_abandoned_save(tmp_path: Path, gate: Gate) -> None:
     with AsynchronousSaver(tmp_path) as saver:
         saver({"n": 1}, name(1), {})
         assert gate.entered.wait(30)
@@ -212,7 +212,7 @@ def test_what_is_abandoned_is_waited_for_by_nobody(tmp_path: Path, gate: Gate) -
 
 
 class Slow:
-    """Lets what is copied later wait until it is told to go on."""
+    """Makes the copy of the rest wait until a test lets it go on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self.go_on = threading.Event(), threading.Event()
@@ -227,7 +227,7 @@ class Slow:
         monkeypatch.setattr(staging, "_copy_all", waiting)
 
 
-WIDTH = 600  # the state is large enough for two ranks to write a file each
+WIDTH = 600  # a state that is large enough for two files
 
 
 def adam() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -247,9 +247,7 @@ def of_optimizer(name: str) -> bool:
     return name.startswith("optimizer.")
 
 
-def test_an_optimizers_step_waits_for_the_copy_of_what_it_remembers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_optimizer_step_waits_for_the_copy_of_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Slow(monkeypatch)
     model, optimizer = adam()
     DirectorySaver(tmp_path / "s")({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, name(1), {})
@@ -258,7 +256,7 @@ def test_an_optimizers_step_waits_for_the_copy_of_what_it_remembers(
         saver({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, name(1), {})
         assert slow.begun.wait(30)
         with torch.no_grad():
-            model.weight.zero_()  # which is not picked to be copied later
+            model.weight.zero_()  # it is not selected to be copied later
         stepped = threading.Thread(target=step_once, args=(model, optimizer))
         stepped.start()
         stepped.join(0.3)
@@ -270,7 +268,7 @@ def test_an_optimizers_step_waits_for_the_copy_of_what_it_remembers(
     assert files(tmp_path / "a" / name(1)) == files(tmp_path / "s" / name(1))
 
 
-def test_what_changed_while_it_was_copied_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_during_the_copy_fails_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Slow(monkeypatch)
     model, optimizer = adam()
     with AsynchronousSaver(tmp_path, later=of_optimizer) as saver:
@@ -280,7 +278,7 @@ def test_what_changed_while_it_was_copied_is_no_checkpoint(tmp_path: Path, monke
         slow.go_on.set()
         with pytest.raises(CheckpointError, match=r"^optimizer.state.0.exp_avg was changed while it was copied"):
             saver.settle()
-        saver.copied()  # which does not wait for what has failed
+        saver.copied()  # it does not wait for a copy that has failed
     assert committed(tmp_path) == []
 
 
@@ -303,7 +301,7 @@ def step_while_saving(backend: Backend, root: Path) -> None:
         saver.settle()
 
 
-def test_ranks_that_go_on_at_once_have_saved_what_was(ranks: Ranks, tmp_path: Path) -> None:
+def test_ranks_that_continue_at_once_have_saved_the_state_at_the_call(ranks: Ranks, tmp_path: Path) -> None:
     model, optimizer = adam()
     expected = DirectorySaver(tmp_path / "s")
     for step in (1, 2, 3):
@@ -320,24 +318,24 @@ def test_ranks_that_go_on_at_once_have_saved_what_was(ranks: Ranks, tmp_path: Pa
 
 
 def save_on_ranks(backend: Backend, root: Path) -> list[int]:
-    """Save at every second of nine steps; return the steps at which the ranks were asked."""
-    asked = []
+    """Save at every second of nine steps; return the steps at which this rank polled the others."""
+    polled = []
     with AsynchronousSaver(root, backend=backend) as saver:
         for step in range(1, 10):
             if step % 2 == 0:
                 saver(marked(step) if backend.rank == 0 else {"a": {1}}, name(step), {})
                 saver.remove(name(step - 4))
             saver.poll()
-            if saver._asked is not None:
-                asked.append(step)
+            if saver._pending_poll is not None:
+                polled.append(step)
         saver.settle()
     loaded = load_newest(root, backend)
     assert loaded is not None
     assert mark_of(loaded.state) == 8
-    return asked
+    return polled
 
 
-def test_the_ranks_ask_each_other_only_while_a_save_is_under_way(ranks: Ranks, tmp_path: Path) -> None:
+def test_ranks_poll_each_other_only_while_a_save_is_under_way(ranks: Ranks, tmp_path: Path) -> None:
     first, second = ranks(2, save_on_ranks, tmp_path)
     assert first == second
     assert set(first) <= {2, 3, 4, 5, 6, 7, 8, 9}
@@ -345,7 +343,7 @@ def test_the_ranks_ask_each_other_only_while_a_save_is_under_way(ranks: Ranks, t
 
 
 def fail_on_ranks(backend: Backend, root: Path) -> tuple[int, str]:
-    """Return the step at whose end this rank heard of a save that failed on rank 0, and what it heard."""
+    """Return the step at whose end this rank raised the failure of rank 0, and the message."""
     with AsynchronousSaver(root, backend=backend) as saver:
         if backend.rank == 0:
             os.fsync = fails  # type: ignore[assignment]
@@ -360,9 +358,9 @@ def fail_on_ranks(backend: Backend, root: Path) -> tuple[int, str]:
     return 0, ""
 
 
-def test_every_rank_hears_of_a_failed_save_at_the_same_step(ranks: Ranks, tmp_path: Path) -> None:
-    heard = ranks(2, fail_on_ranks, tmp_path, fresh=True)
-    assert heard[0] == heard[1]
-    assert heard[0][0] > 0
-    assert "No space left on device" in heard[0][1]
+def test_every_rank_raises_the_failure_of_a_save_at_the_same_step(ranks: Ranks, tmp_path: Path) -> None:
+    raised = ranks(2, fail_on_ranks, tmp_path, fresh=True)
+    assert raised[0] == raised[1]
+    assert raised[0][0] > 0
+    assert "No space left on device" in raised[0][1]
     assert committed(tmp_path) == []

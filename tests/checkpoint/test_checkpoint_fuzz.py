@@ -1,4 +1,4 @@
-"""Whatever a stranger writes into a checkpoint, loading it works or is refused, and nothing else happens."""
+"""A checkpoint that a stranger wrote is loaded or refused, whatever is in it, and nothing else happens."""
 
 import json
 from collections.abc import Callable
@@ -53,22 +53,22 @@ def test_any_change_to_one_in_several_files_is_loaded_or_refused(how: Callable[.
         ({"dim": 0, "chunks": [[1, 0, 3]]}, "end at 3 of dimension 0, expected 4"),
         ({"dim": 0, "chunks": []}, "end at 0 of dimension 0, expected 4"),
         ({"dim": 0, "chunks": [[1, 0, 3], [2, 3, 2**62]]}, "expected 4"),
-        ({"dim": 0, "chunks": [[1, 0, 3], [1, 3, 1]]}, "lies in a file twice"),
-        ({"dim": 0, "chunks": [[1, 0, 3], [2, 3, 1], [2, 3, 1]]}, "lies in a file twice"),
+        ({"dim": 0, "chunks": [[1, 0, 3], [1, 3, 1]]}, "has two chunks in one file"),
+        ({"dim": 0, "chunks": [[1, 0, 3], [2, 3, 1], [2, 3, 1]]}, "has two chunks in one file"),
         ({"dim": 0, "chunks": [[1, 0, 3], [3, 3, 1]]}, "not among the 2"),
         ({"dim": 0, "chunks": [[1, 0, 3], [0, 3, 1]]}, "not among the 2"),
         ({"dim": 0, "chunks": [[1, 0, 3], [2, -1, 1]]}, "overlap or leave a gap"),
         ({"dim": 0, "chunks": [[1, 0, 1], [2, 1, 3]]}, r"should be float32 of shape \[1\], got F32 of shape \[3\]"),
         ({"dim": 1, "chunks": [[1, 0, 3], [2, 3, 1]]}, "cut along dimension 1, but has 1"),
-        ({"dim": -1, "chunks": [[1, 0, 3], [2, 3, 1]]}, "is no manifest"),
-        ({"dim": 0, "chunks": [[1, 0], [2, 3, 1]]}, "is no manifest"),
+        ({"dim": -1, "chunks": [[1, 0, 3], [2, 3, 1]]}, "is not a manifest"),
+        ({"dim": 0, "chunks": [[1, 0], [2, 3, 1]]}, "is not a manifest"),
         (1, r"should be float32 of shape \[4\]"),
         (3, "not among the 2"),
-        ("tensors.safetensors", "is no manifest"),
-        (None, "is no manifest"),
+        ("tensors.safetensors", "is not a manifest"),
+        (None, "is not a manifest"),
     ],
 )
-def test_chunks_that_do_not_make_up_their_tensor_are_refused(tmp_path: Path, cut: Any, reason: str) -> None:
+def test_chunks_that_do_not_tile_their_tensor_are_refused(tmp_path: Path, cut: Any, reason: str) -> None:
     path = victim_in_two(tmp_path)
     table = json.loads((path / "MANIFEST.json").read_text())["tensors"]
     rewrite(path, tensors=table | {"model.0.weight": cut})
@@ -87,11 +87,11 @@ def test_a_file_that_is_not_of_the_save_is_refused(tmp_path: Path, name: str) ->
         load(path)
 
 
-def test_a_tensor_of_which_the_table_says_nothing_is_refused(tmp_path: Path) -> None:
+def test_a_tensor_that_the_table_lacks_is_refused(tmp_path: Path) -> None:
     path = victim_in_two(tmp_path)
     table = json.loads((path / "MANIFEST.json").read_text())["tensors"]
-    rewrite(path, tensors={name: where for name, where in table.items() if name != "count"})
-    with pytest.raises(DamagedError, match="does not say where the tensor 'count' lies"):
+    rewrite(path, tensors={name: entry for name, entry in table.items() if name != "count"})
+    with pytest.raises(DamagedError, match="lists no file for the tensor 'count'"):
         load(path)
 
 
@@ -103,7 +103,7 @@ def test_a_size_that_no_tensor_has_is_refused(tmp_path: Path, sizes: list[int]) 
         load(path)
 
 
-def test_what_is_not_changed_is_loaded(tmp_path: Path) -> None:
+def test_an_unchanged_checkpoint_is_loaded(tmp_path: Path) -> None:
     def not_at_all(directory: Path, draw: Any) -> None:
         assert load(directory).state["pair"] == (1, 2**80)
 

@@ -1,4 +1,4 @@
-"""SIGKILL at any moment: what was acknowledged is there, what is there is whole, nothing is mixed."""
+"""SIGKILL at any moment: an acknowledged checkpoint stays, every checkpoint is whole, none is mixed of two."""
 
 import os
 import random
@@ -14,7 +14,7 @@ from disttrain.checkpoint import DiskSaver, clean, load_file, load_newest, save
 
 
 def newest(root: Path) -> int:
-    """Return the step of the newest checkpoint, all of which must be good; -1 without one."""
+    """Return the step of the newest checkpoint, -1 without one; all checkpoints must be good."""
     loaded = load_newest(root)
     if loaded is None:
         return -1
@@ -26,7 +26,7 @@ def newest(root: Path) -> int:
 def run_and_kill(root: Path, size: int, num_saves: int, wait_s: float) -> tuple[int, int, int]:
     """Save constantly in a child and kill it some time after `num_saves` saves.
 
-    Return the newest step before, the last one acknowledged, and how many temporaries are left.
+    Return the newest step before, the last acknowledged step, and the number of temporaries that are left.
     """
     reader, writer = os.pipe()
 
@@ -42,13 +42,13 @@ def run_and_kill(root: Path, size: int, num_saves: int, wait_s: float) -> tuple[
     pid = fork(body)
     os.close(writer)
     with os.fdopen(reader) as lines:
-        told = [int(lines.readline()) for _ in range(1 + num_saves)]
+        steps = [int(lines.readline()) for _ in range(1 + num_saves)]
         time.sleep(wait_s)
         os.kill(pid, signal.SIGKILL)
         assert wait(pid) == -signal.SIGKILL
-        told += map(int, lines)
+        steps += map(int, lines)
     left = len([name for name in os.listdir(root) if name.startswith(".")]) if root.exists() else 0
-    return told[0], told[-1], left
+    return steps[0], steps[-1], left
 
 
 def kill_repeatedly(root: Path, num_kills: int, size: int) -> None:
@@ -78,7 +78,7 @@ OPERATIONS = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
 
 
 def die_before(number: int) -> None:
-    """Let this process be killed right before its `number`-th operation on the file system."""
+    """Kill this process right before its `number`-th operation on the file system."""
     count = 0
     for name in OPERATIONS:
 
@@ -103,7 +103,7 @@ def test_killed_before_each_operation_of_a_save(tmp_path: Path, case: str) -> No
 
         def body(root: Path = root, step: int = step, number: int = number) -> None:
             die_before(number)
-            # Of the same step another state: extra history, so that it replaces the one that is there.
+            # In the case "replace" another state of the same step, with one more value, replaces the old one.
             save(root, step, {**marked(step), "again": True} if case == "replace" else marked(step), keep=2)
 
         code = wait(fork(body))

@@ -1,4 +1,4 @@
-"""The manifest says what was saved, and reading one written by anybody ends in a manifest or a CheckpointError."""
+"""A manifest describes its checkpoint, and any bytes are read as a manifest or refused with a CheckpointError."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disttrain.checkpoint import About, DamagedError, FileRecord, Manifest
+from disttrain.checkpoint import CheckpointInfo, DamagedError, FileRecord, Manifest
 from disttrain.checkpoint import manifest as module
 from disttrain.checkpoint.manifest import FORMAT, MANIFEST, manifest_bytes, parse_manifest, sums_bytes
 from disttrain.errors import CheckpointError
@@ -39,13 +39,13 @@ def example() -> Manifest:
     )
 
 
-def test_it_comes_back_as_it_was_written() -> None:
+def test_a_manifest_is_read_as_it_was_written() -> None:
     manifest = parse_manifest(manifest_bytes(example()))
     assert manifest == example()
     assert [type(value) for value in manifest.position.values()] == [int, int, str, bool, float, type(None), dict]
 
 
-def test_it_is_json_with_a_field_a_line() -> None:
+def test_a_manifest_is_json_with_a_field_a_line() -> None:
     lines = manifest_bytes(example()).decode().splitlines()
     assert '"step": 40,' in lines
     assert json.loads("\n".join(lines))["files"]["tensors.safetensors"]["size_bytes"] == 3
@@ -78,7 +78,7 @@ def test_a_newer_format_is_an_error_but_not_damage() -> None:
     assert not isinstance(caught.value, DamagedError)
 
 
-def test_what_a_later_release_adds_to_this_format_is_passed_over() -> None:
+def test_a_field_that_a_later_release_adds_to_this_format_is_ignored() -> None:
     fields = json.loads(manifest_bytes(example())) | {"xxh3": "later"}
     assert parse_manifest(json.dumps(fields).encode()) == example()
 
@@ -92,7 +92,7 @@ def test_a_manifest_too_large_to_be_read_is_not_written(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("position", [{"a": (1, 2)}, {"a": float("nan")}, {1: 1}, {"a": {1: 2}}, {"a": object()}])
 def test_a_position_is_plain_values(position: Any) -> None:
     with pytest.raises(ValueError, match="position"):
-        About(position=position)
+        CheckpointInfo(position=position)
 
 
 def read_or_refuse(data: bytes) -> None:

@@ -1,6 +1,6 @@
-"""Saving, resuming and exporting fit into twice the memory of what a rank holds: its state, and one copy of it.
+"""Saving, resuming and exporting fit into twice the memory of a rank's state: the state, and one copy of it.
 
-The operating system enforces it: all private writable memory beyond that is refused. A third copy is twice what is
+The operating system refuses all private writable memory beyond that. A third copy would take twice the memory that is
 left over for threads and pieces.
 """
 
@@ -24,7 +24,7 @@ from disttrain.checkpoint import AsynchronousSaver, DirectorySaver, export, load
 MB = 2**20
 NUM_TENSORS = 3
 TENSOR_MB = 40
-"""More than the 32 MB up to which glibc may keep what was freed."""
+"""More than 32 MB, up to which glibc may keep freed memory."""
 SHARD_MB = NUM_TENSORS * TENSOR_MB
 SPARE_MB = 64
 ROWS = TENSOR_MB * MB // 4 // 1024
@@ -39,7 +39,7 @@ def used_bytes() -> int:
 
 @contextmanager
 def limited(num_mb: int) -> Iterator[None]:
-    """Refuse more than so much memory beyond what is in use now."""
+    """Refuse more than `num_mb` of memory beyond the memory that is in use now."""
     before = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (used_bytes() + num_mb * MB, before[1]))
     try:
@@ -48,7 +48,7 @@ def limited(num_mb: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def test_the_limit_bites() -> None:
+def test_the_limit_refuses_memory() -> None:
     with limited(SHARD_MB), pytest.raises(RuntimeError, match="allocate memory"):
         torch.ones(2 * SHARD_MB * MB // 4)
 
@@ -77,11 +77,11 @@ def test_one_process_needs_twice_its_state(tmp_path: Path) -> None:
 
 
 def save_and_resume(backend: Backend, root: Path) -> None:
-    """Each of the ranks holds `SHARD_MB`; all of it would not fit."""
+    """Save and load on a rank that holds `SHARD_MB`; the whole state would not fit."""
     assert backend.process_group is not None
     mesh = DeviceMesh.from_group(backend.process_group, "cpu")
-    DTensor.from_local(torch.ones(1), mesh, [Shard(0)])  # what torch imports for it is none of ours
-    # Before the limit: the first save imports DCP's planner, the first load torch's arithmetic of shards.
+    DTensor.from_local(torch.ones(1), mesh, [Shard(0)])  # torch's imports for a DTensor do not count
+    # Before the limit, because the first save imports DCP's planner, and the first load more of torch's DTensors.
     save(root, 1, {"t": DTensor.from_local(torch.ones(1), mesh, [Shard(0)])}, backend=backend)
     with limited(2 * SHARD_MB + SPARE_MB):
         local = [torch.full((ROWS, 1024), float(backend.rank + i)) for i in range(NUM_TENSORS)]

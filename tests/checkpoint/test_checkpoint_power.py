@@ -1,4 +1,4 @@
-"""Power losses, simulated as far as the machine lets: the short form of `tests/soak/power.py`."""
+"""Simulated power losses, if the machine allows them: the short form of `tests/soak/power.py`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the tests of the config share: a small cfg.py, its functions, and a Config of them."""
+"""A small cfg.py, its functions, and a Config of them, for the tests of the config."""
 
 from functools import partial
 from pathlib import Path
@@ -53,7 +53,7 @@ def net(
     kind: Literal["small", "large"] = "small",
     norm: bool = True,
     layers: tuple[int, ...] = (),
-    untyped=None,  # type: ignore[no-untyped-def]  # says nothing of its type
+    untyped=None,  # type: ignore[no-untyped-def]  # a keyword without a type
 ) -> None:
     raise AssertionError("overriding builds nothing")
 

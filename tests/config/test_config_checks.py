@@ -1,4 +1,4 @@
-"""What goes together in a Config: one length, one loss, callable functions, slots that fit, what must wait."""
+"""A Config has one length and one loss; its functions can be called, its slots fit, and its fields fit together."""
 
 from typing import Any
 
@@ -94,7 +94,7 @@ def test_a_batch_smaller_than_the_slots_grows() -> None:
 def test_more_ranks_than_slots_says_what_to_do() -> None:
     assert check_slots(96, 4, 4) == 4
     with pytest.raises(
-        ConfigError, match=r"num_slots=4 is too few for 6 ranks.*at most 4 ranks.*num_slots=6, 8 or 12\."
+        ConfigError, match=r"num_slots=4 is too few for 6 ranks, since .* use at most 4 ranks.*num_slots=6, 8 or 12\."
     ):
         check_slots(96, 4, 6)
     with pytest.raises(ConfigError, match=r"use at most 1 rank\."):

@@ -1,4 +1,4 @@
-"""The description of a Config is the same wherever it is made, and tells apart what gives other runs."""
+"""The description of a Config is the same in every process and folder, and differs if the runs would differ."""
 
 import functools
 import json

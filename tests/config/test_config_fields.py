@@ -1,4 +1,4 @@
-"""Config refuses what cannot be run with one ConfigError, a line a problem: field, expected, got, what was meant."""
+"""A Config that cannot be run is one ConfigError, with a line for each problem: field, expected, got, nearest name."""
 
 import pickle
 import subprocess
@@ -125,7 +125,7 @@ def test_a_config_survives_pickling() -> None:
 
 def test_importing_warns_of_nothing_and_leaves_torch_alone() -> None:
     program = (
-        "import sys, types; sys.modules['disttrain'] = types.ModuleType('disttrain')\n"  # what the package adds aside
+        "import sys, types; sys.modules['disttrain'] = types.ModuleType('disttrain')\n"  # without its __init__
         "sys.modules['disttrain'].__path__ = [sys.argv[1]]\n"
         "import disttrain.config; print('torch' in sys.modules)"
     )

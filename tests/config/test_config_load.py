@@ -1,4 +1,4 @@
-"""A cfg.py is run once and its functions can travel; whatever is wrong with it is one message, and nothing stays."""
+"""A cfg.py runs once, and its functions can be sent to workers. A bad one is one message, and changes nothing."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ from disttrain.errors import ConfigError
 
 @pytest.fixture(autouse=True)
 def restored(tmp_path: Path) -> Iterator[None]:
-    """Leave this process's path and modules as they were."""
+    """Restore the path and the modules of this process after each test."""
     path = sys.path[:]
     yield
     sys.path[:] = path
@@ -35,7 +35,7 @@ def refused(path: Path | str, *overrides: str) -> str:
 
 
 def run_directory(folder: Path, file: Path, *overrides: str) -> Path:
-    """Write what a run keeps of its config."""
+    """Write the files in which a run keeps its config."""
     write_cfg(folder, "cfg.py", file.read_text())
     (folder / "config.json").write_text(to_json(load_config(file, overrides)))
     (folder / "overrides.json").write_text(json.dumps(overrides))
@@ -132,7 +132,7 @@ def test_no_such_file_names_the_nearest(tmp_path: Path) -> None:
 def test_a_directory_that_is_no_run_directory(tmp_path: Path) -> None:
     write_cfg(tmp_path)
     message = refused(tmp_path)
-    assert "a directory, but no run directory, which holds cfg.py and config.json" in message
+    assert "expected a cfg.py, or a run directory, which holds cfg.py and config.json; got another directory" in message
     assert "it has digits.py." in message
 
 

@@ -1,4 +1,4 @@
-"""`key=value` lands where it says, with the type that belongs there, and nothing is built on the way."""
+"""`key=value` sets the field or keyword of that name, as a value of its type, and builds nothing."""
 
 from functools import partial
 from typing import Any
@@ -96,6 +96,12 @@ def test_the_present_value_counts_too() -> None:
     assert overridden("model.size=text", model=partial(build, size="a")).model.keywords == {"size": "text"}
     assert "expected int | none" in refused("model.size=text", model=partial(build, size=3))
     assert overridden("model.size=7", model=partial(build, size=3)).model.keywords == {"size": 7}
+
+
+def test_a_set_keyword_with_a_few_allowed_texts_takes_another_of_them() -> None:
+    model = partial(net, kind="large")
+    assert overridden("model.kind=small", model=model).model.keywords == {"kind": "small"}
+    assert "expected small | large, got 'huge'" in refused("model.kind=huge", model=model)
 
 
 def test_keywords_of_a_partial_inside_a_partial_and_of_a_dict() -> None:

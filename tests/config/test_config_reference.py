@@ -1,4 +1,4 @@
-"""The table of fields is complete, and the committed reference page is the one that the fields give."""
+"""The table of fields is complete, and the committed reference page is up to date."""
 
 from pathlib import Path
 

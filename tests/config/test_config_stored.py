@@ -1,4 +1,4 @@
-"""What a run keeps of its config comes back, and tells which differences a resumed run may have."""
+"""The config that a run keeps is read back, and shows the differences that a resumed run may have."""
 
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,7 @@ from config_samples import adam, data, sample
 
 from disttrain.config import (
     Config,
-    Difference,
+    FieldDifference,
     blocking_differences,
     config_hash,
     describe,
@@ -42,7 +42,7 @@ def test_a_damaged_config_json_names_the_file() -> None:
 def test_a_difference_says_field_old_and_new() -> None:
     old, new = describe(sample(seed=1)), describe(sample(seed=2, optimizer=partial(adam, lr=0.5)))
     found = differences(old, new)
-    assert found == [Difference("seed", 1, 2), Difference("optimizer.lr", 0.01, 0.5)]
+    assert found == [FieldDifference("seed", 1, 2), FieldDifference("optimizer.lr", 0.01, 0.5)]
     assert [str(each) for each in found] == ["seed: 1 in the run, 2 now", "optimizer.lr: 0.01 in the run, 0.5 now"]
 
 

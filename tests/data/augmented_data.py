@@ -1,4 +1,4 @@
-"""Datasets and loaders for the tests of data/: augmentation from every global generator, samples that go wrong."""
+"""Datasets and loaders for the tests of data/: samples that draw from every global generator, and samples that fail."""
 
 import itertools
 import multiprocessing
@@ -17,7 +17,7 @@ NUM_SAMPLES, GLOBAL_BATCH_SIZE, NUM_SLOTS, NUM_STEPS = 70, 16, 8, 4
 
 
 class Augmented(Dataset):
-    """Samples (index, draws of python, numpy and torch, the loading process)."""
+    """Has samples (index, draws from Python, numpy and torch, id of the loading process)."""
 
     def __init__(self, num_samples):
         self.num_samples = num_samples
@@ -31,7 +31,7 @@ class Augmented(Dataset):
 
 
 class Broken(Augmented):
-    """One sample raises."""
+    """Has one sample that raises an error."""
 
     def __init__(self, num_samples, bad, error):
         super().__init__(num_samples)
@@ -45,7 +45,7 @@ class Broken(Augmented):
 
 
 class Deadly(Augmented):
-    """One sample kills the process that loads it."""
+    """Has one sample that kills the process that loads it."""
 
     def __getitem__(self, index):
         if index == 17:
@@ -54,7 +54,7 @@ class Deadly(Augmented):
 
 
 class InBatches(Dataset):
-    """Loads whole batches by itself, of samples that are draws; the bad one raises."""
+    """Loads whole batches by `__getitems__`. A sample is a random draw; the bad one raises an error."""
 
     def __init__(self, num_samples, bad=None, alone=True):
         self.num_samples = num_samples
@@ -78,23 +78,23 @@ class InBatches(Dataset):
 
 
 def random_state():
-    """Return the states of the global generators, comparable."""
+    """Return the states of the global generators in a form that can be compared."""
     numpy_state = np.random.get_state()
     return random.getstate(), numpy_state[1].tolist(), numpy_state[2:], torch.get_rng_state().tolist()
 
 
 def samples_of(step_batch):
-    """Return what a step's microbatches hold, comparable: indices and draws, not who loaded them."""
+    """Return the indices and draws of a step's microbatches, without the ids of the loading processes."""
     return [(indices.tolist(), draws.tolist()) for indices, draws, _ in step_batch]
 
 
 def loaded_by(step_batch):
-    """Return the processes that loaded a step's samples."""
+    """Return the ids of the processes that loaded a step's samples."""
     return {int(pid) for _, _, pids in step_batch for pid in pids}
 
 
 class Counting(Augmented):
-    """Counts the samples loaded, in whatever process."""
+    """Counts the loaded samples over all processes."""
 
     def __init__(self, num_samples):
         super().__init__(num_samples)
@@ -115,13 +115,13 @@ def loader_of(slots=None, **options):
 
 
 def take(loader, count):
-    """Return the samples of the next `count` steps, over as many epochs as that takes."""
+    """Return the samples of the next `count` steps, over several epochs if necessary."""
     steps = itertools.chain.from_iterable(iter(loader) for _ in itertools.count())
     return [samples_of(step) for step in itertools.islice(steps, count)]
 
 
 def alive(pid):
-    """Return whether a process runs: a zombie that nobody has waited for does not."""
+    """Return whether a process is running; a zombie is not."""
     try:
         with open(f"/proc/{pid}/stat") as stat:
             return stat.read().rpartition(")")[2].split()[0] not in "ZX"
@@ -130,7 +130,7 @@ def alive(pid):
 
 
 def ended(pids, within_s=10.0):
-    """Wait until none of the processes runs; return whether that came."""
+    """Return True as soon as none of the processes is running, and False after `within_s`."""
     deadline = time.monotonic() + within_s
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Streams for the tests of data/: with and without shards and states, augmented from every global generator."""
+"""Streams for the tests of data/: with and without shards and states; samples draw from every global generator."""
 
 import itertools
 import os
@@ -12,11 +12,11 @@ from disttrain.data import StreamLoader
 
 NUM_SLOTS, GLOBAL_BATCH_SIZE = 4, 8
 SIZES = (9, 7, 12, 8)
-"""Samples of each shard. At 2 a step the second shard ends a pass after 3 steps; as one stream there are 4."""
+"""The samples of each shard. With 2 in each step the second shard ends a pass after 3 steps; one stream has 4."""
 
 
 class Numbers:
-    """Yields (epoch, number, draws, the reading process) over parts of the given sizes, one after another."""
+    """Yields (epoch and number, draws, id of the reading process) over parts of the given sizes, one after another."""
 
     def __init__(self, sizes=SIZES, first=0, bad=None):
         self.sizes = sizes
@@ -41,7 +41,7 @@ class Numbers:
 
 
 class Shards(Numbers):
-    """The same, cut into its parts."""
+    """Yields the same samples, and can be cut into its parts."""
 
     def shard(self, num_shards, index):
         assert num_shards == len(self.sizes)
@@ -49,7 +49,7 @@ class Shards(Numbers):
 
 
 class Shuffling(Shards):
-    """Holds a few samples back and yields a random one of them, drawn from the global generator."""
+    """Keeps a few samples in a buffer, and yields a random one of them, drawn from the global generator."""
 
     def __iter__(self):
         buffer = []
@@ -62,7 +62,7 @@ class Shuffling(Shards):
 
 
 class Remembering(Numbers):
-    """Knows how far it was read, as long as it is read, and goes on from a state; counts what is drawn."""
+    """Keeps its position while it is read, resumes from a state, and counts the samples."""
 
     at = 0
     drawn = 0
@@ -88,7 +88,7 @@ class RememberingShards(Remembering, Shards):
 
 
 class Iterators(Shards):
-    """Its iterators know how far they were read, not it."""
+    """Has iterators that keep the position; the stream itself does not."""
 
     def __iter__(self):
         return Position(self)
@@ -117,7 +117,7 @@ class Position:
 
 
 class Deadly(Shards):
-    """One sample kills the process that reads it."""
+    """Has one sample that kills the process that reads it."""
 
     def sample(self, number):
         if number == 13:
@@ -138,10 +138,10 @@ def steps_of(loader):
 
 
 def content(batch):
-    """Return where a step stands and what it holds, comparable: not who loaded it."""
+    """Return the position and the samples of a step, without the ids of the reading processes."""
     return batch.epoch, batch.step, [(x.tolist(), draws.tolist()) for x, draws, _ in batch]
 
 
 def take_steps(loader, count):
-    """Return the content of the next steps."""
+    """Return the content of the next `count` steps."""
     return [content(batch) for batch in itertools.islice(steps_of(loader), count)]

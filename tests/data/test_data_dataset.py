@@ -1,4 +1,4 @@
-"""Seeding, naming what went wrong in one clear line, and telling datasets apart."""
+"""Datasets load under the seed of a batch, an error is one line that names the sample, and fingerprints differ."""
 
 import pickle
 import random
@@ -76,7 +76,7 @@ def test_a_sample_that_raises_is_named(error, beginning):
     with pytest.raises(LoadingError) as caught:
         SeededDataset(Broken(20, 4, error)).__getitems__(microbatch(3, 4))
     assert str(caught.value) == (
-        f"{beginning}mend that sample or leave it out (it is in the microbatch of epoch=1, step=2, slot=3)"
+        f"{beginning}repair that sample or leave it out (it is in the microbatch of epoch=1, step=2, slot=3)"
     )
     assert caught.value.__cause__ is error
     assert isinstance(caught.value, DataError)
@@ -91,13 +91,13 @@ def test_the_message_is_the_same_from_a_worker(error, beginning, num_workers):
     with pytest.raises(LoadingError) as caught:
         next(iterator)
     assert str(caught.value) == (
-        f"{beginning}mend that sample or leave it out (it is in the microbatch of epoch=0, step=0, slot=0)"
+        f"{beginning}repair that sample or leave it out (it is in the microbatch of epoch=0, step=0, slot=0)"
     )
     if num_workers:
         (note,) = caught.value.__notes__
         assert "in DataLoader worker process 0" in note
         assert "augmented_data.py" in note
-        # By itself it ends with the traceback that holds it, perhaps when the next test's worker collects garbage.
+        # Otherwise it ends when its traceback is collected, perhaps in the next test's worker.
         iterator._shutdown_workers()
     else:
         assert caught.value.__cause__ is error
@@ -109,7 +109,8 @@ def test_the_error_travels_whole():
 
 
 def test_the_bad_sample_of_a_dataset_that_loads_batches_is_found():
-    with pytest.raises(LoadingError, match=r"^dataset\[4\] raised ValueError: bad pixels; mend that sample") as caught:
+    message = r"^dataset\[4\] raised ValueError: bad pixels; repair that sample"
+    with pytest.raises(LoadingError, match=message) as caught:
         SeededDataset(InBatches(20, bad=4)).__getitems__(microbatch(3, 4, 5))
     assert str(caught.value.__cause__) == "bad pixels"
 

@@ -1,4 +1,4 @@
-"""Worker processes of the loaders: they end when they should, and a dead one is an error of one message."""
+"""The worker processes of the loaders end when they should, and a dead worker is an error of one message."""
 
 import gc
 import itertools
@@ -32,7 +32,7 @@ def test_a_worker_that_is_killed_is_an_error_of_one_message():
 
 
 class Tied:
-    """Unreachable but by a collector, and deadly to a process that inherits it, as a connection to other ranks is."""
+    """Garbage in a cycle that kills a forked process which collects it, as a connection to other ranks can."""
 
     def __init__(self):
         self.cycle = self
@@ -64,7 +64,7 @@ def test_workers_leave_their_parents_garbage_alone(collecting):
         loader.close()
     finally:
         gc.enable()
-        gc.collect()  # here, where it is harmless
+        gc.collect()  # in this process it is harmless
 
 
 def test_an_evaluation_that_is_left_ends_its_workers():
@@ -79,12 +79,13 @@ def test_an_evaluation_that_is_left_ends_its_workers():
 
 
 def hold_loader(pipe, context):
-    """In a process of its own: load, say who loads, and at each word load a step more."""
+    """Run in a process of its own: load a step, send the ids of the workers, and do both again for each message."""
     os.setsid()
     interrupts = []
     signal.signal(signal.SIGINT, lambda signum, frame: interrupts.append(signum))
     signal.signal(signal.SIGTERM, lambda signum, frame: interrupts.append(signum))
-    loader = loader_of(num_workers=2, multiprocessing_context=context)
+    multiprocessing.set_start_method(context, force=True)  # of this process, from which the workers get theirs
+    loader = loader_of(num_workers=2)
     steps = itertools.chain.from_iterable(iter(loader) for _ in itertools.count())
     workers = loaded_by(next(steps))
     while True:
@@ -98,7 +99,7 @@ def hold_loader(pipe, context):
 @pytest.mark.parametrize(("context", "end"), [("fork", "exit"), ("fork", "kill"), ("forkserver", "kill")])
 def test_workers_leave_signals_to_the_parent_and_end_with_it(context, end):
     pipe, other = multiprocessing.Pipe()
-    # Forked off a process that has a fork server, it would take that for its own, which multiprocessing does not bear.
+    # Not forked for "forkserver": it would inherit this process's fork server, and multiprocessing fails with that.
     start = "fork" if context == "fork" else "spawn"
     process = multiprocessing.get_context(start).Process(target=hold_loader, args=(other, context))
     process.start()

@@ -1,4 +1,4 @@
-"""SlotLoader and evaluation_loader: the same bits from any workers and ranks, exact positions, tidy processes."""
+"""SlotLoader and evaluation_loader give the same bits on any workers and ranks, at exact positions, and end workers."""
 
 import gc
 import inspect
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 @pytest.fixture(scope="module")
 def two_epochs():
-    """Return every step of two epochs, loaded here, in one go."""
+    """Return every step of two epochs, loaded in this process and in one pass each."""
     return take(loader_of(), 2 * NUM_STEPS)
 
 
@@ -120,7 +120,7 @@ def test_the_global_generators_are_left_as_found(num_workers, two_epochs):
     for step, expected in zip(itertools.chain(loader, loader), two_epochs, strict=True):
         assert random_state() == before
         assert samples_of(step) == expected
-        # What the training does with them makes no difference to what comes next.
+        # The draws of the training do not change the next step.
         random.random(), np.random.random(), torch.rand(())
         before = random_state()
     list(evaluation_loader(Augmented(7), 2, num_workers=num_workers))
@@ -163,7 +163,7 @@ def test_workers_live_across_epochs_until_closed():
     first = set().union(*map(loaded_by, loader))
     assert len(first) == 2
     assert os.getpid() not in first
-    loader.seek(1, 0)  # where it stands
+    loader.seek(1, 0)  # the present position
     assert set().union(*map(loaded_by, loader)) == first
     loader.seek(0, 1)
     second = set().union(*map(loaded_by, loader))
@@ -182,7 +182,7 @@ def test_workers_live_across_epochs_until_closed():
 
 def test_workers_fetch_ahead_over_the_epochs_end():
     dataset = Counting(NUM_SAMPLES)
-    loader = SlotLoader(dataset, sampler_of(), num_workers=1, prefetch_factor=3)
+    loader = SlotLoader(dataset, sampler_of(), num_workers=1)
     assert [step.step for step in loader] == list(range(NUM_STEPS))
     deadline = time.monotonic() + 20
     while dataset.loaded.value <= NUM_STEPS * GLOBAL_BATCH_SIZE and time.monotonic() < deadline:
@@ -204,7 +204,7 @@ def test_a_bad_sample_is_named_and_does_not_move_the_position(num_workers):
     bad = sampler.batch(0, 2, 5)[1]
     loader = SlotLoader(Broken(NUM_SAMPLES, bad, ValueError("bad pixels")), sampler, num_workers=num_workers)
     message = (
-        f"dataset[{bad}] raised ValueError: bad pixels; mend that sample or leave it out "
+        f"dataset[{bad}] raised ValueError: bad pixels; repair that sample or leave it out "
         "(it is in the microbatch of epoch=0, step=2, slot=5)"
     )
     assert raised_by(loader) == message
@@ -223,7 +223,7 @@ def test_a_batch_that_cannot_be_collated_is_named(num_workers):
     assert raised_by(loader) == (
         "uncollatable raised RuntimeError: stack expects each tensor to be equal size, collating the microbatch of "
         f"epoch=0, step=0, slot=0 (dataset indices {indices}); give all samples one shape and type, "
-        "or a collate function that takes them as they are"
+        "or set a collate function that accepts them as they are"
     )
 
 

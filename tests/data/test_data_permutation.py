@@ -20,7 +20,7 @@ def key_words(n, key, count):
 
 
 def sorted_order(n, key):
-    """The small regime as the module's docstring tells it, one index at a time."""
+    """Return the order for small n as the module's docstring describes it, computed index by index."""
     (start,) = key_words(n, key, 1)
 
     def split_mix(i):
@@ -33,7 +33,7 @@ def sorted_order(n, key):
 
 
 def feistel(n, key, position):
-    """The large regime, likewise."""
+    """Return the index at a position for large n, as the module's docstring describes it."""
     h = (n - 1).bit_length() // 2
     m = math.ceil(n / 2**h)
     words = key_words(n, key, 24)
@@ -139,19 +139,19 @@ def test_positions_out_of_bounds_are_refused(n):
     ):
         with pytest.raises(IndexError):
             ask()
-    with pytest.raises(TypeError, match="must be an integer"):
+    with pytest.raises(TypeError, match="expected each position to be an integer, got an array of float64"):
         order.at([0.5])
     assert order.at([]).tolist() == order[5:5].tolist() == []
 
 
-# Statistics. Each gives a p-value: how likely a true shuffle is to look at least as uneven. The keys are fixed, so
-# that the outcome is too; some 600 p-values are drawn, of which the smallest should lie around 1/600.
+# Statistics. Each gives a p-value: the probability that a true shuffle is at least as uneven. The keys are fixed, so
+# the results are too. The tests compute some 600 p-values; the smallest of them should be about 1/600.
 
 
 def chi_square(counts, num_constraints=1, sampled=0.0):
-    """Return the p-value of counts of equal expectation; `sampled` is the part of the whole order counted."""
+    """Return the p-value of counts of equal expectation; `sampled` is the counted part of the whole order."""
     expected = counts.sum() / counts.size
-    # Counting without replacement varies less than counting with it, by the part that was not counted.
+    # Counts without replacement vary less than counts with replacement, by the factor of the part that was not counted.
     statistic = ((counts - expected) ** 2 / expected).sum() / (1 - sampled)
     degrees = counts.size - num_constraints
     return torch.special.gammaincc(
@@ -164,15 +164,15 @@ def buckets(values, n, count):
 
 
 def p_values(n, key):
-    """Yield (name, p-value) of one order: of all of it up to 2**17 indices, else of 2**17 somewhere in it."""
+    """Yield (name, p-value) of one order: of the whole order up to 2**17 indices, else of 2**17 indices in it."""
     size = min(n, 2**17)
     start = 0 if size == n else key * 7919 * 2**20 % (n - size)
     order = IndexShuffle(n, key).indices(start, start + size)
     half = 2 ** ((n - 1).bit_length() // 2)
     if size < n:
         yield "uniform positions", chi_square(np.bincount(buckets(order, n, 256), minlength=256), sampled=size / n)
-    # Where in the order an index stands against which it is, coarsely, and the same of their low bits. Positions
-    # are spread evenly by themselves (a constraint a row), indices too where all of them are counted.
+    # The position in the order against the index, coarsely, and the low bits of both. The positions are evenly spread
+    # by themselves, which is one constraint for each row. So are the indices, if all of them are counted.
     positions = np.arange(start, start + size)
     for name, rows, columns in (
         ("position and index", buckets(positions - start, size, 32), buckets(order, n, 32)),
@@ -196,7 +196,7 @@ def test_orders_look_like_true_shuffles(n):
     found = {(name, key): p for key in range(4) for name, p in p_values(n, key)}
     assert len(found) >= 4 * 15
     assert min(found.items(), key=lambda item: item[1])[1] > 1e-4, found
-    # Too even is as wrong as too uneven.
+    # An order that is too even is as wrong as one that is too uneven.
     assert 0.35 < np.mean(list(found.values())) < 0.65
     assert max(found.values()) < 1 - 1e-4, found
 

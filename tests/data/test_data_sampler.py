@@ -1,11 +1,13 @@
-"""The samplers in a DataLoader, their positions, seeds and errors; the laws are in tests/properties."""
+"""The samplers in a DataLoader, their positions, seeds and errors. Their laws are in tests/properties."""
 
+import doctest
 import itertools
 import pickle
 
 import pytest
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
+import disttrain.data
 from disttrain.data import (
     EvaluationBatchSampler,
     IndexShuffle,
@@ -25,6 +27,12 @@ def test_a_microbatch_is_a_part_of_the_epochs_order_with_its_own_seed():
     assert all(type(index) is int for index in batch)
     assert batch.seed == seed_for(7, "batch", 5, 2, 3)
     assert (batch.epoch, batch.step, batch.slot) == (5, 2, 3)
+
+
+def test_the_example_in_the_rooms_docstring_is_right():
+    result = doctest.testmod(disttrain.data)
+    assert result.attempted > 5
+    assert result.failed == 0
 
 
 def test_a_microbatch_travels_whole():
@@ -124,12 +132,12 @@ def test_more_ranks_than_evaluation_batches():
         (
             (7, 8, 2),
             DataError,
-            "has 7 samples, fewer than global_batch_size=8: .* use a global_batch_size of at most 6",
+            "at least global_batch_size=8 samples .one step., got a dataset of 7; use a global_batch_size of at most 6",
         ),
-        ((3, 8, 4), DataError, "has 3 samples, .* use a num_slots of at most 3, or more data"),
+        ((3, 8, 4), DataError, "got a dataset of 3; use a num_slots of at most 3, or more data"),
         ((500, 100, 8), ConfigError, "global_batch_size=100 cannot be cut into num_slots=8 equal slots; use 96 or 104"),
         ((500, 3, 8), ConfigError, "cannot be cut into num_slots=8 equal slots; use 8"),
-        ((500, 0, 8), ConfigError, "must be at least 1, got global_batch_size=0, num_slots=8"),
+        ((500, 0, 8), ConfigError, "global_batch_size >= 1 and num_slots >= 1; got global_batch_size=0, num_slots=8"),
     ],
 )
 def test_sizes_that_do_not_fit(sizes, error, message):
@@ -139,7 +147,7 @@ def test_sizes_that_do_not_fit(sizes, error, message):
 
 @pytest.mark.parametrize("slots", [range(0), range(3, 5), range(-1, 2), range(0, 4, 2)])
 def test_slots_that_do_not_exist(slots):
-    with pytest.raises(ValueError, match=r"slots must be a part of range\(4\)"):
+    with pytest.raises(ValueError, match=r"expected slots to be a part of range\(4\)"):
         SlotBatchSampler(100, 8, 4, slots=slots)
 
 

@@ -1,4 +1,4 @@
-"""StreamLoader: the same bits from any workers and ranks, resumed anywhere by state or by reading again."""
+"""StreamLoader gives the same bits on any workers and ranks, resumed at any step by states or by reading again."""
 
 import copy
 import itertools
@@ -37,7 +37,7 @@ from disttrain.seeding import seed_for
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-COUNT = 9  # steps: three passes of the shards, more than two of the whole
+COUNT = 9  # steps: three passes of the shards, or more than two of the whole stream
 
 
 def numbers_of(batch):
@@ -45,12 +45,12 @@ def numbers_of(batch):
 
 
 def digest(microbatch):
-    """Return what a microbatch holds, without who loaded it."""
+    """Return the samples of a microbatch as text, without the ids of the reading processes."""
     return repr([part.tolist() for part in microbatch[:2]])
 
 
 def saved_at(loader, step):
-    """Return a copy of the loader's state after so many steps, as a checkpoint holds it."""
+    """Return a copy of the loader's state after `step` steps, as a checkpoint holds it."""
     take_steps(loader, step)
     return pickle.loads(pickle.dumps(loader.state_dict()))
 
@@ -62,7 +62,7 @@ def loaded(loader, state):
 
 @pytest.fixture(scope="module")
 def reference():
-    """Return what each kind of stream gives in one go, in one process."""
+    """Return the steps of each kind of stream, read in one process without a stop."""
     return {kind: take_steps(stream_loader(kind()), COUNT + 2) for kind in KINDS}
 
 
@@ -149,7 +149,7 @@ def save(backend, kind, step):
 
 
 def joined(shares):
-    """Return the steps of all ranks as those of one."""
+    """Return the steps of all ranks, joined to the steps of one rank."""
     together = []
     for parts in zip(*shares, strict=True):
         assert len({part[:2] for part in parts}) == 1
@@ -214,7 +214,7 @@ class TestResuming:
         loader.catch_up(lambda done, total: shown.append((done, total)))
         assert shown == [(0, 2), (1, 2), (2, 2)]
         assert "2 steps of the training data are read and dropped, from the start of pass 1" in caplog.text
-        assert "a stream with state_dict() and load_state_dict(state) goes on at once" in caplog.text
+        assert "a stream with state_dict() and load_state_dict(state) resumes at once" in caplog.text
         assert (loader.epoch, loader.step, loader.iteration) == (1, 2, 5)
 
     def test_an_engine_goes_on_by_its_iteration_alone(self, reference):
@@ -277,7 +277,7 @@ class TestThePosition:
 
 
 class Asking(Shards):
-    """Shards itself further, as Hugging Face's streams do in a worker."""
+    """Shards itself by the worker, as Hugging Face's streams do."""
 
     def numbers(self):
         info = get_worker_info()
@@ -297,7 +297,7 @@ class TestErrors:
         name = "epoch=0, step=1, slot=2" if kind is Shards else "epoch=0, step=2, slot=1"
         message = (
             f"the stream raised ValueError: bad pixels, making sample 1 of the microbatch of {name}; "
-            "mend that sample or leave it out"
+            "repair that sample or leave it out"
         )
         steps = steps_of(loader)
         assert [content(batch) for batch in itertools.islice(steps, good)] == reference[kind][:good]
@@ -334,7 +334,7 @@ class TestErrors:
         ],
     )
     def test_a_pass_without_a_step(self, dataset, message):
-        with pytest.raises(DataError, match=f"^pass 0 of the training data has not one step: expected {message}"):
+        with pytest.raises(DataError, match=f"^pass 0 of the training data has no step: expected {message}"):
             next(iter(stream_loader(dataset)))
 
     def test_a_stream_that_can_be_read_only_once(self):
@@ -346,17 +346,17 @@ class TestErrors:
             def __iter__(self):
                 return self.iterator
 
-        with pytest.raises(DataError, match=r"^pass 1 .* got 0; each iter\(\) of it has to begin anew$"):
+        with pytest.raises(DataError, match=r"^pass 1 .* got 0; each iter\(\) of it must begin anew$"):
             take_steps(stream_loader(Once()), 5)
 
     def test_every_rank_says_the_same_of_one_ranks_shard(self, ranks):
         errors = [outcome.error for outcome in ranks.outcomes(3, read, ShortShards)]
         own = {str(error) for error in errors if isinstance(error, DataError)}
         assert len(own) == 1
-        # Who was still on the way to its own hears of the first that was raised.
-        heard = [error.message for error in errors if isinstance(error, RemoteError)]
-        assert set(heard) <= {f"DataError: {message}" for message in own}
-        assert len(heard) + sum(isinstance(error, DataError) for error in errors) == 3
+        # A rank that has not raised its own error yet receives the first rank's.
+        received = [error.message for error in errors if isinstance(error, RemoteError)]
+        assert set(received) <= {f"DataError: {message}" for message in own}
+        assert len(received) + sum(isinstance(error, DataError) for error in errors) == 3
         assert "got 1 in shard 3 of 4" in own.pop()
 
     def test_shards_that_cannot_be_made(self):
@@ -392,7 +392,7 @@ class ShortShards(Shards):
 
 
 class Forgetful(RememberingShards):
-    """Shuffles in a buffer that its state does not hold."""
+    """Shuffles in a buffer that is not part of its state."""
 
     def __iter__(self):
         buffer = []
@@ -408,7 +408,7 @@ class TestOtherData:
         long = Forgetful((20, 20, 20, 20))
         expected = take_steps(stream_loader(long), 5)
         state = saved_at(stream_loader(long, digest=digest), 2)
-        assert take_steps(loaded(stream_loader(long), state), 1) != expected[2:3]  # nothing looks
+        assert take_steps(loaded(stream_loader(long), state), 1) != expected[2:3]  # without digests nothing is compared
         assert take_steps(loaded(stream_loader(long, digest=digest), state), 3) == expected[2:]
         assert "does not bring back the samples that came next" in caplog.text
 
@@ -425,8 +425,8 @@ class TestOtherData:
 
     def test_other_samples_are_an_error_unless_they_are_accepted(self):
         state = saved_at(stream_loader(Shards(), digest=digest), 1)
-        other = Shards((9, 7, 11, 9))  # the last shard begins one sooner
-        with pytest.raises(DataError, match=r"step 1 of pass 0 has other samples than it had, in slot 3; restore it"):
+        other = Shards((9, 7, 11, 9))  # the last shard begins one sample earlier
+        with pytest.raises(DataError, match="step 1 of pass 0 has other samples than before, in slot 3; restore the"):
             take_steps(loaded(stream_loader(other, digest=digest), state), 1)
         accepting = loaded(stream_loader(other, digest=digest, accept_other_data=True), state)
         assert [step[:2] for step in take_steps(accepting, 3)] == [(0, 1), (0, 2), (1, 0)]
@@ -436,7 +436,7 @@ class TestOtherData:
         state = saved_at(stream_loader(kind((9, 9, 9, 9)), digest=digest), 3)
         shorter = kind((9, 9, 9, 6))
         with pytest.raises(
-            DataError, match="pass 0 ends after 3 steps, expected more than 3, which it had; restore it"
+            DataError, match="pass 0 ends after 3 steps, expected more than 3, as before; restore the data"
         ):
             take_steps(loaded(stream_loader(shorter, digest=digest), state), 1)
         accepting = loaded(stream_loader(shorter, digest=digest, accept_other_data=True), state)
@@ -447,7 +447,7 @@ class TestOtherData:
         with pytest.raises(DataError, match=r"the training data has lost its shard\(num_shards, index\)"):
             stream_loader(Remembering()).load_state_dict(state)
         with pytest.raises(
-            LoadingError, match=r"state of a stream, and Shards has no load_state_dict\(state\) to take"
+            LoadingError, match=r"state of a stream, and Shards has no load_state_dict\(state\) to load"
         ):
             take_steps(loaded(stream_loader(Shards()), state), 1)
         accepting = loaded(stream_loader(Remembering(), accept_other_data=True), state)
@@ -458,10 +458,10 @@ def test_what_a_person_should_know():
     assert stream_loader(Shards(), range(2), num_workers=2).notes == []
     assert stream_loader(Numbers(), num_workers=1).notes == []
     (note,) = stream_loader(Shards(), range(2), num_workers=3).notes
-    assert note == "num_workers=3: only 2 a rank can be of use, one for each slot of a rank"
+    assert note == "num_workers=3: each rank uses only 2 of them, one for each slot"
     cost, workers = stream_loader(Numbers(), range(2), num_workers=3).notes
     assert "each rank reads all of it" in cost
-    assert "only 1 a rank can be of use, as a stream without shard() is read by one" in workers
+    assert "each rank uses only 1 of them, since one process reads a stream without shard()" in workers
 
 
 def test_more_workers_than_can_be_of_use_are_not_started():

@@ -1,6 +1,6 @@
-"""The images, without an engine: each Dockerfile is read and held to rules, and the CPU's commands are run here.
+"""The images, without a container engine: rules for each Dockerfile, and a run of the CPU image's commands here.
 
-What this cannot show: that the base images are there, and that what is built starts in a container.
+These tests cannot show that the base images exist, or that a built image starts in a container.
 """
 
 import json
@@ -21,29 +21,29 @@ Instruction = tuple[str, str]
 
 
 def instructions(text: str) -> list[Instruction]:
-    """Return (instruction, arguments) of a Dockerfile, comments left out and continued lines joined."""
+    """Return the (instruction, arguments) pairs of a Dockerfile, without comments and with continued lines joined."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
-    found = []
+    pairs = []
     for line in filter(None, map(str.strip, joined.splitlines())):
         word, _, arguments = line.partition(" ")
-        found.append((word.upper(), arguments.strip()))
-    return found
+        pairs.append((word.upper(), arguments.strip()))
+    return pairs
 
 
 def stages(text: str) -> list[list[Instruction]]:
-    found: list[list[Instruction]] = []
+    by_stage: list[list[Instruction]] = []
     for word, arguments in instructions(text):
         if word == "FROM":
-            found.append([])
-        assert found, f"{word} before the first FROM"
-        found[-1].append((word, arguments))
-    return found
+            by_stage.append([])
+        assert by_stage, f"{word} before the first FROM"
+        by_stage[-1].append((word, arguments))
+    return by_stage
 
 
-def only(stage: list[Instruction], word: str) -> str:
-    values = [arguments for each, arguments in stage if each == word]
-    assert len(values) == 1, f"expected one {word}, got {values}"
+def only(stage: list[Instruction], wanted: str) -> str:
+    values = [arguments for word, arguments in stage if word == wanted]
+    assert len(values) == 1, f"expected one {wanted}, got {values}"
     return values[0]
 
 
@@ -53,38 +53,38 @@ def environment(stage: list[Instruction]) -> dict[str, str]:
 
 
 def complaints(text: str) -> list[str]:
-    """Return what is wrong with a Dockerfile."""
-    found = []
+    """Return the rules that a Dockerfile breaks, each as a sentence."""
+    broken = []
     *building, final = stages(text)
     for stage in (*building, final):
         base = only(stage, "FROM").split(" ")[0]
         if not re.fullmatch(r"[a-z0-9/]+:\d+\.\d+\.\d+[\w.-]*(@sha256:[0-9a-f]{64})?", base):
-            found.append(f"the base {base} is not pinned to a whole version of an image without a host")
+            broken.append(f"the base {base} is not pinned to a whole version of an image without a host")
         for word, arguments in stage:
             if word == "ADD":
-                found.append("ADD fetches and unpacks; use COPY")
+                broken.append("ADD fetches and unpacks; use COPY")
             if word == "RUN" and re.search(r"(curl|wget)\b|\|\s*(ba)?sh\b|\bsudo\b|apt(-get)? ", arguments):
-                found.append(f"RUN {arguments}: what it fetches is not pinned")
+                broken.append(f"RUN {arguments}: the download is not pinned")
             if word == "RUN" and "pip install" in arguments and "--constraint" not in arguments:
-                found.append(f"RUN {arguments}: packages are not pinned")
+                broken.append(f"RUN {arguments}: packages are not pinned")
             if "://" in arguments:
-                found.append(f"{word} {arguments}: names a host")
+                broken.append(f"{word} {arguments}: names a host")
             if re.search(r"(?i)(password|secret|token|api_?key)", arguments):
-                found.append(f"{word} {arguments}: looks like a secret")
+                broken.append(f"{word} {arguments}: looks like a secret")
     words = [word for word, _ in final]
     if words.count("USER") != 1 or not re.fullmatch(r"[1-9]\d*:[1-9]\d*", only(final, "USER")):
-        found.append("expected one USER by numbers, not root: Kubernetes checks runAsNonRoot by them")
+        broken.append("expected one USER by numbers, not root: Kubernetes checks runAsNonRoot by its number")
     elif words.index("USER") < max((i for i, word in enumerate(words) if word == "RUN"), default=-1):
-        found.append("RUN after USER")
+        broken.append("RUN after USER")
     if words.count("STOPSIGNAL") != 1 or only(final, "STOPSIGNAL") != "SIGTERM":
-        found.append("expected STOPSIGNAL SIGTERM, which the launcher answers with a checkpoint")
+        broken.append("expected STOPSIGNAL SIGTERM, which the launcher answers with a checkpoint")
     if words.count("ENTRYPOINT") != 1 or not only(final, "ENTRYPOINT").startswith("["):
-        found.append("expected one ENTRYPOINT in exec form: a shell would keep the signal to itself")
+        broken.append("expected one ENTRYPOINT in exec form: a shell would not pass the signal on")
     elif json.loads(only(final, "ENTRYPOINT"))[1:] != ["-m", "disttrain.launch"]:
-        found.append("expected the launcher as ENTRYPOINT")
+        broken.append("expected the launcher as ENTRYPOINT")
     if not building:
-        found.append("expected a stage of its own for building: what it needs is not to be shipped")
-    return found
+        broken.append("expected a separate build stage: the image must not contain the build's tools")
+    return broken
 
 
 @pytest.mark.parametrize("image", IMAGES)
@@ -92,7 +92,7 @@ def test_an_image_keeps_the_rules(image: str) -> None:
     assert complaints((ROOT / "docker" / image / "Dockerfile").read_text()) == []
 
 
-def test_the_images_are_these() -> None:
+def test_every_image_is_tested() -> None:
     assert {path.parent.name for path in ROOT.glob("docker/*/Dockerfile")} == set(IMAGES)
 
 
@@ -106,7 +106,7 @@ def test_the_images_are_these() -> None:
         ("USER 1000:1000\n", "USER 1000:1000\nRUN true\n", "RUN after USER"),
         ("STOPSIGNAL SIGTERM\n", "STOPSIGNAL SIGKILL\n", "STOPSIGNAL SIGTERM"),
         ('["/opt/disttrain/bin/python", "-m", "disttrain.launch"]', "python -m disttrain.launch", "exec form"),
-        ('"disttrain.launch"]', '"disttrain.cli"]', "the launcher"),
+        ('"disttrain.launch"]', '"disttrain"]', "the launcher"),
         ("COPY examples", "ADD examples", "use COPY"),
         ("RUN python -m venv", "RUN curl x | sh && python -m venv", "is not pinned"),
         ("--constraint constraints.txt ", "", "packages are not pinned"),
@@ -114,14 +114,14 @@ def test_the_images_are_these() -> None:
         ("ARG PIP_INDEX_URL", "ARG TOKEN=x", "secret"),
     ],
 )
-def test_the_rules_find_what_breaks_them(old: str, new: str, complaint: str) -> None:
+def test_each_rule_finds_a_planted_violation(old: str, new: str, complaint: str) -> None:
     good = (ROOT / "docker/cpu/Dockerfile").read_text()
     assert old in good
-    assert any(complaint in found for found in complaints(good.replace(old, new)))
+    assert any(complaint in broken for broken in complaints(good.replace(old, new)))
 
 
 @pytest.mark.parametrize("image", IMAGES)
-def test_what_is_copied_is_in_the_context(image: str) -> None:
+def test_the_copied_files_are_in_the_context(image: str) -> None:
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     let_in = {line[1:] for line in ignored if line.startswith("!")}
     assert "*" in ignored
@@ -133,7 +133,7 @@ def test_what_is_copied_is_in_the_context(image: str) -> None:
                 assert all((ROOT / source).exists() for source in sources)
 
 
-def test_the_tpus_torch_is_the_one_that_torch_xla_needs() -> None:
+def test_the_tpu_image_has_the_torch_that_torch_xla_needs() -> None:
     pinned = (ROOT / "constraints-xla.txt").read_text()
     run = (ROOT / "docker/tpu/Dockerfile").read_text()
     for package in ("torch", "torch-xla"):
@@ -143,7 +143,7 @@ def test_the_tpus_torch_is_the_one_that_torch_xla_needs() -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A folder that takes the place of / for the paths that the CPU's Dockerfile names."""
+    """Make a folder that stands for / in the paths of the CPU image's Dockerfile."""
     for folder in ("build", "opt", "job"):
         (tmp_path / folder).mkdir()
     return tmp_path
@@ -159,8 +159,8 @@ def run(command: str | list[str], cwd: Path, env: dict[str, str]) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_cpus_commands_install_and_train(root: Path) -> None:
-    """Run its COPY, RUN, ENTRYPOINT in their order, each path below another root, in a new virtual environment."""
+def test_the_commands_of_the_cpu_image_install_and_train(root: Path) -> None:
+    """Run its COPY, RUN and ENTRYPOINT in order, with each path below another root, in a new virtual environment."""
     building, final = stages((ROOT / "docker/cpu/Dockerfile").read_text())
 
     def moved(text: str) -> str:
@@ -174,25 +174,25 @@ def test_the_cpus_commands_install_and_train(root: Path) -> None:
             if word == "COPY" and not arguments.startswith("--from="):
                 *sources, target = shlex.split(moved(arguments))
                 for source in sources:
-                    to = cwd / target if len(sources) == 1 and target != "./" else cwd / target / source
-                    (shutil.copytree if (ROOT / source).is_dir() else shutil.copy)(ROOT / source, to)
+                    copy = cwd / target if len(sources) == 1 and target != "./" else cwd / target / source
+                    (shutil.copytree if (ROOT / source).is_dir() else shutil.copy)(ROOT / source, copy)
             if word == "RUN":
                 run(moved(arguments).replace("-o 1000 -g 1000 ", "" if os.geteuid() else "-o 1000 -g 1000 "), cwd, env)
         return cwd
 
-    # The pip of the stage is configured as this machine's is, and keeps its cache: only the image has no use for one.
-    here = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
-    here["PATH"] = f"{Path(sys.executable).resolve().parent}:{os.environ['PATH']}"
-    play(building, here)
-    job = play(final, here)
+    # The stage's pip has this machine's configuration and keeps its cache; only in the image a cache is useless.
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    variables["PATH"] = f"{Path(sys.executable).resolve().parent}:{os.environ['PATH']}"
+    play(building, variables)
+    job = play(final, variables)
 
-    env = {name: moved(value.replace("$PATH", here["PATH"])) for name, value in environment(final).items()}
+    env = {name: moved(value.replace("$PATH", variables["PATH"])) for name, value in environment(final).items()}
     entry = [moved(word) for word in json.loads(only(final, "ENTRYPOINT"))]
     assert "fields of a Config" in run([*entry, *json.loads(only(final, "CMD"))], job, env)
-    words = [str(root / "opt/disttrain/examples/digits.py"), "max_epochs=1"]
-    said = run([*entry, *words], job, env)
-    assert "completed" in said
-    torchrun = ["torchrun", "--standalone", "--nproc-per-node", "2", *entry[1:], *words, "name=two"]
+    arguments = [str(root / "opt/disttrain/examples/digits.py"), "max_epochs=1"]
+    output = run([*entry, *arguments], job, env)
+    assert "completed" in output
+    torchrun = ["torchrun", "--standalone", "--nproc-per-node", "2", *entry[1:], *arguments, "name=two"]
     run([str(root / "opt/disttrain/bin" / torchrun[0]), *torchrun[1:]], job, env)
     results = [json.loads((job / "runs" / name / "result.json").read_text()) for name in ("digits", "two")]
     assert results[0]["params_sha256"] == results[1]["params_sha256"]

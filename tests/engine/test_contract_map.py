@@ -1,4 +1,4 @@
-"""The maps from the contract's sentences to tests name tests that are there."""
+"""The maps from the contract's sentences to tests name tests that exist."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ NAMED = re.compile(r"`([\w/]+\.py)::(\w+)`")
 
 
 @pytest.mark.parametrize("page", sorted(path.name for path in Path(__file__).parent.glob("CONTRACT_*.md")))
-def test_every_test_named_is_there(page: str) -> None:
+def test_every_test_named_exists(page: str) -> None:
     named = NAMED.findall((Path(__file__).parent / page).read_text())
     assert len(named) > 20
     for file, test in named:

@@ -1,4 +1,4 @@
-"""DeterministicEngine: a resumed run sees what the uninterrupted one saw, from whatever data."""
+"""DeterministicEngine: a resumed run gets the batches of the uninterrupted run, from any kind of data."""
 
 import gc
 import inspect
@@ -43,7 +43,7 @@ def as_list(batch: Any) -> Any:
 
 
 def engine_over(record: list[Any], *, draws: bool = True) -> DeterministicEngine:
-    """An engine that notes each iteration, its batch, and what a step (a dropout) draws in it."""
+    """Return an engine that records each iteration, its batch, and the numbers that the step draws, as dropout does."""
 
     def step(engine: DeterministicEngine, batch: Any) -> None:
         record.append((engine.state.iteration, as_list(batch), draw() if draws else None))
@@ -61,13 +61,13 @@ def through_a_file(state_dict: dict[str, Any]) -> Any:
 def whole_run(
     make: Callable[[], Any], *, draws: bool = True, max_epochs: int = 3, epoch_length: int | None = None
 ) -> tuple[list[Any], dict[int, Any]]:
-    """Run without a break; return the record, and the state dict after each iteration as a file holds it."""
+    """Run without a stop; return the record, and the state dict after each iteration, read from a file."""
     record: list[Any] = []
     engine = engine_over(record, draws=draws)
     saved: dict[int, Any] = {}
 
     @engine.on(Events.ITERATION_COMPLETED)
-    def save(engine: DeterministicEngine) -> None:  # not a closure: a cycle would keep loaders' workers alive
+    def save(engine: DeterministicEngine) -> None:  # a closure over the engine would keep the loaders' workers alive
         saved[engine.state.iteration] = through_a_file(engine.state_dict())
 
     manual_seed(56)
@@ -76,7 +76,7 @@ def whole_run(
 
 
 def check_resume(make: Callable[[], Any], *, at: list[int] | None = None, draws: bool = True, **options: Any) -> None:
-    """Resume from every iteration (or those of `at`) in a process whose generators stand elsewhere."""
+    """Resume from every iteration, or from those of `at`, with the generators in other states; compare records."""
     record, saved = whole_run(make, draws=draws, **options)
     last = len(record)
     for iteration in at or range(1, last):
@@ -93,7 +93,7 @@ def check_resume(make: Callable[[], Any], *, at: list[int] | None = None, draws:
         engine.load_state_dict(saved[iteration])
         engine.run(make())
         assert resumed == record[iteration:], f"resumed at {iteration}"
-        for later, state_dict in again.items():  # and it can be resumed again
+        for later, state_dict in again.items():  # the resumed run can be resumed again
             assert (state_dict["seed"], state_dict["pass_started"]) == (
                 saved[later]["seed"],
                 saved[later]["pass_started"],
@@ -101,7 +101,7 @@ def check_resume(make: Callable[[], Any], *, at: list[int] | None = None, draws:
 
 
 class Augmented(Dataset[torch.Tensor]):
-    """Samples that come with random numbers from all three generators."""
+    """Samples with random numbers from all three generators."""
 
     def __len__(self) -> int:
         return len(SAMPLES)
@@ -111,7 +111,7 @@ class Augmented(Dataset[torch.Tensor]):
 
 
 class Stream(IterableDataset[torch.Tensor]):
-    """`count` random numbers a pass (None: without end), shared between the workers; of no length."""
+    """`count` random numbers a pass (None: without end), divided between the workers; it has no length."""
 
     def __init__(self, count: int | None) -> None:
         self.count = count
@@ -126,7 +126,7 @@ class Stream(IterableDataset[torch.Tensor]):
 
 
 class Drawing(BatchSampler):
-    """A batch sampler of the user's own that draws each batch when it is asked for, from the global generators."""
+    """A batch sampler of the user's own that draws each batch from the global generators when it is fetched."""
 
     def __init__(self) -> None:
         super().__init__(SequentialSampler(SAMPLES), 4, False)
@@ -229,7 +229,7 @@ def test_an_unsized_stream_without_end_resumes() -> None:
 
 @pytest.mark.parametrize("persistent", [False, True])
 def test_an_iterable_dataset_with_workers_resumes_with_its_augmentations(persistent: bool) -> None:
-    # workers that persist go on with their generators: there only what was drawn from nothing is the same
+    # Persistent workers keep their generators from pass to pass, so only a resume in the first pass is the same.
     count = 1 if persistent else 3
     check_resume(
         lambda: DataLoader(Stream(20), batch_size=3, num_workers=2, persistent_workers=persistent),
@@ -299,10 +299,10 @@ class TestSeekable:
         check_resume(self.make)
         check_resume(self.make, epoch_length=3)
 
-    def test_with_workers_too(self) -> None:
+    def test_our_loader_with_workers_resumes_too(self) -> None:
         check_resume(lambda: self.make(2), at=[3, 5, 8])
 
-    def test_it_is_sought_and_nothing_is_fetched_to_drop(self) -> None:
+    def test_seekable_data_is_sought_and_no_batch_is_dropped(self) -> None:
         class Sought:
             """Ten batches an epoch, each its position."""
 
@@ -342,7 +342,7 @@ class TestSeekable:
         straight = [as_list(batch) for _ in range(2) for batch in loader]
         assert [batch for _, batch, _ in record] == straight[:8]
 
-    def test_a_file_is_not_taken_for_it(self) -> None:
+    def test_a_file_is_not_seekable_data(self) -> None:
         lines: list[str] = []
         engine = DeterministicEngine(lambda engine, line: lines.append(line))
         engine.load_state_dict({"iteration": 1, "epoch_length": 3, "max_epochs": 1, "rng_states": None})
@@ -352,18 +352,18 @@ class TestSeekable:
 
 class TestSeed:
     def seeds(self, engine: DeterministicEngine, data: Any, **options: Any) -> list[int]:
-        """Run, and return with which seed torch's generator was last seeded, iteration by iteration, less the run's."""
-        found: list[int] = []
+        """Run, and return the last seed of torch's generator at each iteration, minus the run's seed."""
+        seeds: list[int] = []
         engine.add_event_handler(
-            Events.ITERATION_STARTED, lambda engine: found.append(torch.initial_seed() - engine.state.seed)
+            Events.ITERATION_STARTED, lambda engine: seeds.append(torch.initial_seed() - engine.state.seed)
         )
         engine.run(data, **options)
-        return found
+        return seeds
 
     def engine(self) -> DeterministicEngine:
         return DeterministicEngine(lambda engine, batch: None)
 
-    def test_started_draws_it_from_torchs_generator(self) -> None:
+    def test_started_draws_the_seed_from_torchs_generator(self) -> None:
         engine = self.engine()
         seen = []
         engine.add_event_handler(Events.STARTED, lambda engine: seen.append(engine.state.seed))
@@ -401,7 +401,7 @@ class TestSeed:
     def test_without_a_length_passes_are_counted_in_epochs(self) -> None:
         assert self.seeds(self.engine(), DataLoader(Stream(2)), max_epochs=3) == [0, 0, 1, 1, 2, 2]
 
-    def test_it_is_in_the_state_dict_and_needs_no_manual_seed_to_resume(self) -> None:
+    def test_the_seed_is_in_the_state_dict_and_a_resume_needs_no_manual_seed(self) -> None:
         record, saved = whole_run(MAP_STYLE["shuffled"])
         engine = engine_over([])
         engine.load_state_dict(saved[20])
@@ -410,7 +410,7 @@ class TestSeed:
         assert engine.state.seed == saved[20]["seed"]
         assert whole_run(MAP_STYLE["shuffled"])[0] == record
 
-    def test_one_that_was_loaded_at_the_very_beginning_is_kept_once(self) -> None:
+    def test_a_seed_loaded_at_the_very_beginning_is_kept_for_one_run(self) -> None:
         state_dict = {"iteration": 0, "epoch_length": 2, "max_epochs": 1, "rng_states": None, "seed": 77}
         engine = self.engine()
         engine.load_state_dict(state_dict)
@@ -419,7 +419,7 @@ class TestSeed:
         engine.run([1, 2])
         assert engine.state.seed != 77
 
-    def test_a_dict_without_one_lets_started_draw_it(self) -> None:
+    def test_without_a_seed_in_the_dict_started_draws_it(self) -> None:
         engine = self.engine()
         manual_seed(56)
         engine.run([1, 2], max_epochs=2)
@@ -430,7 +430,7 @@ class TestSeed:
         engine.run([1, 2])
         assert engine.state.seed == first
 
-    def test_a_run_that_goes_on_after_terminate_keeps_it(self) -> None:
+    def test_a_run_that_goes_on_after_terminate_keeps_its_seed(self) -> None:
         engine = self.engine()
         seeds = []
         engine.add_event_handler(Events.STARTED, lambda engine: seeds.append(engine.state.seed))
@@ -442,7 +442,7 @@ class TestSeed:
 
 
 def own_seed_of_each_rank(backend: Backend) -> tuple[int, int]:
-    """Return a rank's draw and the engine's seed; every rank's generator stands elsewhere."""
+    """Return a rank's draw and the engine's seed; every rank's generator has another state."""
     manual_seed(100 + backend.rank)
     mine = int(torch.randint(0, 10**9, (1,)).item())
     manual_seed(100 + backend.rank)
@@ -488,8 +488,8 @@ class TestStateDict:
             assert torch.equal(first[0], saved[iteration]["rng_states"]["torch"]) is restored
             assert engine.state.rng_states is None
 
-    def test_only_once(self) -> None:
-        """A second run on the same engine does not go back to what was loaded for the first."""
+    def test_rng_states_are_put_back_in_the_first_run_alone(self) -> None:
+        """A second run of the same engine does not use the state that was loaded for the first."""
         record, saved = whole_run(lambda: list(torch.arange(4)), max_epochs=1)
         resumed: list[Any] = []
         engine = engine_over(resumed)
@@ -552,7 +552,7 @@ class TestWrapping:
         engine.run(DataLoader(Counted(), batch_size=4, shuffle=True))
         assert len(loaded) == 2 * 4
 
-    def test_the_names_are_where_programs_look_for_them(self) -> None:
+    def test_programs_can_import_the_names_from_the_room_and_the_module(self) -> None:
         from disttrain import engine as room
         from disttrain import seeding
         from disttrain.engine import deterministic as module
@@ -594,10 +594,10 @@ class TestData:
         seen = [index for _, batch, _ in record[4:9] for index, *_ in batch]
         assert sorted(seen) == sorted(float(sample) for sample in SAMPLES)
 
-    def test_data_that_ends_for_good_is_dropped_without_end_to_the_search(self) -> None:
+    def test_dropping_batches_stops_when_the_data_has_ended_for_good(self) -> None:
         engine = engine_over([])
         engine.load_state_dict({"iteration": 5, "epoch_length": 10, "max_epochs": 1, "rng_states": None})
-        with pytest.warns(UserWarning, match="starts anew with none"):
+        with pytest.warns(UserWarning, match="a fresh iterator gave none"):
             engine.run(iter([torch.tensor(1)] * 3), epoch_length=10)
         assert engine.state.iteration == 5
 
@@ -631,7 +631,7 @@ class TestOthersRandomness:
         assert record[:10] != record[10:]
 
     @pytest.mark.parametrize("name", ["shuffled", "a drawing batch sampler"])
-    def test_an_interrupted_engine_goes_on_with_its_own(self, name: str) -> None:
+    def test_an_interrupted_engine_goes_on_with_its_own_generators(self, name: str) -> None:
         expected, _ = whole_run(MAP_STYLE[name])
         record: list[Any] = []
         engine = engine_over(record)

@@ -1,4 +1,4 @@
-"""Exceptions: raised to the caller, or given to handlers of EXCEPTION_RAISED."""
+"""Exceptions: raised to the caller, or passed to the handlers of EXCEPTION_RAISED."""
 
 import logging
 import traceback
@@ -183,7 +183,7 @@ def test_keyboard_interrupt_anywhere_ends_the_run_without_completed(event):
     assert log[-1] == event.name
 
 
-def test_system_exit_is_shown_and_raised_all_the_same():
+def test_system_exit_is_passed_to_the_handlers_and_raised():
     seen = []
     engine = Engine(fails_once(SystemExit))
     engine.add_event_handler(Events.EXCEPTION_RAISED, lambda engine, error: seen.append(type(error)))
@@ -282,7 +282,7 @@ def test_a_paused_run_after_which_data_fails_is_not_paused_any_more():
     assert engine.run("a").epoch == 2
 
 
-def test_no_internal_exception_is_ever_shown_to_a_handler():
+def test_no_internal_exception_is_ever_passed_to_a_handler():
     seen = []
 
     def data():

@@ -1,4 +1,4 @@
-"""Filters at work: at which firings a handler is called, and what one that is not due costs."""
+"""Filters: the firings at which a handler is called, and the cost of a handler that is not due."""
 
 import functools
 import sys
@@ -91,7 +91,7 @@ def test_firing_by_hand_does_not_use_up_the_loops_own_firing():
 
 
 def calls_made(run):
-    """Return how many functions, builtin or not, a call of `run` calls."""
+    """Return the number of functions, builtin or not, that a call of `run` calls."""
     count = 0
 
     def profile(frame, event, argument):
@@ -107,7 +107,7 @@ def calls_made(run):
 
 
 def calls_added(*events):
-    """Return the calls that handlers of these events add to a run of 10,000 iterations in which none is due."""
+    """Return the number of calls that handlers of these events add to 10,000 iterations at which none is due."""
     bare, engine = idle(), idle()
     for event in events:
         engine.add_event_handler(event, print)

@@ -1,4 +1,4 @@
-"""What an engine keeps alive: nothing. And copies of it: pickles."""
+"""An engine is freed with its last reference, runs do not grow memory, and an engine can be pickled."""
 
 import contextlib
 import copy
@@ -14,7 +14,7 @@ from disttrain.engine import Engine, EventEnum, Events
 
 
 class Data(list):
-    """A list that can be watched."""
+    """A list that takes weak references."""
 
 
 class Mine(EventEnum):
@@ -101,7 +101,7 @@ def raising_another(engine):
     ids=lambda f: f.__name__,
 )
 @pytest.mark.parametrize("how", [None, "terminate", "terminate_epoch", "interrupt"])
-def test_an_engine_that_nobody_refers_to_is_freed_at_once(make, prepare, how, no_collector):
+def test_an_engine_without_references_is_freed_at_once(make, prepare, how, no_collector):
     engine, data = make(), Data([1, 2, 3])
     prepare(engine)
     if how:
@@ -165,8 +165,8 @@ def test_an_engine_can_be_pickled_where_its_handlers_can():
     engine.state_dict_user_keys.append("alpha")
     engine.state.alpha = 3
     twin = pickle.loads(pickle.dumps(engine))
-    for each in (engine, twin):
-        each.run("abc", max_epochs=3)
+    for either in (engine, twin):
+        either.run("abc", max_epochs=3)
     assert twin.state.seen == engine.state.seen
     assert twin.state.noted == engine.state.noted
     assert twin.reacted

@@ -1,4 +1,4 @@
-"""The order of a run's events, and where its batches come from."""
+"""The order of a run's events, and the batches of a run."""
 
 import warnings
 import weakref
@@ -14,7 +14,7 @@ WITHOUT_DATA = ["ITERATION_STARTED", "process", "ITERATION_COMPLETED"]
 
 
 def recording(process=lambda engine, batch: None):
-    """Return an engine and the list to which it writes what happens: events, and "process"."""
+    """Return an engine and the list to which it writes its events, and "process" for a call of the process function."""
     log = []
 
     def step(engine, batch):
@@ -28,7 +28,7 @@ def recording(process=lambda engine, batch: None):
 
 
 class Unsized:
-    """Gives `count` batches each time it is iterated, and counts how often that was."""
+    """Data of no length: the n-th iterator gives the n-th of `counts` batches, the later ones the last."""
 
     def __init__(self, *counts):
         self.counts = list(counts)
@@ -207,7 +207,7 @@ def test_handler_of_the_iterators_end_may_replace_the_data():
 
 def test_two_empty_fetches_in_a_row_end_the_epoch_with_a_warning():
     engine, log = recording()
-    with pytest.warns(UserWarning, match="starts anew with none") as caught:
+    with pytest.warns(UserWarning, match="a fresh iterator gave none") as caught:
         engine.run(iter("ab"), max_epochs=2, epoch_length=4)
     assert "gave 2 of the epoch_length=4 batches of epoch 1" in str(caught[0].message)
     assert "gave 0 of the epoch_length=4 batches of epoch 2" in str(caught[1].message)
@@ -229,7 +229,7 @@ def test_empty_fetches_that_are_not_in_a_row_do_not_end_the_epoch():
 
 def test_run_of_iterations_over_exhausted_data_ends():
     engine, log = recording()
-    with pytest.warns(UserWarning, match="starts anew with none") as caught:
+    with pytest.warns(UserWarning, match="a fresh iterator gave none") as caught:
         engine.run(iter("abc"), max_iters=7, epoch_length=2)
     assert [str(warning.message)[:15] for warning in caught] == ["the data gave 1", "the data gave 0"]
     assert engine.state.iteration == 3
@@ -371,7 +371,7 @@ def test_an_engine_does_not_run_inside_itself():
     assert engine.state.iteration == 1
 
 
-def test_the_iterator_is_not_asked_for_more_than_needed():
+def test_no_more_batches_are_fetched_than_needed():
     taken = []
 
     def data():

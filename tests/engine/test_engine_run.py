@@ -1,5 +1,7 @@
-"""run's arguments, resuming, set_data and times."""
+"""The process function, the arguments of `run`, resuming, `set_data` and the times."""
 
+import functools
+import json
 import logging
 
 import pytest
@@ -21,6 +23,37 @@ class Unsized:
         return iter(range(self.count))
 
 
+def test_process_function_is_called_with_the_engine_and_the_batch():
+    seen = []
+    engine = Engine(lambda engine, batch: seen.append((engine, batch)))
+    engine.run([5])
+    assert seen == [(engine, 5)]
+
+
+@pytest.mark.parametrize("wrong", [None, 3, lambda: None, lambda engine: None, lambda a, b, c: None])
+def test_process_function_must_take_two_arguments(wrong):
+    with pytest.raises(ValueError, match="process_function"):
+        Engine(wrong)
+
+
+@pytest.mark.parametrize("right", [lambda *a: None, lambda a, b, c=None: None, functools.partial(lambda x, a, b: 1, 1)])
+def test_process_function_that_can_take_two_is_accepted(right):
+    assert Engine(right).run([1]).iteration == 1
+
+
+def test_attributes_of_a_fresh_engine():
+    engine = Engine(lambda engine, batch: None)
+    assert engine.state.iteration == 0
+    assert engine.last_event_name is None
+    assert engine.should_terminate is engine.should_terminate_single_epoch is engine.should_interrupt is False
+    assert engine.logger.name.endswith("Engine")
+    assert engine.state_dict_user_keys == []
+    engine.state_dict_user_keys.append("alpha")
+    assert engine.state_dict_user_keys == ["alpha"]
+    with pytest.raises(AttributeError):
+        engine.state_dict_user_keys = []
+
+
 @pytest.mark.parametrize("data", [3, object(), lambda: None])
 def test_data_that_is_not_iterable(data):
     with pytest.raises(TypeError, match="data must be iterable"):
@@ -40,7 +73,7 @@ def test_data_that_is_not_iterable(data):
         (None, {"max_epochs": 3}, "expected data or epoch_length"),
     ],
 )
-def test_arguments_that_cannot_be(data, arguments, message):
+def test_wrong_arguments_are_refused(data, arguments, message):
     engine, log = recording()
     with pytest.raises(ValueError, match=message):
         engine.run(data, **arguments)
@@ -131,7 +164,7 @@ def test_another_epoch_length_on_resume():
     engine, _ = recording()
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda engine: engine.terminate())
     engine.run("ab", max_epochs=3)
-    with pytest.raises(ValueError, match="epoch_length must stay 2 while a run goes on, got 3"):
+    with pytest.raises(ValueError, match="epoch_length must stay 2 while a run continues, got 3"):
         engine.run("ab", epoch_length=3)
     assert engine.run("ab", epoch_length=2).epoch == 3
     assert engine.run("ab", epoch_length=3).epoch_length == 3
@@ -309,7 +342,7 @@ def test_set_data_from_no_data_fires_the_data_events():
     assert seen == ["a", "b"]
 
 
-def test_set_data_before_a_run_is_what_a_run_without_data_goes_over():
+def test_a_run_without_data_uses_data_that_was_set_before():
     engine, log = recording()
     engine.set_data("ab")
     engine.run()
@@ -337,7 +370,7 @@ def test_times_are_set_before_their_events_fire():
     assert engine.state.times["EPOCH_COMPLETED"] == second
 
 
-def test_a_run_says_where_it_starts_and_ends(caplog):
+def test_a_run_logs_where_it_starts_and_ends(caplog):
     engine, _ = recording()
     with caplog.at_level(logging.INFO, logger=engine.logger.name):
         engine.run("ab", max_epochs=2)
@@ -352,3 +385,10 @@ def test_a_run_says_where_it_starts_and_ends(caplog):
         "run goes on at epoch 2, iteration 4",
         "run ends at epoch 3, iteration 6",
     ]
+
+
+def test_times_can_be_written_as_json():
+    engine = Engine(lambda engine, batch: None)
+    engine.run([1], max_epochs=1)
+    assert set(json.loads(json.dumps(engine.state.times))) == {"EPOCH_COMPLETED", "COMPLETED"}
+    assert engine.state.times[Events.COMPLETED] == engine.state.times["COMPLETED"]

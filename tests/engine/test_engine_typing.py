@@ -1,4 +1,4 @@
-"""What a strict type checker says of a user's program: nothing of a right one, and where a wrong one is wrong."""
+"""A strict type checker accepts a right program of a user, and reports each wrong line of a wrong one."""
 
 import re
 import subprocess
@@ -112,30 +112,30 @@ WRONG = """
 
 
 @pytest.fixture(scope="module")
-def complaints(tmp_path_factory):
-    """Return, for each program, the lines that mypy --strict complains of, and all it says."""
+def errors(tmp_path_factory):
+    """Return, for each program, the lines with an error of mypy --strict, and the whole output."""
     root, folder = Path(__file__).parents[2], tmp_path_factory.mktemp("typing")
     programs = {"right": textwrap.dedent(RIGHT), "wrong": textwrap.dedent(WRONG)}
     for name, text in programs.items():
         (folder / f"{name}.py").write_text(text)
-    # Without site-packages torch need not be analysed, which takes most of a minute; the engine's types do not need it.
+    # Without site-packages torch is not analysed, which takes most of a minute. The engine's types do not need it.
     options = ["--strict", "--no-site-packages", "--ignore-missing-imports", "--follow-imports=silent"]
     command = [sys.executable, "-m", "mypy", *options, "--config-file=", f"--cache-dir={folder / 'cache'}"]
     files = [str(folder / f"{name}.py") for name in programs]
     done = subprocess.run([*command, *files], capture_output=True, text=True, cwd=root, check=False)
     assert done.returncode in (0, 1), done.stdout + done.stderr
-    found = {}
+    by_program = {}
     for name, text in programs.items():
         numbers = re.findall(rf"{name}\.py:(\d+): error", done.stdout)
-        found[name] = {text.splitlines()[int(number) - 1] for number in numbers}, done.stdout
-    return found
+        by_program[name] = {text.splitlines()[int(number) - 1] for number in numbers}, done.stdout
+    return by_program
 
 
-def test_a_right_program_passes(complaints):
-    lines, said = complaints["right"]
-    assert lines == set(), said
+def test_a_right_program_passes(errors):
+    lines, output = errors["right"]
+    assert lines == set(), output
 
 
-def test_each_wrong_line_is_complained_of_and_no_other(complaints):
-    lines, said = complaints["wrong"]
-    assert lines == {line.strip() for line in WRONG.splitlines() if line.endswith("# wrong")}, said
+def test_each_wrong_line_has_an_error_and_no_other_line(errors):
+    lines, output = errors["wrong"]
+    assert lines == {line.strip() for line in WRONG.splitlines() if line.endswith("# wrong")}, output

@@ -1,7 +1,6 @@
-"""Three programs that were written for the reference API, run with only their imports changed.
+"""Programs that were written for the reference API run when only their imports are changed.
 
-Each text is a program as its documentation shows it; `...` and the paths are filled in by the names that the test
-puts into its namespace and by `filled`.
+Each text is a program as its documentation shows it. `Training.run` replaces each `...` by an object, and the paths.
 """
 
 import contextlib
@@ -116,16 +115,16 @@ def printed_by(program: str, **names: Any) -> list[str]:
 
 
 def numbers(line: str) -> str:
-    """The batch of a line such as `train 2 7 [3]`."""
+    """Return the batch of a line such as `train 2 7 [3]`."""
     return line.partition("[")[2]
 
 
 class Crash(Exception):
-    """A run is killed."""
+    """Ends a run early, as a kill would."""
 
 
 class Training:
-    """What fills in the dots of the first program: 500 batches an epoch, one update at its end."""
+    """The objects for the dots of the first two programs: 500 batches an epoch, and one update at its end."""
 
     def __init__(self, crash_in_epoch: int | None = None) -> None:
         torch.manual_seed(0)
@@ -184,7 +183,7 @@ def test_the_resumed_epoch_prints_the_batches_of_the_original() -> None:
     assert sorted(map(int, batches)) == list(range(40))
 
 
-def test_it_prints_the_same_whatever_was_drawn_before() -> None:
+def test_the_program_prints_the_same_whatever_was_drawn_before() -> None:
     lines = printed_by(DETERMINISTIC)
     random.seed(1)
     np.random.seed(2)
@@ -200,7 +199,7 @@ def test_a_reseeding_handler_disturbs_the_generator() -> None:
     assert batches[3:6] == batches[6:9] == batches[9:12] == batches[12:15]
 
 
-def test_with_keep_random_state_it_does_not() -> None:
+def test_a_reseeding_handler_with_keep_random_state_does_not_disturb_it() -> None:
     kept = GENERATOR.replace("\ndef user_handler", "\n@keep_random_state\ndef user_handler")
     undisturbed = GENERATOR.replace("    torch.manual_seed(12)\n    a = torch.rand(1)\n", "    pass\n")
     assert len({GENERATOR, kept, undisturbed}) == 3

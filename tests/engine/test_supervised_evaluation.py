@@ -1,4 +1,4 @@
-"""The evaluation step and its factories: no gradients, evaluation mode, metrics that are those of the data."""
+"""The evaluation step and its factories: no gradients, evaluation mode, metrics over the whole data."""
 
 import inspect
 
@@ -124,10 +124,10 @@ def test_torchmetrics_are_those_of_the_whole_data():
         "both": MetricCollection([MulticlassF1Score(3), MulticlassAccuracy(3)]),
         "each": MulticlassAccuracy(3, average=None),
     }
-    # whatever the output is made to be
+    # the metrics do not depend on the output
     evaluator = create_supervised_evaluator(model, metrics, output_transform=lambda x, y, y_pred: None)
     y_pred, y = predict(model, data)
-    for _ in range(2):  # and not of the epoch before
+    for _ in range(2):  # a second epoch does not include the first one
         result = evaluator.run(data).metrics
         assert result["accuracy"] == pytest.approx((y_pred.argmax(1) == y).double().mean().item())
         assert isinstance(result["accuracy"], float)
@@ -136,7 +136,7 @@ def test_torchmetrics_are_those_of_the_whole_data():
 
 
 class Count:
-    """A metric of the user's own: counts samples, and notes whether gradients were on."""
+    """A metric of the user's own: counts samples, and records whether gradients were on."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -168,7 +168,7 @@ def test_anything_with_reset_update_and_compute_is_a_metric():
     assert count.grad == {False}
 
 
-def test_a_metric_that_attaches_itself_does():
+def test_a_metric_with_attach_attaches_itself():
     class Attaches(Count):
         def attach(self, engine: Engine, name: str) -> None:
             engine.add_event_handler(Events.COMPLETED, lambda engine: engine.state.metrics.update({name: "own"}))
@@ -179,7 +179,7 @@ def test_a_metric_that_attaches_itself_does():
 
 
 @pytest.mark.parametrize("metric", [len, "accuracy", Count])
-def test_anything_else_is_refused(metric):
+def test_an_object_that_is_no_metric_is_refused(metric):
     with pytest.raises(TypeError, match="expected metric 'm' to have reset, update and compute, or attach; got"):
         create_supervised_evaluator(make_model(), {"m": metric})
 

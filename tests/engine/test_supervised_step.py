@@ -1,6 +1,6 @@
-"""The training step: the one body against steps written by hand, and what its factories pick and refuse.
+"""The training step: the one body compared with steps written by hand, and the choices and errors of its factories.
 
-apex and torch_xla are doubles here (tests/precision/doubles), which is enough for the order of the calls.
+apex and torch_xla are doubles here (tests/precision/doubles), which are enough to check the order of the calls.
 """
 
 import inspect
@@ -25,7 +25,7 @@ from disttrain.engine import (
     supervised_training_step_apex,
     supervised_training_step_tpu,
 )
-from disttrain.parallel.base import Accumulation
+from disttrain.parallel.gradients import Accumulation
 from disttrain.precision import AMP, FP32
 
 DOUBLES = Path(__file__).parents[1] / "precision" / "doubles"
@@ -241,7 +241,7 @@ class TestAccumulation:
 
     @pytest.fixture
     def ddp(self, tmp_path):
-        """A real DDP model in a group of one, and the list of the iterations in which it sent its gradients."""
+        """Yield a real DDP model in a group of one rank, and the iterations in which it sent its gradients."""
         dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
         model = DistributedDataParallel(nn.Linear(4, 1))
         sent: list[int] = []
@@ -270,7 +270,7 @@ class TestAccumulation:
         trainer.run(batches(7))
         assert sent == [3, 6]
 
-    def test_an_exception_that_someone_keeps_does_not_keep_ddp_from_sending(self, ddp):
+    def test_a_kept_exception_does_not_keep_ddp_from_sending(self, ddp):
         model, sent, _iteration = ddp
         trainer = create_supervised_trainer(
             model, make_optimizer(model), nn.functional.mse_loss, gradient_accumulation_steps=2
@@ -286,7 +286,7 @@ class TestAccumulation:
 
 
 class Noted(FP32):
-    """A fifth precision: full, and notes what is called."""
+    """A fifth precision: float32, and it records the calls."""
 
     name = "noted"
 
@@ -461,7 +461,7 @@ class TestScaler:
         loss = lambda y_pred, y: nn.functional.mse_loss(y_pred.float(), y) / 1000  # noqa: E731
         return create_supervised_trainer(model, make_optimizer(model), loss, amp_mode="amp", scaler=scaler)
 
-    def test_state_has_it_with_true_alone_and_keeps_it(self):
+    def test_the_state_has_a_scaler_with_true_alone_and_keeps_it(self):
         trainer = self.trainer(True)
         scaler = trainer.state.scaler
         assert isinstance(scaler, torch.amp.GradScaler)
@@ -470,18 +470,18 @@ class TestScaler:
         assert trainer.state.scaler is scaler
         assert scaler.state_dict()["_growth_tracker"] == 3
 
-    def test_one_that_is_passed_is_used_and_not_in_the_state(self):
+    def test_a_passed_scaler_is_used_and_not_in_the_state(self):
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
         trainer = self.trainer(scaler)
         assert not hasattr(trainer.state, "scaler")
         trainer.run(batches(2))
         assert scaler.get_scale() == 8.0
 
-    def test_without_one_there_is_none(self):
+    def test_without_a_scaler_the_state_has_none(self):
         trainer = self.trainer(False)
         assert not hasattr(trainer.state, "scaler")
 
-    def test_the_amp_step_takes_one(self):
+    def test_the_amp_step_takes_a_scaler(self):
         model = make_model()
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
         loss = lambda y_pred, y: nn.functional.mse_loss(y_pred.float(), y)  # noqa: E731
@@ -490,7 +490,7 @@ class TestScaler:
 
 
 class TestOverflow:
-    """An update whose scaled gradients overflow: fp16 on the CPU, by both factories, accumulating, under a schedule."""
+    """An update whose scaled gradients overflow: fp16 on the CPU, both factories, accumulation, a schedule."""
 
     BAD = 5  # the iteration, from 1, whose loss is infinite
 
@@ -506,7 +506,7 @@ class TestOverflow:
         return loss
 
     def expected(self, data, steps: int, fused: bool) -> list[torch.Tensor]:
-        """Train by hand, with the loss scaled by hand, and leave out the update with the bad iteration in it."""
+        """Return the weights after training by hand, with a scaled loss and without the bad iteration's update."""
         model = make_model()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
         torch.manual_seed(5)
@@ -556,9 +556,9 @@ class TestOverflow:
             schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=6)
             precision = AMP("cpu", scaler=True)
 
-            def after_step(it_did: bool) -> None:
-                stepped.append(it_did)
-                if it_did:
+            def after_step(has_stepped: bool) -> None:
+                stepped.append(has_stepped)
+                if has_stepped:
                     schedule.step()
 
             held.append(
@@ -607,8 +607,8 @@ class TestOverflow:
         assert max(norms) < 1  # times the scale, 65536, it is far above
 
 
-def test_after_step_hears_of_each_update_once():
-    heard = []
+def test_after_step_is_called_once_for_each_update():
+    stepped = []
     model = make_model()
     answers = iter([None, False, True])
     create_supervised_trainer(
@@ -617,9 +617,9 @@ def test_after_step_hears_of_each_update_once():
         nn.functional.mse_loss,
         gradient_accumulation_steps=2,
         before_step=lambda: next(answers),
-        after_step=heard.append,
+        after_step=stepped.append,
     ).run(batches(6))
-    assert heard == [True, False, True]
+    assert stepped == [True, False, True]
 
 
 class TestTrainingMode:
@@ -632,7 +632,7 @@ class TestTrainingMode:
             return model(x)
 
         trainer = create_supervised_trainer(model, make_optimizer(model), nn.functional.mse_loss, model_fn=model_fn)
-        # as a validation in a handler leaves it; as one that goes around a wrapper (DDP) leaves it
+        # once as after a validation in a handler, once as after one that bypasses a wrapper (DDP)
         trainer.add_event_handler(Events.ITERATION_STARTED(once=1), lambda: model.eval())
         trainer.add_event_handler(Events.ITERATION_STARTED(once=2), lambda: model[1].eval())
         trainer.run(batches(3))
@@ -666,7 +666,7 @@ def test_deterministic_picks_the_engine():
 class TestDoubles:
     @pytest.fixture
     def path(self, without, monkeypatch):
-        # Not by syspath_prepend, whose undoing would make what `without` has hidden stay so.
+        # Not syspath_prepend: when pytest undoes it, the packages that `without` hides would stay hidden.
         monkeypatch.setattr(sys, "path", [*(str(DOUBLES / double) for double in ("apex_with_amp", "xla")), *sys.path])
         yield
         for name in [n for n in sys.modules if n.partition(".")[0] in ("apex", "torch_xla")]:
@@ -692,7 +692,7 @@ class TestDoubles:
             assert equal(weights(model), expected)
             assert amp.state_dict()["loss_scaler0"]["unskipped"] == len(data)
 
-    def test_apex_under_ddp_leaves_a_windows_gradients_scaled_until_they_have_met(self, path, tmp_path):
+    def test_apex_under_ddp_leaves_a_windows_gradients_scaled_until_they_are_reduced(self, path, tmp_path):
         from apex import amp
 
         dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

@@ -1,4 +1,4 @@
-"""The Checkpoint handler, as programs for the reference API use it, and where it is better."""
+"""The Checkpoint handler, as programs for the reference API use it, and the points in which it is better."""
 
 import gc
 import os
@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from disttrain.checkpoint import About, DirectorySaver, DiskSaver, committed, load, place_of, save
+from disttrain.checkpoint import CheckpointInfo, DirectorySaver, DiskSaver, committed, load, save, store_at
 from disttrain.engine import Engine, Events
 from disttrain.errors import CheckpointError
 from disttrain.handlers.checkpoint import Checkpoint
 
 
 class Number:
-    """The smallest object that can be saved and loaded."""
+    """The smallest object with a state."""
 
     def __init__(self, value: int = 0) -> None:
         self.value = value
@@ -33,7 +33,7 @@ class Number:
 
 
 class Memory:
-    """A save handler that remembers, and can be told to fail."""
+    """A save handler that keeps everything in memory, and fails if `broken` is set."""
 
     def __init__(self) -> None:
         self.files: dict[str, Any] = {}
@@ -101,7 +101,7 @@ def test_file_names(arguments: dict[str, Any], objects: int, expected: str) -> N
     assert handler.last_checkpoint == expected
 
 
-def test_the_example_of_the_documents(tmp_path: Path) -> None:
+def test_the_example_of_the_reference_documentation(tmp_path: Path) -> None:
     model, other = nn.Linear(2, 1), nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
@@ -131,14 +131,14 @@ def test_a_path_is_a_directory_of_files(tmp_path: Path) -> None:
     assert loaded.value == 5
 
 
-def test_metadata_says_what_is_saved() -> None:
+def test_metadata_describes_the_checkpoint() -> None:
     memory = Memory()
     run(Checkpoint({"model": Number()}, memory, score_name="accuracy", filename_prefix="best"), 1, [0.5])
     expected = {"basename": "best_model", "score_name": "accuracy", "priority": 0.5, "global_step": 10}
     assert memory.calls == [("best_model_accuracy=0.5000.pt", expected)]
 
 
-def test_a_save_handler_may_take_two_arguments_and_need_not_remove() -> None:
+def test_a_save_handler_may_take_two_arguments_and_have_no_remove() -> None:
     names: list[str] = []
 
     def keep_name(checkpoint: Any, filename: str) -> None:
@@ -158,25 +158,25 @@ def test_the_newest_are_kept(n_saved: int | None, kept: list[int]) -> None:
     assert list(memory.files) == [f"model_{step}.pt" for step in kept]
 
 
-def test_a_step_that_is_saved_again_takes_no_other_ones_place(tmp_path: Path) -> None:
-    # An object store's names have a part of their own, and the run that saves again is another process.
-    place = f"local://{tmp_path}/c"
+def test_a_step_that_is_saved_again_removes_no_other_checkpoint(tmp_path: Path) -> None:
+    # An object store adds a part of its own to each name, and the second process saves step 8 again.
+    store = f"local://{tmp_path}/c"
     for steps in ((4, 8), (8,)):
-        handler = Checkpoint({"model": Number()}, DirectorySaver(place), n_saved=2)
+        handler = Checkpoint({"model": Number()}, DirectorySaver(store), n_saved=2)
         for step in steps:
             engine = Engine(lambda engine, batch: None)
             engine.state.iteration = step
             handler(engine)
-    assert sorted(name.partition(".")[0] for name in place_of(place).committed()) == ["step-00000004", "step-00000008"]
+    assert sorted(name.partition(".")[0] for name in store_at(store).committed()) == ["step-00000004", "step-00000008"]
 
 
-def test_some_stay_for_as_long_as_they_are_wanted() -> None:
-    memory, wanted = Memory(), {"model_10.pt"}
-    handler = Checkpoint({"model": Number()}, memory, n_saved=2, keeps=lambda filename: filename in wanted)
+def test_kept_checkpoints_stay_beside_the_newest() -> None:
+    memory, kept = Memory(), {"model_10.pt"}
+    handler = Checkpoint({"model": Number()}, memory, n_saved=2, keeps=lambda filename: filename in kept)
     run(handler, epochs=4)
     assert list(memory.files) == ["model_10.pt", "model_30.pt", "model_40.pt"]
-    wanted.clear()
-    wanted.add("model_40.pt")
+    kept.clear()
+    kept.add("model_40.pt")
     run(handler, epochs=2)
     assert set(memory.files) == {"model_40.pt", "model_10.pt", "model_20.pt"}  # the second run counts from 1 again
 
@@ -269,7 +269,7 @@ def test_its_own_state_can_be_saved_with_the_rest(tmp_path: Path) -> None:
     handler = Checkpoint({"model": Number(7)}, saver, n_saved=2, include_self=True)
     run(handler, epochs=3)
     checkpoint = torch.load(tmp_path / "checkpoint_30.pt", weights_only=True)
-    # The list is what is there once this checkpoint is safe, itself included.
+    # The list holds the checkpoints that are there once this one is safe, itself included.
     assert checkpoint["checkpointer"] == {"_saved": [(20, "checkpoint_20.pt"), (30, "checkpoint_30.pt")]}
     again = Checkpoint({"model": Number()}, saver, n_saved=2, include_self=True)
     Checkpoint.load_objects({"model": again.to_save["model"], "checkpointer": again}, checkpoint)
@@ -283,7 +283,7 @@ def test_its_own_state_can_be_saved_with_the_rest(tmp_path: Path) -> None:
 
 
 def directory_handler(root: Path, model: Any, n_saved: int | None = 3) -> Checkpoint:
-    saver = DirectorySaver(root, describe=lambda: About(seed=1))
+    saver = DirectorySaver(root, describe=lambda: CheckpointInfo(seed=1))
     return Checkpoint({"model": model}, saver, n_saved=n_saved)
 
 
@@ -330,7 +330,7 @@ def test_objects_are_loaded_from_a_file_a_checkpoint_or_a_directory_of_them(tmp_
         assert (a.value, b.value) == expected
 
 
-def test_loading_from_a_directory_goes_round_damage(tmp_path: Path) -> None:
+def test_loading_from_a_directory_skips_a_damaged_checkpoint(tmp_path: Path) -> None:
     for step in (1, 2):
         save(tmp_path, step, {"a": {"value": step}, "b": {"value": 0}})
     (tmp_path / "step-00000002" / "SHA256SUMS").unlink()
@@ -351,7 +351,7 @@ def test_nothing_is_loaded_if_an_object_is_missing() -> None:
     assert a.value == 0
 
 
-def test_strict_goes_to_modules() -> None:
+def test_strict_is_passed_to_modules() -> None:
     model, number = nn.Linear(2, 1), Number()
     checkpoint = {"model": {"weight": torch.ones(1, 2)}, "number": {"value": 3}}
     with pytest.raises(RuntimeError, match="Missing key"):
@@ -399,9 +399,9 @@ def test_an_engine_that_saves_itself_is_freed_by_reference_counting() -> None:
         handler = Checkpoint({"trainer": trainer, "model": Number()}, Memory())
         trainer.add_event_handler(Events.EPOCH_COMPLETED, handler)
         trainer.run(range(2), max_epochs=1)
-        gone = weakref.ref(trainer)
+        reference = weakref.ref(trainer)
         del trainer
-        assert gone() is None
+        assert reference() is None
     finally:
         gc.enable()
     with pytest.raises(CheckpointError, match=r"the engine to_save\['trainer'\] is gone; keep a reference"):
@@ -450,7 +450,7 @@ def test_a_wrong_argument_of_load_objects_is_refused(error: type[Exception], mat
         Checkpoint.load_objects(*arguments)
 
 
-def test_called_outside_a_run_the_step_is_where_the_engine_stands() -> None:
+def test_called_outside_a_run_the_step_is_that_of_the_engine() -> None:
     memory = Memory()
     handler = Checkpoint({"model": Number()}, memory, n_saved=None)
     handler(Engine(lambda engine, batch: None))
@@ -460,10 +460,10 @@ def test_called_outside_a_run_the_step_is_where_the_engine_stands() -> None:
     assert list(memory.files) == ["model_0.pt", "model_12.pt"]
 
 
-def test_a_score_is_a_number_of_a_metric_that_there_is() -> None:
+def test_a_score_is_a_number_of_an_existing_metric() -> None:
     with pytest.raises(ValueError, match="expected score_function to return a number, got str"):
         run(Checkpoint({"model": Number()}, Memory(), score_function=lambda engine: "high"))
-    with pytest.raises(ValueError, match=r"expected a metric 'loss' of this engine, it has \['accuracy'\]"):
+    with pytest.raises(ValueError, match=r"expected a metric 'loss' of this engine, got \['accuracy'\]"):
         run(Checkpoint({"model": Number()}, Memory(), score_name="loss"), scores=[1, 2, 3])
     with pytest.raises(ValueError, match=r"score_sign to be 1\.0 or -1\.0"):
         Checkpoint.get_default_score_fn("accuracy", 0.5)
@@ -473,14 +473,14 @@ def test_a_score_is_a_number_of_a_metric_that_there_is() -> None:
     ("arguments", "match"),
     [((True, False, False, False), "all names are the same"), ((True, False, True, True), "with_score=True")],
 )
-def test_a_pattern_of_names_tells_checkpoints_apart(arguments: tuple[bool, ...], match: str) -> None:
+def test_a_pattern_gives_each_checkpoint_its_own_name(arguments: tuple[bool, ...], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         Checkpoint.setup_filename_pattern(*arguments)
     expected = "{filename_prefix}_{name}_{global_step}_{score_name}={score}.{ext}"
     assert Checkpoint.setup_filename_pattern() == expected
 
 
-def test_attach_returns_the_handle_that_undoes_it() -> None:
+def test_attach_returns_a_handle_that_detaches() -> None:
     memory, trainer = Memory(), Engine(lambda engine, batch: None)
     handle = Checkpoint({"model": Number()}, memory, n_saved=None).attach(trainer, Events.EPOCH_COMPLETED)
     trainer.run(range(2), max_epochs=1)
@@ -492,3 +492,17 @@ def test_attach_returns_the_handle_that_undoes_it() -> None:
 def test_an_ordered_state_keeps_its_type(tmp_path: Path) -> None:
     run(Checkpoint({"model": nn.Linear(1, 1)}, DiskSaver(tmp_path)), epochs=1)
     assert type(torch.load(tmp_path / "model_10.pt", weights_only=True)) is OrderedDict
+
+
+def test_an_exception_saves_what_is_there(tmp_path):
+    """The handler of EXCEPTION_RAISED gets the engine and the exception."""
+    counter = torch.nn.Linear(1, 1)
+
+    def step(engine, batch):
+        if batch == 3:
+            raise RuntimeError("on purpose")
+
+    trainer = Engine(step)
+    trainer.add_event_handler(Events.EXCEPTION_RAISED, Checkpoint({"model": counter}, tmp_path))
+    trainer.run([1, 2, 3, 4], max_epochs=1)  # a handler that does not raise has dealt with the exception
+    assert [path.name for path in tmp_path.iterdir()] == ["model_3.pt"]

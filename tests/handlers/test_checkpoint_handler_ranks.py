@@ -1,4 +1,4 @@
-"""The Checkpoint handler on several real ranks: one writes, all agree on what was written and on what failed."""
+"""The Checkpoint handler on several real ranks: one rank writes, and all agree on the checkpoints and on failures."""
 
 import os
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ def save_files(backend: Backend, root: Path) -> Any:
     return handler.state_dict()
 
 
-def test_one_rank_writes_files_and_all_know_which(ranks: Ranks, tmp_path: Path) -> None:
+def test_one_rank_writes_files_and_all_ranks_have_the_list(ranks: Ranks, tmp_path: Path) -> None:
     first, *others = ranks(3, save_files, tmp_path)
     assert first == {"_saved": [(20, "model_20.pt"), (30, "model_30.pt")]}
     assert others == [first, first]
@@ -40,7 +40,7 @@ def test_one_rank_writes_files_and_all_know_which(ranks: Ranks, tmp_path: Path) 
 
 
 def save_best(backend: Backend, root: Path) -> Any:
-    # The ranks' scores differ: the writing rank's decide, on all.
+    # The scores of the ranks differ: all ranks use those of the writing rank.
     handler = Checkpoint(
         {"model": nn.Linear(1, 1)},
         DiskSaver(root),
@@ -94,5 +94,5 @@ def save_in_vain(backend: Backend) -> tuple[Any, int]:
     return handler.last_checkpoint, saver.num_saves
 
 
-def test_a_failure_on_the_writing_rank_is_one_on_all(ranks: Ranks) -> None:
+def test_a_failure_on_the_writing_rank_is_a_failure_on_all(ranks: Ranks) -> None:
     assert ranks(2, save_in_vain) == [("model_10.pt", 2), ("model_10.pt", 0)]

@@ -1,4 +1,4 @@
-"""The best evaluation: which it is, what a checkpoint says of it, and which way is up."""
+"""The best evaluation: the first with the best value, its entry in a checkpoint, and whether small or large is good."""
 
 import math
 
@@ -19,33 +19,33 @@ VALUES = st.lists(st.sampled_from([0.25, 0.5, 0.75, 1.0, math.nan, math.inf, -ma
 
 
 @given(VALUES, st.sampled_from(["min", "max"]), st.integers(0, 8))
-def test_it_is_the_first_of_the_best_also_for_who_goes_on_from_a_checkpoint(
+def test_the_best_is_the_first_with_the_best_value_also_after_a_resume(
     values: list[float], mode: Mode, stop: int
 ) -> None:
     best = Best("accuracy", mode)
     saved = []
     for step, value in enumerate(values, 1):
         if step == stop:
-            position, best = best.about(), Best("accuracy", mode)
-            best.stands(position)
+            position, best = best.position(), Best("accuracy", mode)
+            best.load_position(position)
         if best.improved(step, {"loss": 9.0, "accuracy": value}):
             saved.append(step)
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
-        assert (best.found, saved, best.about()) == (None, [], {})
+        assert (best.found, saved, best.position()) == (None, [], {})
         return
     value = max(finite) if mode == "max" else min(finite)
     assert best.found == BestStep(values.index(value) + 1, "accuracy", value)
     assert saved[-1] == best.found.step
     assert best.keeps(f"step-{saved[-1]:08d}")
-    assert best.keeps(f"step-{saved[-1]:08d}.1f2e3d4c")  # as an object store has it
+    assert best.keeps(f"step-{saved[-1]:08d}.1f2e3d4c")  # the name in an object store
     assert not best.keeps(f"step-{saved[-1] + 1:08d}")
 
 
-def test_whole_numbers_will_do_and_lists_will_not() -> None:
+def test_whole_numbers_are_accepted_and_lists_are_not() -> None:
     best = Best("hits", "max")
     assert best.improved(1, {"hits": 3})
-    assert best.about() == {"best": {"step": 1, "monitor": "hits", "value": 3.0, "mode": "max"}}
+    assert best.position() == {"best": {"step": 1, "monitor": "hits", "value": 3.0, "mode": "max"}}
     with pytest.raises(ConfigError, match=r"checkpoint.monitor='hits': expected .* one number, got \[1, 2\]"):
         best.improved(2, {"hits": [1, 2]})
 
@@ -56,29 +56,29 @@ def differing_in_the_last_bit(backend: Backend) -> tuple[list[bool], BestStep | 
     return [best.improved(1, {"accuracy": own}), best.improved(2, {"accuracy": 0.1 + 0.2})], best.found
 
 
-def test_ranks_that_compute_another_last_bit_act_alike(ranks: Ranks) -> None:
+def test_ranks_whose_values_differ_in_the_last_bit_decide_the_same(ranks: Ranks) -> None:
     assert ranks(2, differing_in_the_last_bit) == [([True, False], BestStep(1, "accuracy", 0.1 + 0.2))] * 2
 
 
-def test_another_result_begins_anew() -> None:
+def test_the_best_of_another_monitor_or_mode_is_ignored() -> None:
     best = Best("loss", "min")
-    best.stands({"best": {"step": 4, "monitor": "accuracy", "value": 0.5, "mode": "min"}})
+    best.load_position({"best": {"step": 4, "monitor": "accuracy", "value": 0.5, "mode": "min"}})
     assert best.found is None
-    best.stands({"best": {"step": 4, "monitor": "loss", "value": 0.5, "mode": "max"}})
+    best.load_position({"best": {"step": 4, "monitor": "loss", "value": 0.5, "mode": "max"}})
     assert best.found is None
-    best.stands({"best": {"step": 4, "monitor": "loss", "value": 0.5, "mode": "min"}})
+    best.load_position({"best": {"step": 4, "monitor": "loss", "value": 0.5, "mode": "min"}})
     assert best.found == BestStep(4, "loss", 0.5)
 
 
 @pytest.mark.parametrize(
-    "said",
+    "entry",
     [None, 3, {}, {"step": "4", "monitor": "loss", "value": 0.5}, {"step": 4, "monitor": "loss", "value": math.nan}],
 )
-def test_what_is_no_best_step_is_none(said: object) -> None:
-    assert best_in({"best": said}) is None
+def test_an_entry_that_is_no_best_step_is_ignored(entry: object) -> None:
+    assert best_in({"best": entry}) is None
 
 
-def test_which_way_is_up() -> None:
+def test_the_mode_is_that_of_the_config_or_of_the_metric() -> None:
     metrics = {
         "accuracy": MulticlassAccuracy(3),
         "error": MeanSquaredError(),
@@ -91,5 +91,5 @@ def test_which_way_is_up() -> None:
     assert mode_of("min", "accuracy", metrics) == "min"
     assert mode_of("max", "mine", metrics) == "max"
     for name in ("confusion", "mine"):
-        with pytest.raises(ConfigError, match="does not say whether higher is better"):
+        with pytest.raises(ConfigError, match="expected a metric whose higher_is_better is True or False, got"):
             mode_of("auto", name, metrics)

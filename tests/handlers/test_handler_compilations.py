@@ -1,4 +1,4 @@
-"""Programs that a device compiles during a run: counted, validation's apart, and the operations it lacks named once."""
+"""Programs that a device compiles during a run are counted, those of the validation apart; fallbacks are named once."""
 
 import logging
 
@@ -13,7 +13,7 @@ from disttrain.handlers.compilations import Compilations
 
 
 class Compiling(SingleBackend):
-    """The CPU, of which this says that it compiles."""
+    """The CPU, with the programs of a device that compiles."""
 
     num_compiled = 0
     fallback_ops: tuple[str, ...] = ()
@@ -46,7 +46,9 @@ def run(backend: Compiling, compiled_in_step: dict[int, int], validated_after: i
         ({1: 9, 3: 2, 6: 1}, 4, 19, 3),
     ],
 )
-def test_what_is_compiled_after_step_2(compiled: dict[int, int], validated_after: int, total: int, steady: int) -> None:
+def test_programs_compiled_after_step_2_are_counted(
+    compiled: dict[int, int], validated_after: int, total: int, steady: int
+) -> None:
     report = run(Compiling(torch.device("cpu")), compiled, validated_after)
     assert report["xla_compilations"] == total
     assert report["xla_compilations_after_step_2"] == steady
@@ -58,13 +60,13 @@ def test_operations_that_fell_back_are_named_once(caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.WARNING):
         report = run(backend, {})
     assert report["xla_fallback_ops"] == ["aten::_local_scalar_dense", "aten::_unique2"]
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 2
-    assert "a value was read from the device" in said[0]
-    assert "aten::_unique2 is not compiled" in said[1]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert "a value was read from the device" in messages[0]
+    assert "aten::_unique2 is not compiled" in messages[1]
 
 
-def test_nothing_is_said_of_a_device_that_does_not_compile() -> None:
+def test_there_is_no_report_for_a_device_that_does_not_compile() -> None:
     with connect("single", device="cpu") as backend:
         compilations = Compilations(backend)
         engine = Engine(lambda engine, batch: None)

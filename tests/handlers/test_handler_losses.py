@@ -1,4 +1,4 @@
-"""LossLog: the same curve on any number of ranks, in few collectives, and a loud stop where it is not finite."""
+"""LossLog: the same curve on any number of ranks, in few collectives, and an error for a loss that is not finite."""
 
 import math
 from collections.abc import Callable
@@ -28,9 +28,9 @@ def run_with(
     update: Callable[[int], Update] = lambda step: (None, None),
     none_at: int = 0,
 ) -> tuple[list[dict[str, Any]], list[Pace], str]:
-    """Train for as many steps as there are rows, each rank with its columns; return what was told."""
-    each = losses.shape[1] // backend.world_size
-    mine = losses[:, backend.rank * each : (backend.rank + 1) * each]
+    """Train for as many steps as there are rows, each rank with its columns; return the lines, paces and the error."""
+    num_mine = losses.shape[1] // backend.world_size
+    mine = losses[:, backend.rank * num_mine : (backend.rank + 1) * num_mine]
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     lines: list[dict[str, Any]] = []
     paces: list[Pace] = []
@@ -56,16 +56,16 @@ def run_with(
 
     trainer.add_event_handler(Events.ITERATION_COMPLETED(every=fetch_every), log.fetch)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, log.fetch)
-    said = ""
+    message = ""
     try:
         trainer.run(range(len(losses)), max_epochs=1)
     except NonFiniteError as error:
-        said = str(error)
-    return lines, paces, said
+        message = str(error)
+    return lines, paces, message
 
 
 def folded(losses: torch.Tensor) -> list[float]:
-    """The means over the slots, added by hand in slot order."""
+    """Return the means over the slots, added by hand in slot order."""
     means = []
     for row in losses.double().tolist():
         total = 0.0
@@ -81,22 +81,22 @@ def test_the_lines_are_the_same_on_any_number_of_ranks(ranks: Ranks) -> None:
         for i, loss in enumerate(folded(LOSSES))
     ]
     for world_size in (1, 2, 3):
-        for lines, paces, said in ranks(world_size, run_with, LOSSES):
+        for lines, paces, message in ranks(world_size, run_with, LOSSES):
             assert lines == expected
             assert [pace.step for pace in paces] == [3, 6, 7]
             assert [(pace.loss, pace.learning_rate) for pace in paces] == [
                 (expected[step - 1]["loss"], expected[step - 1]["learning_rate"]) for step in (3, 6, 7)
             ]
             assert all(pace.samples_per_second > 0 for pace in paces)
-            assert said == ""
+            assert message == ""
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_its_step(ranks: Ranks, bad: float) -> None:
     losses = LOSSES.clone()
-    losses[4, 5] = bad  # of the last slot in step 5: another rank's than 0's
-    for lines, _, said in ranks(2, run_with, losses):
-        assert said.startswith(f"the loss became {bad} at step 5 (epoch 1)")
+    losses[4, 5] = bad  # of the last slot in step 5, which is not rank 0's
+    for lines, _, message in ranks(2, run_with, losses):
+        assert message.startswith(f"the loss became {bad} at step 5 (epoch 1)")
         assert [str(line["loss"]) for line in lines] == [
             *map(str, folded(LOSSES)[:4]),
             str(bad),
@@ -104,18 +104,18 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_its_step(ranks: Ran
         ]
 
 
-def test_training_goes_on_where_that_is_wanted() -> None:
+def test_training_continues_without_bad_steps() -> None:
     losses = LOSSES.clone()
     losses[1, 0] = math.nan
     with connect("single") as backend:
-        lines, paces, said = run_with(backend, losses, stop_on_nan=False)
-    assert said == ""
+        lines, paces, message = run_with(backend, losses, stop_on_nan=False)
+    assert message == ""
     assert [line["step"] for line in lines if math.isnan(line["loss"])] == [2]
     assert len(lines) == NUM_STEPS
     assert math.isfinite(paces[0].loss)
 
 
-def test_a_fetch_with_nothing_new_tells_nothing() -> None:
+def test_a_fetch_without_new_steps_reports_nothing() -> None:
     with connect("single") as backend:
         _, paces, _ = run_with(backend, LOSSES[:6], fetch_every=3)
     assert [pace.step for pace in paces] == [3, 6]  # and not once more at the epoch's end
@@ -126,14 +126,14 @@ def updates(step: int) -> Update:
     return (None, "it was bad") if step == 4 else (torch.tensor(math.inf if step == 6 else step / 8), None)
 
 
-def test_norms_come_with_the_losses_and_a_step_that_was_left_out_has_neither(ranks: Ranks) -> None:
+def test_lines_have_norms_and_a_step_that_was_left_out_has_no_loss_and_no_norm(ranks: Ranks) -> None:
     for world_size in (1, 2):
-        for lines, paces, said in ranks(world_size, run_leaving_out, LOSSES):
+        for lines, paces, message in ranks(world_size, run_leaving_out, LOSSES):
             losses = folded(LOSSES)
             assert [line["loss"] for line in lines[:6]] == [*losses[:3], None, *losses[4:6]]
             assert [line["grad_norm"] for line in lines[:6]] == [1 / 8, 2 / 8, 3 / 8, None, 5 / 8, math.inf]
             assert [line.get("left_out") for line in lines[:6]] == [None] * 3 + ["it was bad"] + [None] * 2
-            assert said.startswith("the gradient's norm became inf at step 6 (epoch 1)")
+            assert message.startswith("the gradient's norm became inf at step 6 (epoch 1)")
             assert paces[1].loss == losses[5]
 
 

@@ -1,4 +1,4 @@
-"""Real signals: what one rank was asked, all ranks do at the end of the same step; and what Ctrl-C does."""
+"""Real signals: if one rank receives one, all ranks stop at the end of the same step; and the effect of Ctrl-C."""
 
 import math
 import os
@@ -20,8 +20,8 @@ from disttrain.handlers.preemption import NOTHING, SAVE, SECOND_SIGINT_AFTER_S, 
 NUM_STEPS = 6
 
 
-def heard(preemption: Preemption) -> bool:
-    """Wait for the listener to take note of a signal that was just sent."""
+def received(preemption: Preemption) -> bool:
+    """Wait until the listener has recorded a signal that was just sent."""
     end = time.monotonic() + 5
     while not preemption.asked() and time.monotonic() < end:
         time.sleep(0.001)
@@ -29,46 +29,46 @@ def heard(preemption: Preemption) -> bool:
 
 
 def steps_with_a_signal(backend: Backend, asked: int, at: int, slow: bool) -> list[int]:
-    """Go through the steps; the rank `asked` gets SIGTERM while it computes step `at`. Return what was agreed on."""
+    """Run the steps; the rank `asked` receives SIGTERM in step `at`. Return the request of each step."""
     agreed = []
     with Preemption(backend, slow_step_s=0.0 if slow else math.inf) as preemption:
         for step in range(NUM_STEPS):
             preemption.ask()
             if step == at and backend.rank == asked:
                 os.kill(os.getpid(), signal.SIGTERM)
-                assert heard(preemption)
+                assert received(preemption)
             backend.barrier()
             agreed.append(preemption.agreed())
     return agreed
 
 
-def test_all_ranks_agree_on_the_step_at_which_one_was_asked_to_stop(ranks: Ranks) -> None:
+def test_all_ranks_agree_on_a_stop_when_one_rank_receives_a_signal(ranks: Ranks) -> None:
     for asked in (0, 1):
         first, second = ranks(2, steps_with_a_signal, asked, 2, False)
         assert first == second
-        assert first == [NOTHING] * 3 + [STOP] * (NUM_STEPS - 3)  # one step after it was asked
+        assert first == [NOTHING] * 3 + [STOP] * (NUM_STEPS - 3)  # one step after the signal
     assert ranks(2, steps_with_a_signal, 1, 2, True) == [[NOTHING] * 2 + [STOP] * (NUM_STEPS - 2)] * 2
 
 
-def what_is_left(backend: Backend) -> list[float]:
+def left_before_and_after(backend: Backend) -> list[float]:
     with Preemption(backend) as preemption:
         preemption.grace_s = 1000.0
-        found = [preemption.left_s()]
+        left_s = [preemption.left_s()]
         if backend.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-            assert heard(preemption)
-        return [*found, preemption.left_s()]
+            assert received(preemption)
+        return [*left_s, preemption.left_s()]
 
 
-def test_what_is_left_is_counted_from_the_first_ranks_signal(ranks: Ranks) -> None:
-    first, second = ranks(2, what_is_left)
+def test_the_time_left_is_that_of_the_first_rank_with_a_signal(ranks: Ranks) -> None:
+    first, second = ranks(2, left_before_and_after)
     assert first == second
     assert first[0] == math.inf
     assert 900 < first[1] <= 1000
 
 
 def timed_saves(backend: Backend) -> list[int]:
-    # Only rank 0's clock counts: the other's would ask at every step.
+    # Only rank 0's clock counts: rank 1's would request a save at every step.
     agreed = []
     with Preemption(backend, save_every_s=0.001 if backend.rank else 3600.0) as preemption:
         for _ in range(3):
@@ -89,7 +89,7 @@ def timed_saves(backend: Backend) -> list[int]:
     return agreed
 
 
-def test_what_was_asked_in_a_step_that_broke_off_is_forgotten_and_a_signal_is_not() -> None:
+def test_forget_drops_the_pending_question_and_keeps_the_signal() -> None:
     with connect("single") as backend, Preemption(backend) as preemption:
         preemption.ask()
         preemption.forget()
@@ -103,7 +103,7 @@ def test_what_was_asked_in_a_step_that_broke_off_is_forgotten_and_a_signal_is_no
         assert preemption.agreed() == STOP
 
 
-def test_rank_0_alone_says_when_it_is_time_to_save(ranks: Ranks) -> None:
+def test_the_clock_of_rank_0_alone_requests_saves(ranks: Ranks) -> None:
     first, second = ranks(2, timed_saves)
     assert first == second
     assert first[:3] == [NOTHING] * 3
@@ -112,20 +112,20 @@ def test_rank_0_alone_says_when_it_is_time_to_save(ranks: Ranks) -> None:
 
 
 def blocked_in_a_collective(backend: Backend) -> bool:
-    """Rank 1 waits for rank 0 in C code, where no Python handler of a signal is ever run, and hears one."""
+    """Rank 1 waits for rank 0 in C code, where Python runs no signal handler, and records a signal all the same."""
     with Preemption(backend) as preemption:
         if backend.rank == 0:
             time.sleep(1.0)
             backend.barrier()
             return True
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        seen: list[bool] = []
-        threading.Timer(0.7, lambda: seen.append(preemption.asked())).start()
+        recorded: list[bool] = []
+        threading.Timer(0.7, lambda: recorded.append(preemption.asked())).start()
         backend.barrier()
-        return seen == [True]
+        return recorded == [True]
 
 
-def test_a_signal_is_heard_while_the_main_thread_waits_for_another_rank(ranks: Ranks) -> None:
+def test_a_signal_is_recorded_while_the_main_thread_waits_for_another_rank(ranks: Ranks) -> None:
     assert ranks(2, blocked_in_a_collective) == [True, True]
 
 
@@ -139,22 +139,22 @@ def blocked_while_starting(backend: Backend) -> str:
                 threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1)).start()
                 backend.barrier()
         except Interrupted as error:
-            backend.fail(error)  # as who leaves the backend's context by it does
+            backend.fail(error)  # as leaving the backend's context by this error does
             return str(error)
         except RemoteError as error:
             return error.message if error.interrupted else "failed"
     return "nothing"
 
 
-def test_before_the_first_step_a_rank_that_waits_for_another_ends_and_so_do_all(ranks: Ranks) -> None:
+def test_before_the_first_step_a_signal_ends_a_waiting_rank_and_all_others(ranks: Ranks) -> None:
     first, second = ranks(2, blocked_while_starting, fresh=True)
     assert first.startswith("Interrupted: SIGUSR1 came before the first step")
     assert "SIGUSR1 came before the first step" in second
 
 
 @pytest.fixture(autouse=True)
-def hangups_are_heard() -> Iterator[None]:
-    """Switch SIGHUP on, which nohup around the tests has switched off."""
+def hangups_are_received() -> Iterator[None]:
+    """Restore the default of SIGHUP, which nohup around the tests may have set to be ignored."""
     old = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, old)
@@ -167,16 +167,16 @@ def alone(*, starting: bool = False) -> Iterator[Preemption]:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_every_signal_of_the_list_asks_to_stop(number: signal.Signals) -> None:
+def test_every_signal_of_the_list_requests_a_stop(number: signal.Signals) -> None:
     with alone() as preemption:
         preemption.ask()
         signal.raise_signal(number)
-        assert heard(preemption)
+        assert received(preemption)
         assert preemption.signal is number
         assert preemption.agreed() == STOP  # the first step counts as slow
 
 
-def test_a_hangup_is_left_alone_where_nohup_has_switched_it_off() -> None:
+def test_a_hangup_stays_ignored_under_nohup() -> None:
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with alone() as preemption:
@@ -188,45 +188,45 @@ def test_a_hangup_is_left_alone_where_nohup_has_switched_it_off() -> None:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_before_the_first_step_a_signal_raises_at_once_and_later_not(number: signal.Signals) -> None:
+def test_a_signal_raises_at_once_before_the_first_step_and_not_after_it(number: signal.Signals) -> None:
     with pytest.raises(Interrupted, match=f"{number.name} came before the first step"), alone(starting=True):
         signal.raise_signal(number)
     with connect("single") as backend, Preemption(starting=True) as preemption:
         preemption.begin(backend)
         signal.raise_signal(number)
-        assert heard(preemption)
+        assert received(preemption)
 
 
 def test_a_second_sigint_at_once_is_ignored_and_a_later_one_stops() -> None:
     with alone() as preemption:
         signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)  # the launcher passes on what the terminal has sent already
-        assert heard(preemption)
-        asked = preemption._asked
+        signal.raise_signal(signal.SIGINT)  # the launcher passes on the signal that the terminal has sent already
+        assert received(preemption)
+        first_time = preemption._signal_time
         time.sleep(0.01)
         signal.raise_signal(signal.SIGINT)
         time.sleep(0.05)
-        assert preemption._asked == asked  # the 2 seconds count from the first, however impatient a person is
+        assert preemption._signal_time == first_time  # the 2 seconds count from the first signal
         assert preemption.agreed(anew=True) == STOP
-        preemption._asked -= SECOND_SIGINT_AFTER_S
+        preemption._signal_time -= SECOND_SIGINT_AFTER_S
         with pytest.raises(KeyboardInterrupt, match="stopped at once"):
             signal.raise_signal(signal.SIGINT)
-            time.sleep(5)  # which the listener interrupts
+            time.sleep(5)  # the listener interrupts it
 
 
 def test_sigterm_may_come_any_number_of_times() -> None:
     with alone() as preemption:
         signal.raise_signal(signal.SIGTERM)
-        assert heard(preemption)
-        preemption._asked -= SECOND_SIGINT_AFTER_S
+        assert received(preemption)
+        preemption._signal_time -= SECOND_SIGINT_AFTER_S
         signal.raise_signal(signal.SIGTERM)
         time.sleep(0.05)
         assert preemption.agreed(anew=True) == STOP
 
 
-def test_the_old_handlers_are_put_back() -> None:
-    said = []
-    old = signal.signal(signal.SIGTERM, lambda number, frame: said.append(number))
+def test_the_old_handlers_are_restored() -> None:
+    handled = []
+    old = signal.signal(signal.SIGTERM, lambda number, frame: handled.append(number))
     interrupt = signal.getsignal(signal.SIGINT)
     threads = threading.active_count()
     try:
@@ -236,20 +236,20 @@ def test_the_old_handlers_are_put_back() -> None:
         signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, old)
-    assert said == [signal.SIGTERM]
+    assert handled == [signal.SIGTERM]
     assert signal.getsignal(signal.SIGINT) is interrupt
     assert signal.set_wakeup_fd(-1) == -1
     assert threading.active_count() == threads
 
 
-def test_with_no_wish_nothing_is_agreed_on() -> None:
+def test_without_a_request_the_ranks_agree_on_nothing() -> None:
     with alone() as preemption:
         agreed = [preemption.agreed(), preemption.agreed(anew=True)]
         preemption.ask()
         assert [*agreed, preemption.agreed()] == [NOTHING] * 3
 
 
-# A process that is forked off in the midst of a run and then sent a signal: it dies of it, and the run hears nothing.
+# A process is forked in the middle of a run and receives a signal: it dies, and the run does not receive the signal.
 FORKS = """
 import os, signal, subprocess, sys, time
 from disttrain.backend import connect
@@ -265,20 +265,20 @@ with connect("single") as backend, Preemption(backend) as preemption:
     program.terminate()
     assert program.wait() == -signal.SIGTERM
     assert not preemption.asked()
-    print("unheard")
+    print("not received")
 """
 
 
-def test_processes_that_are_started_meanwhile_hear_signals_as_ever() -> None:
+def test_child_processes_receive_signals_as_usual() -> None:
     done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout == "unheard\n", done.stderr
+    assert done.stdout == "not received\n", done.stderr
 
 
-# Imports that are never over, in C code that lets no Python handler run: the process ends all the same.
-DEAF = """
+# A start that never ends, in C code in which Python runs no signal handler: the process ends all the same.
+STUCK = """
 import ctypes, os, signal, threading
 from disttrain.handlers import preemption
-preemption.PATIENCE_S = 0.3
+preemption.ENDS_PROCESS_AFTER_S = 0.3
 with preemption.Preemption(starting=True):
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in this thread: nothing wakes it
@@ -287,6 +287,6 @@ with preemption.Preemption(starting=True):
 
 
 def test_a_start_that_nothing_can_interrupt_is_ended() -> None:
-    done = subprocess.run([sys.executable, "-c", DEAF], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == Interrupted.exit_code
     assert "SIGTERM came before the first step" in done.stderr

@@ -1,4 +1,4 @@
-"""What a person sees: a bar on a terminal, plain lines in a file, the same words in both."""
+"""The progress display: a bar on a terminal, plain lines in a file, the same content in both."""
 
 import re
 import time
@@ -14,7 +14,7 @@ PACE = Pace(step=3, epoch=1, loss=0.123456, learning_rate=0.1, samples_per_secon
 
 
 def shown(console: Console, *, line_every_s: float = 0.0, resume_at: int = 0, wait_s: float = 0.0) -> ProgressDisplay:
-    """Run two epochs of five steps, with a loss and a validation on the way; return the display, closed."""
+    """Run two epochs of five steps with a loss and an evaluation; return the closed display."""
     display = ProgressDisplay(console, total_steps=10, max_epochs=2, line_every_s=line_every_s)
     display.every_s = line_every_s
     trainer = Engine(lambda engine, batch: time.sleep(wait_s))
@@ -49,7 +49,7 @@ def test_a_terminal_gets_a_bar_with_epoch_step_loss_and_pace() -> None:
     assert "epoch 1/2  step 5  validation: loss 0.25  per_class [nan, 0.5]\n" in plain(screen)
 
 
-def test_the_bar_of_a_resumed_run_begins_where_that_begins() -> None:
+def test_the_bar_of_a_resumed_run_begins_at_its_step() -> None:
     console, screen = terminal()
     display = ProgressDisplay(console, total_steps=10, max_epochs=None, line_every_s=60.0)
     display.every_s = 60.0
@@ -58,7 +58,7 @@ def test_the_bar_of_a_resumed_run_begins_where_that_begins() -> None:
     display.attach(trainer)
     trainer.run(range(5), max_epochs=2)
     display.close()
-    # Begun at 0, the steps of the first run would count as done in a moment, and hardly any time as left.
+    # A bar that began at 0 would count the steps of the first run as done in no time, and show too little time left.
     assert " 7/10 " in plain(screen)
 
 
@@ -66,13 +66,13 @@ def test_plain_lines_elsewhere() -> None:
     screen = StringIO()
     shown(Console(file=screen, width=40))
     lines = screen.getvalue().splitlines()
-    assert len(lines) == 11  # ten steps and the validation, none of them wrapped
+    assert len(lines) == 11  # ten steps and the evaluation, no line wrapped
     assert lines[5] == "epoch 1/2  step 5  validation: loss 0.25  per_class [nan, 0.5]"
     assert re.fullmatch(r"epoch 1/2  step 1/10    \d:\d\d:\d\d left", lines[0])
     assert lines[-1] == "epoch 2/2  step 10/10  loss 0.1235  12,346 samples/s  0:00:00 left"
 
 
-def test_lines_come_only_so_often() -> None:
+def test_there_is_at_most_one_line_in_line_every_s() -> None:
     screen = StringIO()
     shown(Console(file=screen), line_every_s=3600.0)
     assert screen.getvalue() == "epoch 1/2  step 5  validation: loss 0.25  per_class [nan, 0.5]\n"
@@ -91,7 +91,7 @@ def drop(console: Console, line_every_s: float) -> None:
             show(done, 3)
 
 
-def test_what_is_read_and_dropped_is_told_and_shown_by_a_bar() -> None:
+def test_dropped_steps_are_reported_and_shown_by_a_bar() -> None:
     console, screen = terminal()
     drop(console, 0.0)
     text = plain(screen)
@@ -100,11 +100,11 @@ def test_what_is_read_and_dropped_is_told_and_shown_by_a_bar() -> None:
     assert "3/3" in text
 
 
-def test_what_is_read_and_dropped_is_told_in_lines_elsewhere() -> None:
+def test_dropped_steps_are_reported_in_plain_lines_elsewhere() -> None:
     for line_every_s, count in ((0.0, 4), (60.0, 0)):
         screen = StringIO()
         drop(Console(file=screen, width=200), line_every_s)
         assert screen.getvalue().count("WARNING: 3 steps") == 1
         assert screen.getvalue().count("\nread and dropped ") == count
     with dropping(Console(file=StringIO()), line_every_s=0.0):
-        pass  # nothing to drop, nothing to say
+        pass  # nothing is dropped, so nothing is printed

@@ -1,4 +1,4 @@
-"""The end of a step: what is due, in which order, and what the last step leaves to do."""
+"""The end of a step: everything that is due, its order, and the rest that the last step leaves."""
 
 import itertools
 import math
@@ -37,27 +37,27 @@ def train(
     best: Best | None = None,
     grace_s: float = math.inf,
 ) -> tuple[list[str], StepEnd]:
-    """Train epochs of four steps; return what was done, such as "save 4", and the handler.
+    """Train epochs of four steps; return the actions, such as "save 4", and the handler.
 
-    SIGTERM comes when step `sigterm_at` is computed, or in the midst of what `sigterm_in` names. `unvalidated`: the
-    run goes on from a step that was saved before it was evaluated.
+    SIGTERM comes in step `sigterm_at`, or in the middle of the action `sigterm_in`. `unvalidated`: the run resumes from
+    a step that was saved before it was evaluated.
     """
     done: list[str] = []
 
-    def asked_to_stop() -> None:
+    def send_sigterm() -> None:
         signal.raise_signal(signal.SIGTERM)
         while not preemption.asked():
             time.sleep(0.001)
 
     def step(engine: Engine, batch: Any) -> list[torch.Tensor]:
         if engine.state.iteration == sigterm_at:
-            asked_to_stop()
+            send_sigterm()
         return [torch.tensor(loss)]
 
     def validating(engine: Engine) -> dict[str, Any] | None:
         done.append(f"validate {engine.state.iteration}")
         if done[-1] == sigterm_in:
-            asked_to_stop()
+            send_sigterm()
             done[-1] += " in part"
             return None
         return {"loss": float(engine.state.iteration)}
@@ -65,7 +65,7 @@ def train(
     def saving(engine: Engine, left_s: float) -> bool:
         done.append(f"save {engine.state.iteration}")
         if done[-1] == sigterm_in:
-            asked_to_stop()
+            send_sigterm()
         done[-1] += " in a hurry" * (left_s < math.inf)
         return True
 
@@ -108,14 +108,14 @@ def train(
     return done, end
 
 
-def test_by_default_all_happens_at_each_epochs_end_and_in_order() -> None:
+def test_by_default_everything_is_done_in_order_at_the_end_of_each_epoch() -> None:
     done, end = train()
     assert done == ["fetch 1-4", "validate 4", "save 4", "fetch 5-8", "validate 8", "save 8"]
     assert end.metrics == {"loss": 8.0}
     assert not end.interrupted
 
 
-def test_passes_whose_length_shows_at_their_end() -> None:
+def test_passes_whose_length_is_known_only_at_their_end() -> None:
     done, end = train(passes_end_at=(3, 4))
     expected = ["fetch 1-3", "validate 3", "save 3", "fetch 4-4", "validate 4", "save 4"]
     assert done == [*expected, "fetch 5-8", "validate 8", "save 8"]
@@ -132,9 +132,9 @@ def test_a_stop_at_a_passes_end() -> None:
     assert done == ["fetch 1-3", "validate 3", "save 3"]
 
 
-def test_every_so_many_steps() -> None:
+def test_actions_are_done_every_given_number_of_steps() -> None:
     done, _ = train(log=2, save=3, validate=5)
-    # A save fetches first, so that no checkpoint is made of a state that followed a bad loss.
+    # A save fetches first, so no checkpoint holds a state that followed a bad loss.
     assert done == [
         *("fetch 1-2", "fetch 3-3", "save 3", "fetch 4-4"),
         *("validate 5", "fetch 5-6", "save 6", "fetch 7-8", "validate 8", "save 8"),
@@ -146,18 +146,22 @@ def test_a_run_that_ends_inside_an_epoch_is_finished_too() -> None:
     assert done == ["fetch 1-4", "validate 4", "save 4", "fetch 5-6", "validate 6", "save 6"]
 
 
+def without_fetches(done: list[str]) -> list[str]:
+    return [action for action in done if "fetch" not in action]
+
+
 def test_the_best_evaluation_so_far_is_saved_too() -> None:
     # The loss of an evaluation is its step's number.
-    assert [each for each in train(save=4, validate=3, best=Best("loss", "min"))[0] if "fetch" not in each] == [
+    assert without_fetches(train(save=4, validate=3, best=Best("loss", "min"))[0]) == [
         *("validate 3", "save 3", "save 4", "validate 6", "validate 8", "save 8"),
     ]
-    assert [each for each in train(save=4, validate=3, best=Best("loss", "max"))[0] if "fetch" not in each] == [
+    assert without_fetches(train(save=4, validate=3, best=Best("loss", "max"))[0]) == [
         *("validate 3", "save 3", "save 4", "validate 6", "save 6", "validate 8", "save 8"),
     ]
 
 
-def test_a_step_that_was_saved_before_it_turned_out_the_best_is_saved_again() -> None:
-    # Else its checkpoint would not say so.
+def test_a_step_that_was_saved_before_it_turned_out_to_be_the_best_is_saved_again() -> None:
+    # Its first checkpoint does not hold that it is the best.
     done, _ = train(resume_at=8, unvalidated=True, best=Best("loss", "min"))
     assert done == ["validate 8", "save 8"]
     assert train(resume_at=8, unvalidated=True)[0] == ["validate 8"]
@@ -168,26 +172,26 @@ def test_no_checkpoint_is_made_after_a_loss_that_is_not_finite() -> None:
         train(loss=float("nan"), save=2)
 
 
-def test_it_hurries_only_where_it_was_asked_to_stop_and_another_launch_will_go_on() -> None:
+def test_only_a_save_after_a_signal_that_another_launch_will_continue_hurries() -> None:
     assert train(sigterm_at=2, grace_s=60)[0] == ["fetch 1-3", "save 3 in a hurry"]
     assert train(sigterm_at=8, grace_s=60)[0][-2:] == ["validate 8", "save 8"]
     assert train(sigterm_in="validate 8", grace_s=60)[0][-2:] == ["validate 8 in part", "save 8 in a hurry"]
     assert train(grace_s=60)[0][-1] == "save 8"
 
 
-def test_asked_to_stop_it_saves_at_the_next_step_and_interrupts() -> None:
+def test_after_a_signal_the_next_step_is_saved_and_the_run_interrupted() -> None:
     done, end = train(sigterm_at=2)
     assert done == ["fetch 1-3", "save 3"]
     assert end.interrupted
 
 
-def test_asked_to_stop_in_a_slow_step_it_saves_at_its_end() -> None:
+def test_after_a_signal_in_a_slow_step_that_step_is_saved() -> None:
     done, end = train(sigterm_at=2, slow_step_s=0.0)
     assert done == ["fetch 1-2", "save 2"]
     assert end.interrupted
 
 
-def test_asked_to_stop_while_it_saves_it_saves_no_second_time() -> None:
+def test_after_a_signal_in_a_save_there_is_no_second_save() -> None:
     done, end = train(sigterm_in="save 3", save=3)
     assert done == ["fetch 1-3", "save 3"]
     assert end.interrupted
@@ -196,7 +200,7 @@ def test_asked_to_stop_while_it_saves_it_saves_no_second_time() -> None:
     assert not end.interrupted
 
 
-def test_an_evaluation_that_is_cut_short_is_saved_as_not_done_and_done_first_by_who_goes_on() -> None:
+def test_an_interrupted_evaluation_is_done_first_by_the_resumed_run() -> None:
     done, end = train(sigterm_in="validate 4")
     assert done == ["fetch 1-4", "validate 4 in part", "save 4"]
     assert end.interrupted
@@ -206,7 +210,7 @@ def test_an_evaluation_that_is_cut_short_is_saved_as_not_done_and_done_first_by_
 
 
 @pytest.mark.parametrize("max_steps", [6, 8])
-def test_an_evaluation_that_is_cut_short_at_the_very_end_is_left_to_the_next_launch(max_steps: int) -> None:
+def test_an_evaluation_interrupted_at_the_last_step_is_left_to_the_next_launch(max_steps: int) -> None:
     done, end = train(sigterm_in=f"validate {max_steps}", max_steps=max_steps)
     assert done[-2:] == [f"validate {max_steps} in part", f"save {max_steps}"]
     assert end.interrupted
@@ -215,20 +219,20 @@ def test_an_evaluation_that_is_cut_short_at_the_very_end_is_left_to_the_next_lau
     assert not end.interrupted
 
 
-def test_cut_short_again_nothing_is_saved_anew() -> None:
+def test_an_evaluation_that_is_interrupted_again_saves_nothing() -> None:
     done, end = train(resume_at=4, unvalidated=True, sigterm_in="validate 4")
     assert done == ["validate 4 in part"]
     assert end.interrupted
 
 
 @pytest.mark.parametrize("sigterm_at", [7, 8])
-def test_asked_to_stop_at_the_very_end_it_finishes(sigterm_at: int) -> None:
+def test_a_signal_in_the_last_steps_does_not_interrupt_the_run(sigterm_at: int) -> None:
     done, end = train(sigterm_at=sigterm_at)
     assert done == ["fetch 1-4", "validate 4", "save 4", "fetch 5-8", "validate 8", "save 8"]
     assert not end.interrupted
 
 
-def test_a_resumed_run_saves_nothing_that_is_there_already() -> None:
+def test_a_resumed_run_does_not_save_its_checkpoint_again() -> None:
     assert train(resume_at=4)[0] == ["fetch 5-8", "validate 8", "save 8"]
     assert train(resume_at=8)[0] == ["validate 8"]  # completed, but killed before its result was written
 

@@ -1,4 +1,4 @@
-"""Runs the real commands that people type, and reads what they leave behind."""
+"""Runs the real commands that people type, and reads the files of their runs."""
 
 import atexit
 import functools
@@ -19,7 +19,7 @@ from lives import Lives
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "examples" / "digits.py"
 
-# A run of a second or two on real data: the digits, a model with everything that draws random numbers.
+# A run of a second or two on real data: the digits, with everything in data and model that draws random numbers.
 SMALL = """
 from functools import partial
 import random
@@ -53,7 +53,7 @@ fields = dict(
 
 @dataclass
 class Done:
-    """How a command ended."""
+    """The exit code and the output of a command."""
 
     code: int
     out: str
@@ -63,13 +63,13 @@ class Done:
     def text(self) -> str:
         return self.out + self.err
 
-    def ranks_say(self) -> str:
-        """Return what the ranks printed, without torchrun's own report of which of them failed."""
+    def rank_output(self) -> str:
+        """Return the output of the ranks, without torchrun's own report of the ranks that failed."""
         return re.sub(r"(?s)(^|\n)[EW]\d{4} .*", "", self.text)
 
 
 def command(*words: object, ranks: int = 0, torchrun: tuple[str, ...] = ()) -> list[str]:
-    """Return the launch command; `ranks=0` is `python -m disttrain.launch`, else torchrun starts that many."""
+    """Return the launch command: `python -m disttrain.launch` for `ranks=0`, otherwise torchrun with so many ranks."""
     if ranks:
         start = [
             sys.executable,
@@ -86,9 +86,9 @@ def command(*words: object, ranks: int = 0, torchrun: tuple[str, ...] = ()) -> l
 
 
 def launch(*words: object, ranks: int = 0, cwd: Path, timeout_s: float = 120) -> Done:
-    """Launch in processes that are forked off one that has imported all, which spares seconds a launch.
+    """Launch in processes forked from one that has imported everything, which saves seconds per launch.
 
-    Like `launch_as_typed`, without torchrun's own report, and with its exit code: 1 where a rank had another than 0.
+    Like `launch_as_typed`, but without torchrun's own report. The exit code is torchrun's: 1 if a rank's is not 0.
     """
     with tempfile.TemporaryDirectory() as outputs:
         codes = _lives().launch([str(word) for word in words], cwd, Path(outputs), environment(), ranks, timeout_s)
@@ -133,19 +133,19 @@ def start(*words: object, ranks: int = 0, cwd: Path) -> subprocess.Popen[str]:
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL a command and all that it started, as a power cut would."""
+    """Kill a command and all its processes by SIGKILL, like a power cut."""
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
 
 def environment() -> dict[str, str]:
-    """Return this process's environment without what a launcher around the tests may have left in it."""
+    """Return the environment of this process without the variables of a launcher around the tests."""
     hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return {k: v for k, v in os.environ.items() if k not in hidden and not k.startswith(("TORCHELASTIC", "SLURM"))}
 
 
 def write_cfg(folder: Path, change: str = "", name: str = "cfg.py") -> Path:
-    """Write the small cfg.py; `change` is code that may put other things into `fields` first."""
+    """Write the small cfg.py; `change` is code that may change `fields` before the config is made."""
     path = folder / name
     path.write_text(SMALL + textwrap.dedent(change) + "\nconfig = Config(**fields)\n")
     return path

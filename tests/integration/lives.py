@@ -1,13 +1,13 @@
-"""Lives of scripts: processes forked off one that has imported torch, killed at a step or in the middle of a save.
+"""Lives of scripts: processes forked from one that has imported torch, killed at a step or in the middle of a save.
 
-    lives = Lives()
-    codes = lives("loop.py", folder, ranks=3, kill=("step", 17))      # the exit codes by rank, -9 where it was killed
-    codes = lives.launch(["cfg.py", "seed=5"], folder, ranks=2)       # python -m disttrain.launch cfg.py seed=5
+    lives = Lives(environment)
+    codes = lives("loop.py", folder, ranks=3, kill=("step", 17))      # the exit codes by rank, -9 for a killed rank
+    codes = lives.launch(["cfg.py", "seed=5"], folder, ...)           # python -m disttrain.launch cfg.py seed=5
 
-Importing torch costs seconds, and a run that is killed and resumed several times has many lives. Each is a process of
-its own all the same: it is told its rank as torchrun would tell it, dies by SIGKILL, and takes nothing along. When one
-rank ends badly the others are killed; those of a launch by SIGTERM first, as torchrun does it. `ranks=0` starts one
-process that is told no rank.
+Importing torch takes seconds, and a run that is killed and resumed several times has many lives. Each life is still a
+process of its own. It gets its rank from the variables that torchrun sets, it dies by SIGKILL, and nothing of it stays
+in memory. If one rank fails, the others are killed; those of a launch get SIGTERM first, as from torchrun. `ranks=0`
+starts one process without the variables of a rank.
 """
 
 import atexit
@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 
 
 class Lives:
-    """The process that forks; it ends with `close`, or with this one."""
+    """The process that forks; it ends with `close`, or with this process."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self._server = subprocess.Popen(
@@ -38,9 +38,9 @@ class Lives:
     def __call__(
         self, script: str, folder: Path, *, ranks: int = 0, kill: tuple[str, int] | None = None, victim: int = 0
     ) -> list[int]:
-        """Run `script` in `folder`; `kill`: at the n-th "step" of the optimizer, or the n-th "fsync", of rank `victim`.
+        """Run `script` in `folder`; `kill` rank `victim` at its n-th "step" of the optimizer or its n-th "fsync".
 
-        What it prints goes to `out.txt` in that folder.
+        The output goes to `out.txt` in that folder.
         """
         out = str(folder / "out.txt")
         job = {"script": script, "kill": kill, "victim": victim, "out": out, "err": out, "limit_s": None}
@@ -49,9 +49,9 @@ class Lives:
     def launch(
         self, words: Sequence[str], folder: Path, outputs: Path, environment: dict[str, str], ranks: int, limit_s: float
     ) -> list[int]:
-        """Run `disttrain.launch` with these words; what it prints goes to `out` and `err` in the folder `outputs`.
+        """Run `disttrain.launch` with these words; its output goes to `out` and `err` in the folder `outputs`.
 
-        Ranks that have not ended within `limit_s` are killed; then this raises TimeoutError.
+        If the ranks have not ended within `limit_s`, they are killed, and this raises TimeoutError.
         """
         job = {"words": words, "out": str(outputs / "out"), "err": str(outputs / "err"), "limit_s": limit_s}
         return self._ask({**job, "environment": environment, "kill": None, "folder": str(folder), "ranks": ranks})
@@ -71,15 +71,15 @@ class Lives:
 
 
 def serve() -> None:
-    import sklearn.datasets  # noqa: F401 - what the scripts import, once for all of them
-    import torch._dynamo  # noqa: F401 - two seconds, which the first optimizer of a process pays else
+    import sklearn.datasets  # noqa: F401 - the scripts import it; here it is imported once for all of them
+    import torch._dynamo  # noqa: F401 - takes two seconds, in each process unless it is imported here
 
     import disttrain
-    import disttrain.launch
+    import disttrain.commands.launch
 
     for name in disttrain.__all__:
         getattr(disttrain, name)
-    gc.freeze()  # else the first collection of each child would copy all of it
+    gc.freeze()  # otherwise the first collection of each child would copy all objects
     for line in sys.stdin:
         job = json.loads(line)
         with socket.socket() as probe:
@@ -95,9 +95,9 @@ def serve() -> None:
 
 
 def wait_for(ranks: dict[int, int], *, gently: bool, limit_s: float | None) -> list[int] | None:
-    """Return the exit codes by rank; the first bad one ends the others, `gently` by SIGTERM and 30 s later.
+    """Return the exit codes by rank; None if the ranks have not ended within `limit_s`.
 
-    None where `limit_s` was over before.
+    The first failure ends the other ranks by SIGKILL; `gently`, by SIGTERM, and by SIGKILL after 30 s.
     """
     late = False
     codes: dict[int, int] = {}
@@ -135,14 +135,14 @@ def live(job: dict[str, Any], rank: int, port: int) -> NoReturn:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     for descriptor, name in ((0, os.devnull), (1, job["out"]), (2, job["err"])):
-        file = open(name, "r" if descriptor == 0 else "a")  # noqa: SIM115 - the process's own until its end
+        file = open(name, "r" if descriptor == 0 else "a")  # noqa: SIM115 - open until the process ends
         os.dup2(file.fileno(), descriptor)
     if job["kill"] is not None and rank == job["victim"]:
         arm(*job["kill"])
     code = 1
     try:
         if "words" in job:
-            from disttrain import launch
+            from disttrain.commands import launch
 
             sys.argv = [str(launch.__file__), *job["words"]]
             code = launch.main()
@@ -153,30 +153,30 @@ def live(job: dict[str, Any], rank: int, port: int) -> NoReturn:
         code = ended.code if isinstance(ended.code, int) else 1
     except Exception:
         traceback.print_exc()
-    # What an interpreter does at its end, without freeing all that was imported, one object at a time.
+    # The end of an interpreter, without freeing all imported objects one by one, which takes long.
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def arm(what: str, count: int) -> None:
-    """Let this process die by SIGKILL at its `count`-th step or fsync."""
-    seen = 0
+def arm(event: str, count: int) -> None:
+    """Make this process kill itself by SIGKILL at its `count`-th step or fsync."""
+    so_far = 0
 
-    def passed(*_: Any) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == count:
+    def count_one(*_: Any) -> None:
+        nonlocal so_far
+        so_far += 1
+        if so_far == count:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    if what == "step":
+    if event == "step":
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
-        register_optimizer_step_post_hook(passed)
+        register_optimizer_step_post_hook(count_one)
     else:
         fsync = os.fsync
-        os.fsync = lambda descriptor: (passed(), fsync(descriptor))[1]
+        os.fsync = lambda descriptor: (count_one(), fsync(descriptor))[1]
 
 
 if __name__ == "__main__":

@@ -12,20 +12,20 @@ from commands import Done, checkpoints, launch, result, write_cfg
 
 
 def refused(done: Done, *words: str, code: int | None = None) -> None:
-    """Check that a command failed with one message that holds `words`, and without a traceback."""
+    """Check that a command failed with one message that contains all `words`, and without a traceback."""
     assert done.code != 0
     if code is not None:
         assert done.code == code, done.text
-    said = done.ranks_say()
-    assert "Traceback" not in said, said
+    output = done.rank_output()
+    assert "Traceback" not in output, output
     for word in words:
-        assert word in said, said
-    assert len(re.findall(r"(?m)^(?:\w+Error|.*: error): ", said)) == 1, said
+        assert word in output, output
+    assert len(re.findall(r"(?m)^(?:\w+Error|.*: error): ", output)) == 1, output
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a cfg.py and its completed run, to be copied by those who would spoil it."""
+    """Return a folder with a cfg.py and its completed run; tests that change it copy it first."""
     folder = tmp_path_factory.mktemp("trained")
     write_cfg(folder)
     done = launch("cfg.py", cwd=folder)
@@ -40,7 +40,7 @@ def folder(trained: Path, tmp_path: Path) -> Path:
 
 
 def snapshot(run: Path) -> dict[str, bytes]:
-    """Return every file of a run but its logs, which say what happened."""
+    """Return every file of a run except its logs and its lock."""
     return {
         str(path.relative_to(run)): path.read_bytes()
         for path in sorted(run.rglob("*"))
@@ -50,7 +50,7 @@ def snapshot(run: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def untouched(folder: Path) -> Iterator[None]:
-    """Check that the run that was there before is there afterwards, to the last byte."""
+    """Check that the existing run is the same after the test, to the last byte."""
     before = snapshot(folder / "runs" / "small")
     yield
     assert snapshot(folder / "runs" / "small") == before
@@ -88,7 +88,7 @@ class TestBeforeAnythingIsTouched:
         refused(launch("cfg.py", "optimizer.lr=0.5", cwd=folder), "optimizer.lr", "0.001", "0.5", "--fresh", code=2)
 
     def test_a_run_directory_that_cannot_be_written(self, folder: Path) -> None:
-        (folder / "blocked").write_text("a file where a folder is wanted")
+        (folder / "blocked").write_text("a file in place of a folder")
         refused(launch("cfg.py", "--runs", "blocked/here", cwd=folder), "blocked/here", "--runs", code=2)
 
     def test_fresh_with_data_that_cannot_be_used(self, folder: Path) -> None:
@@ -162,7 +162,7 @@ def test_loss_that_becomes_nan(tmp_path: Path, ranks: int) -> None:
             return self.body(x) * torch.where(self.steps == 8, torch.nan, 1.0)
     fields.update(model=Bursts)
     """
-    write_cfg(tmp_path, change)  # 5 steps an epoch: step 8 comes after the checkpoint of step 5
+    write_cfg(tmp_path, change)  # 5 steps per epoch: step 8 comes after the checkpoint of step 5
     done = launch("cfg.py", ranks=ranks, cwd=tmp_path)
     refused(done, "became nan at step 8", "on_nan=skip")
     assert checkpoints(tmp_path / "runs" / "small") == [5]
@@ -172,7 +172,7 @@ def test_loss_that_becomes_nan(tmp_path: Path, ranks: int) -> None:
     assert result(tmp_path / "runs" / "small")["skipped_steps"] == 1
     longer = launch("cfg.py", "on_nan=skip", "max_epochs=4", cwd=tmp_path)
     assert longer.code == 0, longer.text
-    assert result(tmp_path / "runs" / "small")["skipped_steps"] == 1  # of the whole run, whoever counted it
+    assert result(tmp_path / "runs" / "small")["skipped_steps"] == 1  # of the whole run, over all its launches
 
 
 UNPOOLS = """
@@ -234,14 +234,14 @@ def test_full_disk(tmp_path: Path, small_disk: Path) -> None:
     done = launch("cfg.py", "max_epochs=40", "--runs", small_disk, cwd=tmp_path)
     refused(done, "No space left", code=1)
     saved = checkpoints(small_disk / "small")
-    assert saved, "the checkpoints from before the disk was full are kept"
+    assert saved, "the checkpoints that were saved before the disk was full must stay"
     shutil.copytree(small_disk / "small", tmp_path / "runs" / "small")
     resumed = launch("cfg.py", "max_epochs=40", cwd=tmp_path)
     assert resumed.code == 0, resumed.text
     assert f"resuming from step {saved[-1]}" in resumed.out
 
 
-def test_a_run_that_is_under_way_elsewhere(tmp_path: Path) -> None:
+def test_a_run_that_another_process_trains(tmp_path: Path) -> None:
     change = """
     import subprocess, sys
     def second(trainer, run):

@@ -1,4 +1,4 @@
-"""The commands and the code of docs/checkpoints.md do what the page says."""
+"""The commands and the code of docs/checkpoints.md have the effects that the page describes."""
 
 import json
 import re
@@ -14,12 +14,12 @@ from torch.distributed.tensor import Shard
 
 from disttrain.backend import Backend
 from disttrain.checkpoint import committed, load_newest, save
-from disttrain.cli import main
+from disttrain.commands.main import main
 
 PAGE = (ROOT / "docs" / "checkpoints.md").read_text()
 
 
-def test_its_commands_train_and_what_they_leave_is_where_it_says(tmp_path: Path) -> None:
+def test_its_commands_train_and_save_in_the_places_that_it_names(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     commands = re.findall(r"(?ms)^```bash run\n(.*?)^```$", PAGE)
     assert len(commands) == 3
@@ -46,25 +46,25 @@ def test_its_code_saves_and_loads(tmp_path: Path) -> None:
     (tmp_path / "page.py").write_text(code.replace('"checkpoints"', repr(str(tmp_path / "c"))))
     runpy.run_path(str(tmp_path / "page.py"), names)
     assert committed(tmp_path / "c") == ["step-00000010", "step-00000005"]
-    found = load_newest(tmp_path / "c")
-    assert found is not None
-    assert torch.equal(found.state["model"]["weight"], model.weight)
+    loaded = load_newest(tmp_path / "c")
+    assert loaded is not None
+    assert torch.equal(loaded.state["model"]["weight"], model.weight)
 
 
 def load_shards(backend: Backend, root: Path) -> list[int]:
-    """Run the page's lines on sharded loading; return the shape of what this rank holds."""
+    """Run the page's lines on sharded loading; return the shape of this rank's part."""
     [code] = re.findall(r"(?ms)^```python shards\n(.*?)^```$", PAGE)
     assert backend.process_group is not None
     save(root, 5, {"model": {"0.weight": torch.ones(16, 8)}, "step": torch.tensor(5)}, backend=backend)
     mesh = DeviceMesh.from_group(backend.process_group, "cpu")
     names = {"mesh": mesh, "Shard": Shard, "backend": backend, "load_newest": load_newest}
-    exec(code.replace('"checkpoints"', repr(str(root))), names)  # noqa: S102 - the page's own
+    exec(code.replace('"checkpoints"', repr(str(root))), names)  # noqa: S102 - the page's own code
     state = names["found"].state  # type: ignore[attr-defined]
     assert state["step"] == 5
     return list(state["model"]["0.weight"].to_local().shape)
 
 
-def test_each_rank_loads_the_part_that_it_asks_for(ranks: Ranks, tmp_path: Path) -> None:
+def test_each_rank_loads_its_part(ranks: Ranks, tmp_path: Path) -> None:
     assert ranks(2, load_shards, tmp_path) == [[8, 8], [8, 8]]
 
 

@@ -1,4 +1,4 @@
-"""Everything that docs/library.md shows is run as it stands there: its loops with kills, its pieces one by one."""
+"""All code of docs/library.md runs unchanged: its loops with kills, its other pieces one by one."""
 
 import random
 import re
@@ -23,7 +23,7 @@ def blocks(kind: str) -> list[str]:
 
 
 def applied(diff: str, text: str) -> str:
-    """Return `text` with a diff's hunks in it, each of which must fit at exactly one place."""
+    """Return `text` with the hunks of a diff applied; each hunk must fit at exactly one place."""
     for hunk in re.split(r"(?m)^@@.*\n", diff)[1:]:
         lines = [line if line else " " for line in hunk.splitlines()]
         old = "".join(f"{line[1:]}\n" for line in lines if line[0] in " -")
@@ -47,9 +47,9 @@ def test_about_ten_lines_make_the_loop_resumable() -> None:
 
 @pytest.fixture(scope="module")
 def lives() -> Iterator[Lives]:
-    made = Lives(environment())
-    yield made
-    made.close()
+    forking = Lives(environment())
+    yield forking
+    forking.close()
 
 
 def write(folder: Path, name: str, code: str, workers: int = 0) -> str:
@@ -81,7 +81,7 @@ def test_the_plain_loop_learns(lives: Lives, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(lives: Lives, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """The weights of the resumable loop, never killed."""
+    """Return the weights of the resumable loop, never killed."""
     folder = tmp_path_factory.mktemp("whole")
     assert lives(write(folder, "resumable.py", RESUMABLE), folder) == [0], text(folder)
     return weights(folder)
@@ -100,7 +100,7 @@ def test_killed_anywhere_with_any_number_of_workers(lives: Lives, whole: object,
 
 @pytest.fixture(scope="module")
 def alone(lives: Lives, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """The weights of the loop over slots in one process."""
+    """Return the weights of the loop over slots in one process."""
     folder = tmp_path_factory.mktemp("alone")
     assert lives(write(folder, "ranks.py", RANKS), folder) == [0], text(folder)
     return weights(folder)
@@ -149,7 +149,7 @@ def test_torchrun_starts_it(alone: object, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_torchrun_killed_from_outside_at_random_moments(alone: object, tmp_path: Path) -> None:
-    # Slower steps, so that a moment inside the loop can be met.
+    # Slower steps, so that a random moment falls into the loop.
     code = RANKS.replace(
         "        schedule.step()\n", "        schedule.step()\n        __import__('time').sleep(0.1)\n"
     )
@@ -167,15 +167,15 @@ def test_torchrun_killed_from_outside_at_random_moments(alone: object, tmp_path:
 
 def test_the_piece_for_your_ddp_loop_gives_the_same_bits(lives: Lives, tmp_path: Path) -> None:
     (code,) = blocks("python ranks")
-    ended = []
+    by_ranks = []
     for ranks in (1, 2, 3):
         folder = tmp_path / str(ranks)
         folder.mkdir()
         (folder / "ddp.py").write_text(code)
         assert lives("ddp.py", folder, ranks=ranks) == [0] * ranks, text(folder)
-        ended.append(weights(folder))
-    assert same(ended[0], ended[1])
-    assert same(ended[0], ended[2])
+        by_ranks.append(weights(folder))
+    assert same(by_ranks[0], by_ranks[1])
+    assert same(by_ranks[0], by_ranks[2])
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python run"))))

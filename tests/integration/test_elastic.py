@@ -1,4 +1,4 @@
-"""Agents that come, go and die: real torchrun agents on this host's loopback, as several hosts would run them."""
+"""Agents that join, leave and die: real torchrun agents on the loopback of this host, in place of several hosts."""
 
 import os
 import signal
@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from commands import environment, launch_as_typed, lines, result, write_cfg
 
-from disttrain.backend.torchrun import RENDEZVOUS
+from disttrain.launching.torchrun import RENDEZVOUS
 
 pytestmark = pytest.mark.slow
 
-# Steps of 0.2 s, so that there is time for hosts to come and go; a file world-N says that N ranks have trained.
+# Steps of 0.2 s give hosts time to join and leave; a file world-N shows that N ranks have trained.
 SLOW = """
 import pathlib, time
 from disttrain.engine import Events
@@ -36,7 +36,7 @@ def free_port() -> int:
 
 
 class Agents:
-    """Starts agents of one elastic run in a folder."""
+    """The agents of one elastic run in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, free_port()
@@ -59,30 +59,30 @@ class Agents:
         self.started.append(agent)
         return agent
 
-    def said(self) -> str:
+    def output(self) -> str:
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("agent-*.txt")))
 
     def kill(self, agent: subprocess.Popen[str]) -> None:
-        """SIGKILL an agent alone, as the loss of a host would; its ranks end with it."""
+        """Kill an agent alone by SIGKILL, like the loss of a host; its ranks end with it."""
         agent.kill()
         agent.wait()
 
 
 @pytest.fixture
 def agents(tmp_path: Path) -> Iterator[Agents]:
-    made = Agents(tmp_path)
-    yield made
-    for agent in made.started:
+    of_one_run = Agents(tmp_path)
+    yield of_one_run
+    for agent in of_one_run.started:
         if agent.poll() is None:
             os.killpg(agent.pid, signal.SIGKILL)
             agent.wait()
 
 
 def wait_until(holds: Callable[[], bool], agents: Agents, timeout_s: float = 90) -> float:
-    """Wait until something holds and return how long that took."""
+    """Wait until `holds` returns True; return the seconds that this took."""
     began = time.monotonic()
     while not holds():
-        assert time.monotonic() - began < timeout_s, agents.said()
+        assert time.monotonic() - began < timeout_s, agents.output()
         time.sleep(0.05)
     return time.monotonic() - began
 
@@ -91,9 +91,9 @@ def trained_on(folder: Path, world_size: int) -> bool:
     return (folder / f"world-{world_size}").exists()
 
 
-def test_a_run_that_was_begun_anew_goes_on_when_hosts_come_and_go(tmp_path: Path, agents: Agents) -> None:
+def test_a_fresh_run_goes_on_when_hosts_join_and_leave(tmp_path: Path, agents: Agents) -> None:
     write_cfg(tmp_path)
-    assert launch_as_typed("cfg.py", "max_epochs=1", cwd=tmp_path).code == 0  # the old run, which --fresh puts away
+    assert launch_as_typed("cfg.py", "max_epochs=1", cwd=tmp_path).code == 0  # the old run, which --fresh moves aside
     write_cfg(tmp_path, SLOW)
     first = agents.start("--fresh")
     wait_until(lambda: trained_on(tmp_path, 1), agents)
@@ -110,6 +110,6 @@ def test_a_run_that_was_begun_anew_goes_on_when_hosts_come_and_go(tmp_path: Path
     assert ended["status"] == "interrupted"
     steps = [line["step"] for line in lines(tmp_path / "runs/small/metrics/train.jsonl")]
     assert steps == list(range(1, ended["step"] + 1))
-    again = launch_as_typed("cfg.py", "--fresh", "max_epochs=1", cwd=tmp_path)  # typed anew, it does begin anew
+    again = launch_as_typed("cfg.py", "--fresh", "max_epochs=1", cwd=tmp_path)  # a new launch begins a new run
     assert again.code == 0, again.text
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["small", "small.1", "small.2"]

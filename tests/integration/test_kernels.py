@@ -1,4 +1,4 @@
-"""A run that goes on with other kernels than it began with says so: its bits are not the promised ones."""
+"""A run that is resumed with other kernels warns that its bits are not the promised ones."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 from commands import launch_as_typed, write_cfg
 
 
-def test_another_instruction_set_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_instruction_set_gives_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cfg(tmp_path)
     first = launch_as_typed("cfg.py", "max_epochs=1", cwd=tmp_path)
     assert first.code == 0, first.text

@@ -1,4 +1,4 @@
-"""`disttrain launch --ranks N`: torchrun's ranks, the run's own exit code, and one message where something is wrong."""
+"""`disttrain launch --ranks N`: torchrun's ranks, the run's own exit code, and one message for an error."""
 
 import os
 import signal
@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from commands import Done, checkpoints, environment, result, write_cfg
 
-from disttrain.backend.environment import TORCHRUN_LISTENS
-from disttrain.cli import main
+from disttrain.commands.main import main
+from disttrain.environment import TORCHRUN_READS_GRACE
 
-MAIN = [sys.executable, "-m", "disttrain.cli", "launch"]
+MAIN = [sys.executable, "-m", "disttrain", "launch"]
 
 
 def launch(*words: object, cwd: Path) -> Done:
@@ -56,24 +56,24 @@ def test_a_rank_that_is_killed_starts_again_and_the_command_is_printed(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("change", "code", "told"),
+    ("change", "code", "expected"),
     [
         ("def net(): raise OSError('no such weights')\nfields['model'] = net", 2, "no such weights"),
         pytest.param("fields['optimizer'] = 3", 2, "optimizer", marks=pytest.mark.slow),
     ],
 )
-def test_a_mistake_is_told_once_and_nothing_starts_again(tmp_path: Path, change: str, code: int, told: str) -> None:
+def test_a_mistake_is_reported_once_and_nothing_restarts(tmp_path: Path, change: str, code: int, expected: str) -> None:
     write_cfg(tmp_path, change)
     done = launch("cfg.py", "--ranks", 2, cwd=tmp_path)
     assert done.code == code, done.text
     assert done.err.count("ConfigError: ") == 1
-    assert told in done.err
+    assert expected in done.err
     assert "Traceback" not in done.err
     assert "ChildFailedError" not in done.text
 
 
 @pytest.mark.slow
-def test_an_error_of_the_users_code_is_told_once_and_the_code_is_1(tmp_path: Path) -> None:
+def test_an_error_of_the_users_code_is_reported_once_and_the_exit_code_is_1(tmp_path: Path) -> None:
     write_cfg(tmp_path, "def loss(y_pred, y): return y_pred.nonsense\nfields['loss'] = loss")
     done = launch("cfg.py", "--ranks", 2, "--max-restarts", 0, cwd=tmp_path)
     assert done.code == 1, done.text
@@ -104,28 +104,28 @@ def begun(cwd: Path, *more: str, change: str = SLOW) -> subprocess.Popen[bytes]:
 
 
 def of_session(session: int) -> dict[int, str]:
-    """Return the command lines of a session's processes that have not ended, by process id."""
-    found = {}
+    """Return the command lines of the running processes of a session, by process id."""
+    commands = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _parent, _group, its_session = stat.read_text().rpartition(")")[2].split()[:4]
             if int(its_session) == session and state not in "ZX":
-                found[int(stat.parent.name)] = (stat.parent / "cmdline").read_text()
+                commands[int(stat.parent.name)] = (stat.parent / "cmdline").read_text()
         except OSError:
             continue
-    return found
+    return commands
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["to the launcher", "to the launcher, twice", "SIGINT", "SIGTERM"])
-def test_a_signal_is_passed_on_and_the_code_is_75(tmp_path: Path, how: str) -> None:
+def test_a_signal_is_passed_on_and_the_exit_code_is_75(tmp_path: Path, how: str) -> None:
     process = begun(tmp_path)
     if how.startswith("SIG"):
-        os.killpg(process.pid, signal.Signals[how])  # to all its processes, as a terminal does, or Slurm
+        os.killpg(process.pid, signal.Signals[how])  # to all its processes, as from a terminal or Slurm
     else:
         process.send_signal(signal.SIGUSR1)
     if how == "to the launcher, twice":
-        time.sleep(0.1)  # as Slurm does: once to every process of a job, and once more by way of srun
+        time.sleep(0.1)  # as from Slurm: once to every process of a job, and once more through srun
         process.send_signal(signal.SIGUSR1)
     assert process.wait(60) == 75
     ended = result(tmp_path / "runs/small")
@@ -135,20 +135,20 @@ def test_a_signal_is_passed_on_and_the_code_is_75(tmp_path: Path, how: str) -> N
 
 SAVES_SLOWLY = """
 import time
-from disttrain.checkpoint.local import LocalPlace
+from disttrain.checkpoint.local_store import LocalStore
 def slowly(trainer, run):
-    commit = LocalPlace.commit
+    commit = LocalStore.commit
     def slow(*words):
         time.sleep(33)
         return commit(*words)
-    LocalPlace.commit = slow
+    LocalStore.commit = slow
 fields["handlers"] += [slowly]
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not TORCHRUN_LISTENS, reason="this torch's torchrun always kills ranks after 30 s")
-def test_ranks_have_the_time_that_they_were_given(tmp_path: Path) -> None:
+@pytest.mark.skipif(not TORCHRUN_READS_GRACE, reason="this torch's torchrun always kills ranks after 30 s")
+def test_ranks_have_the_time_of_the_grace_option(tmp_path: Path) -> None:
     process = begun(tmp_path, "--grace", "100", "checkpoint.every_steps=1000", change=SLOW + SAVES_SLOWLY)
     process.send_signal(signal.SIGTERM)
     assert process.wait(100) == 75
@@ -156,24 +156,24 @@ def test_ranks_have_the_time_that_they_were_given(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_nothing_is_left_of_a_launch_that_is_killed(tmp_path: Path) -> None:
+def test_no_process_is_left_of_a_launch_that_is_killed(tmp_path: Path) -> None:
     process = begun(tmp_path)
     assert len(of_session(process.pid)) >= 4  # the launcher, the server that forks, two ranks
     process.kill()
     process.wait()
     deadline = time.monotonic() + 60
-    while left := of_session(process.pid):
-        assert time.monotonic() < deadline, left
+    while processes := of_session(process.pid):
+        assert time.monotonic() < deadline, processes
         time.sleep(0.05)
 
 
 @pytest.mark.slow
-def test_ranks_whose_server_is_killed_go_on_with_what_this_launch_began(tmp_path: Path) -> None:
+def test_ranks_whose_server_is_killed_go_on_with_the_run_of_this_launch(tmp_path: Path) -> None:
     process = begun(tmp_path, "--fresh", "checkpoint.every_steps=1")
     while not checkpoints(tmp_path / "runs/small"):
         time.sleep(0.05)
     forks = [pid for pid, command in of_session(process.pid).items() if "multiprocessing.forkserver" in command]
-    os.kill(min(forks), signal.SIGKILL)  # the server came before the ranks
+    os.kill(min(forks), signal.SIGKILL)  # the server is older than the ranks
     (tmp_path / "begun").unlink()
     while not (tmp_path / "begun").exists() and process.poll() is None:
         time.sleep(0.05)
@@ -182,7 +182,7 @@ def test_ranks_whose_server_is_killed_go_on_with_what_this_launch_began(tmp_path
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["small"]
 
 
-@pytest.mark.skipif(not TORCHRUN_LISTENS, reason="this torch's torchrun always kills ranks after 30 s")
+@pytest.mark.skipif(not TORCHRUN_READS_GRACE, reason="this torch's torchrun always kills ranks after 30 s")
 def test_the_grace_is_printed_and_known_to_the_ranks(tmp_path: Path) -> None:
     write_cfg(tmp_path, "import os; print('grace', os.environ.get('TORCH_ELASTIC_SHUTDOWN_TIMEOUT'))")
     done = launch("cfg.py", "--ranks", 1, "--grace", 110, "max_epochs=1", cwd=tmp_path)
@@ -191,17 +191,17 @@ def test_the_grace_is_printed_and_known_to_the_ranks(tmp_path: Path) -> None:
     assert "grace 110" in done.out
 
 
-def test_what_torchrun_cannot_be_told_is_refused(
+def test_a_grace_that_torchrun_does_not_read_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_cfg(tmp_path)
-    monkeypatch.setattr("disttrain.backend.environment.TORCHRUN_LISTENS", False)
+    monkeypatch.setattr("disttrain.environment.TORCHRUN_READS_GRACE", False)
     assert main(["launch", str(tmp_path / "cfg.py"), "--ranks", "2", "--grace", "60"]) == 2
     assert "--grace 60: expected 30 or nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (["--ranks", "2", "--nodes", "2"], "expected --nodes and --rdzv together"),
         (["--ranks", "2", "--rdzv", "localhost:29500"], "expected --nodes and --rdzv together"),
@@ -209,9 +209,9 @@ def test_what_torchrun_cannot_be_told_is_refused(
         (["--ranks", "2", "--grace", "0"], "from 1 to 604800 seconds, got 0"),
     ],
 )
-def test_options_that_do_not_fit_together(
-    words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_options_that_do_not_fit_together_are_refused(
+    words: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_cfg(tmp_path)
     assert main(["launch", str(tmp_path / "cfg.py"), *words]) == 2
-    assert told in capsys.readouterr().err
+    assert expected in capsys.readouterr().err

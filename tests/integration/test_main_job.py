@@ -1,4 +1,4 @@
-"""The main job by its real commands: train, kill, resume on other ranks, finish, start anew."""
+"""The main job by its real commands: train, kill, resume on other ranks, finish, begin a new run."""
 
 import random
 import shutil
@@ -31,7 +31,7 @@ STEPS = 15  # of the small config: 3 epochs of 200 // 40 steps
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an uninterrupted run of the small config, in one process."""
+    """Return the folder of an uninterrupted run of the small config, in one process."""
     folder = tmp_path_factory.mktemp("whole")
     write_cfg(folder)
     done = launch("cfg.py", cwd=folder)
@@ -40,7 +40,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def same_as(whole: Path, folder: Path) -> None:
-    """Check that the run in `folder` ended as the uninterrupted one did: weights, metrics, curves."""
+    """Check that the run in `folder` has the weights, metrics and curves of the uninterrupted one."""
     expected, got = result(whole / "runs" / "small"), result(folder / "runs" / "small")
     assert got["status"] == "completed"
     for field in ("step", "epoch", "params_sha256", "metrics", "num_slots"):
@@ -50,9 +50,9 @@ def same_as(whole: Path, folder: Path) -> None:
     assert (folder / "runs/small/ledger.jsonl").read_text() == (whole / "runs/small/ledger.jsonl").read_text()
 
 
-def test_a_run_directory_holds_what_the_readme_says(whole: Path) -> None:
+def test_a_run_directory_holds_the_files_that_the_readme_names(whole: Path) -> None:
     run = whole / "runs" / "small"
-    held = {str(path.relative_to(run)) for path in run.rglob("*")}
+    files = {str(path.relative_to(run)) for path in run.rglob("*")}
     assert {
         "config.json",
         "cfg.py",
@@ -63,7 +63,7 @@ def test_a_run_directory_holds_what_the_readme_says(whole: Path) -> None:
         "metrics/train.jsonl",
         "metrics/valid.jsonl",
         "logs/rank-0.log",
-    } <= held
+    } <= files
     assert checkpoints(run) == [5, 10, 15]
     assert [line["step"] for line in lines(run / "metrics/train.jsonl")] == list(range(1, STEPS + 1))
     assert [line["step"] for line in lines(run / "metrics/valid.jsonl")] == [5, 10, 15]
@@ -90,8 +90,8 @@ def test_params_sha256_is_that_of_the_saved_weights(whole: Path) -> None:
     tensors = load_file(run / "checkpoints/step-00000015/tensors.safetensors")
     model = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     assert len(model) == 9  # two linear layers, one BatchNorm with its three buffers
-    from disttrain.checkpoint import params_sha256
     from disttrain.config import load_config
+    from disttrain.evidence import params_sha256
 
     net = load_config(whole / "cfg.py").model()
     net.load_state_dict(model)
@@ -110,7 +110,7 @@ def test_any_number_of_ranks_gives_the_same_bits(whole: Path, tmp_path: Path, ra
     same_as(whole, tmp_path)
 
 
-# A rank that dies by SIGKILL at a step of the run's first life, as the out-of-memory killer would do it.
+# A rank that dies by SIGKILL at a step of the run's first life, as by the out-of-memory killer.
 DIES = """
 import os, signal, pathlib
 from disttrain.engine import Events
@@ -189,20 +189,20 @@ def test_a_signal_saves_and_stops_at_the_next_step(
     change = f"""
     import os, time
     from disttrain.engine import Events
-    def asked_to_stop(trainer, run):
-        def ask():
-            if run.backend.rank == 0 and not os.path.exists("asked"):
-                open("asked", "w").close()
+    def send_signal(trainer, run):
+        def send():
+            if run.backend.rank == 0 and not os.path.exists("sent"):
+                open("sent", "w").close()
                 os.kill(os.getpid(), {int(number)})
-                time.sleep(1)  # steps take a millisecond, and a thread has to hear it
-        trainer.add_event_handler(Events.ITERATION_STARTED(once=7), ask)
-    fields["handlers"] = [asked_to_stop]
+                time.sleep(1)  # steps take a millisecond, and a thread has to receive the signal
+        trainer.add_event_handler(Events.ITERATION_STARTED(once=7), send)
+    fields["handlers"] = [send_signal]
     """
     write_cfg(tmp_path, change)
     stopped = launch("cfg.py", ranks=ranks, cwd=tmp_path)
     ended = result(tmp_path / "runs" / "small")
     assert stopped.code == (75 if ranks == 0 else 1), stopped.text
-    assert "Traceback" not in stopped.ranks_say()
+    assert "Traceback" not in stopped.rank_output()
     assert ended["status"] == "interrupted"
     assert 7 <= ended["step"] <= 8
     assert checkpoints(tmp_path / "runs" / "small")[-1] == ended["step"]
@@ -218,7 +218,7 @@ class TestFinished:
         shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
         return tmp_path
 
-    def test_says_so_and_prints_the_result(self, folder: Path) -> None:
+    def test_a_launch_says_that_it_is_completed_and_prints_the_result(self, folder: Path) -> None:
         before = (folder / "runs/small/result.json").read_bytes()
         for words in (["cfg.py"], ["runs/small"]):
             done = launch(*words, cwd=folder)
@@ -227,7 +227,7 @@ class TestFinished:
             assert result(folder / "runs/small")["params_sha256"] in done.out
         assert (folder / "runs/small/result.json").read_bytes() == before
 
-    def test_fresh_starts_anew_and_keeps_the_old_run(self, whole: Path, folder: Path) -> None:
+    def test_fresh_begins_a_new_run_and_keeps_the_old_one(self, whole: Path, folder: Path) -> None:
         before = (folder / "runs/small/result.json").read_bytes()
         done = launch("cfg.py", "--fresh", cwd=folder)
         assert done.code == 0, done.text
@@ -255,7 +255,7 @@ class TestFinished:
 
     def test_other_data_is_refused_unless_it_is_accepted(self, folder: Path) -> None:
         write_cfg(folder, "fields['train_data'] = lambda: torch.utils.data.Subset(Noisy(), range(160))")
-        # The factory has another name, so the config is another one: say that it is meant.
+        # The factory has another name, so the config is another one and is refused.
         refused = launch("cfg.py", "max_epochs=5", cwd=folder)
         assert refused.code == 2
         assert "train_data" in refused.err

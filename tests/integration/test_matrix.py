@@ -1,47 +1,49 @@
-"""One hash a model: an MLP with dropout, a CNN with BatchNorm and a small GPT in bf16, on any number of ranks with any
-number of workers, killed at any step. Ranks are real gloo processes that run the launcher; kills are SIGKILLs.
+"""One hash per model, on any number of ranks, with any number of workers, killed at any step.
+
+The models are an MLP with dropout, a CNN with BatchNorm and a small GPT in bf16. Ranks are real gloo processes that run
+the launcher; kills are SIGKILLs.
 """
 
 from pathlib import Path
 
 import pytest
 
+from disttrain.commands.compare import compare_runs
+from disttrain.commands.scenarios import Life, Scenario, killed
+from disttrain.commands.verify import Verification
 from disttrain.config import load_config
-from disttrain.observe import compare_runs
-from disttrain.run_directory import RunDirectory
-from disttrain.scenarios import Life, Scenario, killed
-from disttrain.verify import Verification
+from disttrain.run.directory import RunDirectory
 
 CONFIGS = Path(__file__).parent / "matrix"
 MODELS = ("mlp", "cnn", "gpt")
 NUM_STEPS = 30
 PLACES = [(ranks, workers) for workers in (0, 1, 3) for ranks in (1, 2, 3, 4, 8)]
-SOME_PLACES = [(2, 3), (8, 1), (3, 0)]  # the models take them in turn; the long form below runs all with all
+SOME_PLACES = [(2, 3), (8, 1), (3, 0)]  # one for each model; the slow tests below run all combinations
 slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Verification, RunDirectory]]:
-    """Each model trained uninterrupted by one process without workers."""
-    found = {}
+    """Train each model without interruption, in one process without workers."""
+    by_model = {}
     for model in MODELS:
         cfg = CONFIGS / f"{model}.py"
         folder = tmp_path_factory.mktemp(model)
         verification = Verification(cfg, load_config(cfg), [], folder, num_slots=8, num_steps=NUM_STEPS)
-        found[model] = verification, verification.run(Scenario("reference", (Life(1, 0),)))
-    return found
+        by_model[model] = verification, verification.run(Scenario("reference", (Life(1, 0),)))
+    return by_model
 
 
 def check(references: dict[str, tuple[Verification, RunDirectory]], model: str, scenario: Scenario) -> None:
-    """Run a scenario and hold every step, the whole ledger and the weights at the end against the reference's."""
+    """Run a scenario and compare every step, the whole ledger and the final weights with the reference."""
     verification, reference = references[model]
     run = verification.run(scenario)
-    found = compare_runs(reference, run)
-    assert found.same, found.difference
-    assert (found.num_steps, found.num_hashed, found.configs) == (NUM_STEPS, NUM_STEPS + 1, ())
+    compared = compare_runs(reference, run)
+    assert compared.same, compared.difference
+    assert (compared.num_steps, compared.num_hashed, compared.configs) == (NUM_STEPS, NUM_STEPS + 1, ())
     for name in ("ledger.jsonl", "metrics/train.jsonl"):
         assert (run.path / name).read_bytes() == (reference.path / name).read_bytes(), name
-    assert found.weights[0] is not None
+    assert compared.weights[0] is not None
 
 
 def test_the_models_learn_and_differ(references: dict[str, tuple[Verification, RunDirectory]]) -> None:

@@ -1,6 +1,6 @@
-"""Runs in other numbers than float32, by the real command: the same bits killed, resumed and on other ranks.
+"""Runs in other precisions than float32, by the real command: the same bits killed, resumed and on other ranks.
 
-apex is the double of tests/precision/doubles, on a CPU that the cfg.py lets it have.
+apex is the double of tests/precision/doubles; the cfg.py allows it on a CPU.
 """
 
 import math
@@ -15,16 +15,16 @@ from ranks import Ranks
 
 from disttrain.backend import Backend
 from disttrain.checkpoint import load
-from disttrain.launch import COMPLETED, FAILED, main
-from disttrain.precision import table
+from disttrain.commands.launch import COMPLETED, FAILED, main
+from disttrain.devices import DEVICE_TYPES
 
 DOUBLE = Path(__file__).parents[1] / "precision" / "doubles" / "apex_with_amp"
 EXAMPLES = Path(__file__).parents[2] / "examples"
-ON_CPUS = "backend=gloo"  # a machine with a GPU has one for one rank, and other bits on it
-OVERFLOW_AT, DIES_AT = 7, 9  # 5 steps an epoch, 15 in all
+ON_CPUS = "backend=gloo"  # otherwise a machine with a GPU would use it for one rank, and a GPU gives other bits
+OVERFLOW_AT, DIES_AT = 7, 9  # 5 steps per epoch, 15 in all
 
-# The gradients of one step overflow on the way back, on every slot; the loss stays what it was. BatchNorm-like
-# buffers are the same for every slot of a step, so the count is that of the steps on any number of ranks.
+# The gradients of one step overflow in the backward, on every slot; the loss stays the same. Buffers are the same for
+# every slot of a step, so the buffer counts the steps on any number of ranks.
 OVERFLOWS = f"""
 from torch import nn
 import torch
@@ -62,8 +62,9 @@ if "fields" in globals(): fields.update(
 APEX = f"""
 import sys
 sys.path.insert(0, {str(DOUBLE)!r})
-from disttrain.precision import table
-table.WORKS["cpu"] += ("apex",)
+import dataclasses
+from disttrain.devices import DEVICE_TYPES as rows
+rows["cpu"] = dataclasses.replace(rows["cpu"], precisions=(*rows["cpu"].precisions, "apex"))
 """
 
 
@@ -79,15 +80,14 @@ def run(folder: Path, *words: str, ranks: int = 0, change: str = "", dies: bool 
 
 
 def command(backend: Backend, folder: str, words: list[str]) -> int:
-    """Do what the command does, on a rank of the pool; leave no apex behind."""
+    """Run the command on a rank of the pool, and remove apex from its modules afterwards."""
     backend.close()
-    works = dict(table.WORKS)
+    rows = dict(DEVICE_TYPES)
     os.chdir(folder)
     try:
         return main(["cfg.py", ON_CPUS, *words])
     finally:
-        table.WORKS.clear()
-        table.WORKS.update(works)
+        DEVICE_TYPES.update(rows)
         for name in [name for name in sys.modules if name.partition(".")[0] == "apex"]:
             del sys.modules[name]
 
@@ -101,7 +101,7 @@ def run_in(
     dies: bool = False,
     code: str | None = None,
 ) -> Path:
-    """Run it on ranks of the pool instead, which costs no start; it dies of an exception there."""
+    """Run it like `run`, on ranks of the pool, which need no start; there it dies by an exception."""
     folder.mkdir(exist_ok=True)
     if code is None:
         write_cfg(folder, change)
@@ -137,7 +137,7 @@ CASES = [
 def check_whole(whole: Path) -> None:
     ended = result(whole)
     assert (ended["status"], ended["skipped_steps"], loss_scale(whole)) == ("completed", 1, 2.0**15)
-    # The rate that each step had: from a third to the whole in 15 steps, and one step that did not count.
+    # The learning rate of each step: from a third to the whole in 15 steps; the skipped step does not count.
     stepped = [step - (step > OVERFLOW_AT) - 1 for step in range(1, 16)]
     rates = [line["learning_rate"] for line in lines(whole / "metrics/train.jsonl")]
     assert rates == [pytest.approx(1e-3 * (1 / 3 + 2 / 3 * done / 15)) for done in stepped]
@@ -189,7 +189,7 @@ config = replace(digits.config, name="small", precision=precision, max_epochs=No
 
 
 def fifth(ranks: Ranks, world_size: int, folder: Path, name: str = "fifth", dies: bool = False) -> Path:
-    """Run the example's digits for 20 steps in the example's precision, or in another."""
+    """Run the example's digits for 20 steps in the example's precision, or in the one called `name`."""
     code = f"import sys\nNAME = {name!r}\n{OVERFLOWS}\n{FIFTH}"
     return run_in(ranks, world_size, folder, "checkpoint.every_steps=4", code=code, dies=dies)
 
@@ -231,42 +231,42 @@ fields.update(model=fused_net, optimizer=partial(FusedAdam, lr=1e-3))
     same(one, run_in(ranks, 3, tmp_path / "three", *words, change=change))
 
 
-@pytest.mark.parametrize("word", ["true", "false"])
-def test_tf32_is_the_configs_word(tmp_path, ranks, word):
-    look = """
-    def look(trainer, run):
-        seen = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        open("seen", "w").write(str(seen))
-    fields["handlers"] = [look]
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_tf32_has_the_value_of_the_config(tmp_path, ranks, value):
+    change = """
+    def write_settings(trainer, run):
+        settings = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        open("settings", "w").write(str(settings))
+    fields["handlers"] = [write_settings]
     """
-    run_in(ranks, 1, tmp_path, f"tf32={word}", "max_epochs=1", change=look)
-    assert (tmp_path / "seen").read_text() == str((word == "true",) * 2)
+    run_in(ranks, 1, tmp_path, f"tf32={value}", "max_epochs=1", change=change)
+    assert (tmp_path / "settings").read_text() == str((value == "true",) * 2)
 
 
-def test_what_is_no_precision_is_refused(tmp_path):
+def test_an_object_that_is_no_precision_is_refused(tmp_path):
     message = refused(tmp_path, "fields['precision'] = lambda device: 'bf16'")
     assert "ConfigError: precision: expected a function that returns an object with prepare, forward" in message
 
 
 def refused(tmp_path: Path, change: str, *words: str, ranks: int = 0) -> str:
-    """Return what is printed where the model must not be built, nor a run directory made."""
+    """Launch, check that no model was built and no run directory made, and return the output."""
     built = "fields['model'] = fields['train_data'] = lambda: print('BUILT')\n"
     write_cfg(tmp_path, built + change)
     done = launch("cfg.py", ON_CPUS, *words, ranks=ranks, cwd=tmp_path)
     assert done.code == (2 if ranks == 0 else 1), done.text
     assert "BUILT" not in done.text
-    assert "Traceback" not in done.ranks_say()
+    assert "Traceback" not in done.rank_output()
     assert not (tmp_path / "runs").exists()
     return done.text
 
 
-def test_apex_on_a_cpu_says_what_works(tmp_path):
+def test_apex_on_a_cpu_names_the_precisions_that_work(tmp_path):
     expected = "ConfigError: precision='apex' does not work on a device of type 'cpu'; use fp32 or bf16 or fp16 or auto"
     assert expected in refused(tmp_path, "", "precision=apex")
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "expected"),
     [
         pytest.param((), "found no package apex", marks=pytest.mark.slow),
         pytest.param(("lib.py",), "found another package of that name", marks=pytest.mark.slow),
@@ -277,14 +277,14 @@ def test_apex_on_a_cpu_says_what_works(tmp_path):
         ),
     ],
 )
-def test_apex_that_is_not_there_says_what_to_install_or_use(tmp_path, files, said):
+def test_a_missing_apex_names_the_package_and_the_alternatives(tmp_path, files, expected):
     for file in ("__init__.py", *files) if files else ():
         path = tmp_path / "other" / "apex" / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("raise ImportError('a check must not import it')")
     hidden = "sys.path[:] = [p for p in sys.path if not (pathlib.Path(p) / 'apex').exists()]\n"
-    there = APEX.replace(str(DOUBLE), str(tmp_path / "other")) if files else APEX + "import pathlib\n" + hidden
-    message = refused(tmp_path, there, "precision=apex", ranks=2 if not files else 0)
-    assert said in message
+    change = APEX.replace(str(DOUBLE), str(tmp_path / "other")) if files else APEX + "import pathlib\n" + hidden
+    message = refused(tmp_path, change, "precision=apex", ranks=2 if not files else 0)
+    assert expected in message
     assert "precision='apex': expected" in message
     assert 'in a config precision="bf16" or "fp16"' in message

@@ -1,4 +1,4 @@
-"""Everything that README.md tells people to type is run here, and what it shows is what the files hold."""
+"""All commands and code of README.md run, and its quoted files are the files of the repository."""
 
 import re
 import shlex
@@ -25,10 +25,10 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def typed(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a line as somebody with the environment activated would."""
+    """Run a line as in a shell with this environment activated."""
     words = shlex.split(line)
-    beside = {name: str(Path(sys.executable).with_name(name)) for name in ("torchrun", "disttrain")}
-    words[0] = {"python": sys.executable, **beside}[words[0]]
+    scripts = {name: str(Path(sys.executable).with_name(name)) for name in ("torchrun", "disttrain")}
+    words[0] = {"python": sys.executable, **scripts}[words[0]]
     return subprocess.run(
         words, cwd=folder, capture_output=True, text=True, env=environment(), timeout=120, check=False
     )
@@ -39,14 +39,14 @@ def test_the_config_is_the_example() -> None:
 
 
 def test_the_commands_run(checkout: Path) -> None:
-    said = []
+    outputs = []
     for block in blocks("bash run"):
         for line in block.splitlines():
             done = typed(line, checkout)
             assert done.returncode == 0, done.stdout + done.stderr
-            said.append(done.stdout)
-    assert "is completed" in said[2]
-    assert "the same bits in all 5 runs" in said[3]
+            outputs.append(done.stdout)
+    assert "is completed" in outputs[2]
+    assert "the same bits in all 5 runs" in outputs[3]
     assert result(checkout / "runs/three")["world_size"] == 3
     assert result(checkout / "runs/other")["step"] == 2 * (1437 // 96)
 
@@ -71,7 +71,7 @@ def test_make_knows_the_commands() -> None:
         assert {"demo": "disttrain.launch examples/digits.py", "test": "pytest"}[words[1]] in planned.stdout
 
 
-def test_links_lead_somewhere() -> None:
+def test_every_link_has_its_target() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"

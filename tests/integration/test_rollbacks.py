@@ -1,4 +1,4 @@
-"""Runs with on_nan=rollback: back to a checkpoint, on without the bad step, the same bits whatever happens."""
+"""Runs with on_nan=rollback: they go back to a checkpoint and on without the bad step, always with the same bits."""
 
 import os
 from pathlib import Path
@@ -9,9 +9,9 @@ from ranks import Ranks
 
 from disttrain.backend import Backend
 from disttrain.checkpoint import load_newest
+from disttrain.commands.launch import COMPLETED, FAILED, main
 from disttrain.data import SlotBatchSampler
-from disttrain.launch import COMPLETED, FAILED, main
-from disttrain.rollback import MAX_ROLLBACKS
+from disttrain.run.rollback import MAX_ROLLBACKS
 
 POISONED, SEED = 17, 5
 DIES = """
@@ -21,7 +21,7 @@ models = []
 def dies(trainer, run):
     assert not any(model() for model in models), "the model of an earlier attempt is still in memory"
     models.append(weakref.ref(run.model))
-    def die():  # at the step that is left out: nothing says so yet, neither a checkpoint nor a line of the ledger
+    def die():  # at the step that is left out, which no checkpoint and no line of the ledger has recorded yet
         if run.backend.rank == 0 and trainer.state.iteration in run.left_out and os.path.exists("die"):
             os.rename("die", "died")
             if os.path.getsize("died"):
@@ -30,7 +30,7 @@ def dies(trainer, run):
     trainer.add_event_handler(Events.ITERATION_COMPLETED, die)
 fields.update(handlers=[dies], seed=5)
 """
-# One sample in 200 is bad: in each of the three epochs it comes up in another step.
+# One sample in 200 is bad: in each of the three epochs it falls into another step.
 BAD_SAMPLE = f"""{DIES}
 class Poisoned(Noisy):
     def __getitem__(self, i):
@@ -39,7 +39,7 @@ class Poisoned(Noisy):
 fields["train_data"] = Poisoned
 fields["schedule"] = lambda optimizer, total: torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=total)
 """
-# Item 190 of each pass comes in its tenth step. Its loss is finite, but not like the others': a few large pixels.
+# Item 190 of each pass is in its tenth step. Its loss is finite but far above the others, because its pixels are large.
 JUMPS_IN_STREAM = f"""{DIES}
 from torch.utils.data import IterableDataset
 class Stream(IterableDataset):
@@ -55,7 +55,7 @@ fields.update(train_data=Stream, model=plain, global_batch_size=20, max_epochs=N
 
 
 def command(backend: Backend, folder: str, words: list[str]) -> int:
-    """Do what the command does, on a rank of the pool."""
+    """Run the command on a rank of the pool."""
     backend.close()
     os.chdir(folder)
     return main(["cfg.py", "backend=gloo", "on_nan=rollback", *words])
@@ -103,24 +103,24 @@ def test_the_same_bits_on_other_ranks_and_killed_after_going_back(
     assert (tmp_path / "killed" / "died").exists()
     same(whole, run(ranks, 3, tmp_path / "killed", change, *words, "checkpoint.every_steps=5"))
 
-    found = left_out(whole)
-    assert result(whole)["rollbacks"] == result(whole)["skipped_steps"] == len(found) > 1
+    reasons = left_out(whole)
+    assert result(whole)["rollbacks"] == result(whole)["skipped_steps"] == len(reasons) > 1
     position = load_newest(whole / "checkpoints").manifest.position
-    assert position["left_out"] == {str(step): why for step, why in found.items()}
+    assert position["left_out"] == {str(step): reason for step, reason in reasons.items()}
     for line in lines(whole / "metrics/train.jsonl"):
-        assert (line["loss"] is None) == (line["grad_norm"] is None) == (line["step"] in found)
+        assert (line["loss"] is None) == (line["grad_norm"] is None) == (line["step"] in reasons)
     if change == BAD_SAMPLE:
-        assert found == dict.fromkeys(steps_with_the_bad_sample(), "the loss became nan")
-        # The rate of each step, from a third to the whole in 15 steps: it stands still where a step is left out.
+        assert reasons == dict.fromkeys(steps_with_the_bad_sample(), "the loss became nan")
+        # The learning rate of each step, from a third to the whole in 15 steps: it stays the same at a left-out step.
         rates = [line["learning_rate"] for line in lines(whole / "metrics/train.jsonl")]
-        done = [step - 1 - sum(bad < step for bad in found) for step in range(1, 16)]
-        assert rates == [pytest.approx(1e-3 * (1 / 3 + 2 / 3 * n / 15)) for n in done]
+        updates = [step - 1 - sum(bad < step for bad in reasons) for step in range(1, 16)]
+        assert rates == [pytest.approx(1e-3 * (1 / 3 + 2 / 3 * n / 15)) for n in updates]
     else:
-        assert list(found) == [10, 20]
-        assert all(why.startswith("the loss jumped to ") for why in found.values())
+        assert list(reasons) == [10, 20]
+        assert all(reason.startswith("the loss jumped to ") for reason in reasons.values())
 
 
-def test_a_run_that_no_batch_can_be_blamed_for_stops(tmp_path: Path) -> None:
+def test_a_run_whose_every_batch_is_bad_stops(tmp_path: Path) -> None:
     change = """
     class Infinite(Noisy):
         def __getitem__(self, i):
@@ -131,9 +131,9 @@ def test_a_run_that_no_batch_can_be_blamed_for_stops(tmp_path: Path) -> None:
     write_cfg(tmp_path, change)
     done = launch("cfg.py", "on_nan=rollback", "max_epochs=9", "checkpoint.every_steps=40", cwd=tmp_path)
     assert done.code == FAILED
-    assert done.out.count("going back to the start of the run, to do without that step") == MAX_ROLLBACKS
+    assert done.out.count("going back to the start of the run, to run without that step") == MAX_ROLLBACKS
     assert f"NonFiniteError: the run went back to the start of the run {MAX_ROLLBACKS} times" in done.err
-    assert "step 11: the loss became nan). It is not the batches that are bad: lower the learning rate" in done.err
+    assert "step 11: the loss became nan). The batches are not the cause: lower the learning rate" in done.err
     assert "Traceback" not in done.text
     assert not (tmp_path / "runs/all/result.json").exists()
 

@@ -1,4 +1,4 @@
-"""A signal in every phase of a run, by real commands: saved or nothing begun, ended in time, the same bits after."""
+"""A signal in every phase of a run, by real commands: the run saves, ends in time, and resumes with the same bits."""
 
 import os
 import signal
@@ -64,7 +64,7 @@ def write_phases(folder: Path, phase: str, pause: float) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nobody stopped."""
+    """Return the folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     write_phases(folder, "none", 0.0)
     done = launch("cfg.py", cwd=folder)
@@ -73,7 +73,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stop_in(folder: Path, phase: str, number: signal.Signals, ranks: int) -> tuple[int, str, float]:
-    """Send a signal when the run is in the phase; return exit code, what was printed, and the seconds to its end."""
+    """Send a signal when the run is in the phase; return the exit code, the output, and the seconds to the end."""
     process = subprocess.Popen(
         command("cfg.py", ranks=ranks, torchrun=("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1")),
         cwd=folder,
@@ -88,8 +88,8 @@ def stop_in(folder: Path, phase: str, number: signal.Signals, ranks: int) -> tup
         time.sleep(0.02)
     sent = time.monotonic()
     os.kill(process.pid, number)
-    said, _ = process.communicate(timeout=90)
-    return process.returncode, said, time.monotonic() - sent
+    output, _ = process.communicate(timeout=90)
+    return process.returncode, output, time.monotonic() - sent
 
 
 @pytest.mark.parametrize(
@@ -111,21 +111,21 @@ def test_a_signal_in_any_phase(
     whole: Path, tmp_path: Path, phase: str, number: signal.Signals, ranks: int, pause: float
 ) -> None:
     write_phases(tmp_path, phase, pause)
-    code, said, took_s = stop_in(tmp_path, phase, number, ranks)
+    code, output, took_s = stop_in(tmp_path, phase, number, ranks)
     assert took_s < ENDS_IN_S
-    assert code == (1 if ranks else INTERRUPTED), said
-    assert ranks or "Traceback" not in said
+    assert code == (1 if ranks else INTERRUPTED), output
+    assert ranks or "Traceback" not in output
     run = tmp_path / "runs" / "small"
     ended = result(run)
     assert ended["status"] == "interrupted"
     saved = checkpoints(run)
     if phase == "start-up":
-        assert took_s < 10  # not after the 20 seconds that the data takes
+        assert took_s < 10  # it does not wait for the 20 seconds of the data's start-up
         assert saved == []
     if phase == "step":
         assert saved[-1] in (7, 8)
     if phase == "loading":
-        # 7 was the step before it, which another rank may still have been loading when rank 0 was in it.
+        # Another rank may still have loaded step 7 when rank 0 was loading step 8.
         assert saved[-1] == 8 or (ranks and saved[-1] == 7)
     if phase == "evaluation":
         assert saved == [5]

@@ -1,4 +1,4 @@
-"""A run names a rank that the others wait for, with what it is slow at."""
+"""A run names a rank for which the others wait, and the part of a step in which it is slow."""
 
 import os
 from pathlib import Path
@@ -7,9 +7,9 @@ from commands import write_cfg
 from ranks import Ranks
 
 from disttrain.backend import Backend
-from disttrain.launch import COMPLETED, main
+from disttrain.commands.launch import COMPLETED, main
 
-# Rank 1 needs 100 ms a step to load its samples, or its slots' forward; the rest of a step takes a few.
+# Rank 1 takes 100 ms per step to load its samples, or for its slots' forward; the rest of a step takes a few ms.
 SLOW = """
 import os, time
 class Slow(Noisy):
@@ -35,13 +35,14 @@ def command(backend: Backend, folder: str) -> int:
     return main(["cfg.py", "backend=gloo"])
 
 
-def test_a_slow_rank_is_named_with_what_it_is_slow_at(tmp_path: Path, ranks: Ranks) -> None:
-    for what, words in (("loading", "loading its data takes "), ("computing", "computing takes ")):
-        folder = tmp_path / what
+def test_a_slow_rank_is_named_with_the_slow_part_of_its_steps(tmp_path: Path, ranks: Ranks) -> None:
+    for part, words in (("loading", "loading its data takes "), ("computing", "computing takes ")):
+        folder = tmp_path / part
         folder.mkdir()
-        (folder / what).touch()
+        (folder / part).touch()
         write_cfg(folder, SLOW)
         assert ranks(2, command, str(folder)) == [COMPLETED] * 2
-        said = [line for line in (folder / "runs/small/logs/rank-0.log").read_text().splitlines() if "is slow" in line]
-        assert any("rank 1 on " in line and f"is slow: {words}" in line for line in said), said
+        log = (folder / "runs/small/logs/rank-0.log").read_text()
+        warnings = [line for line in log.splitlines() if "is slow" in line]
+        assert any("rank 1 on " in line and f"is slow: {words}" in line for line in warnings), warnings
         assert "is slow" not in (folder / "runs/small/logs/rank-1.log").read_text()

@@ -1,4 +1,4 @@
-"""Training over streams by the real commands: killed, resumed on other ranks and workers, and the same bits."""
+"""Training over streams by the real commands: killed and resumed on other ranks and workers, with the same bits."""
 
 import random
 import re
@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 from commands import ROOT, Done, launch, lines, result, write_cfg
 
-from disttrain.assemble import loader_of
 from disttrain.backend import connect
 from disttrain.config import load_config
 from disttrain.data import StreamLoader
 from disttrain.errors import ConfigError
 from disttrain.parallel import Slots
+from disttrain.run.data import loader_of
 
 slow = pytest.mark.slow
-STEPS = 14  # passes of the stream have 4 steps: four shards of 40 samples, or 160, each
+STEPS = 14  # a pass of the stream has 4 steps: four shards of 40 samples each, or 160 samples
 
 STREAM = """
 from torch.utils.data import IterableDataset
@@ -80,7 +80,7 @@ def run(folder: Path, *words: object, ranks: int = 0) -> Done:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return for a kind of stream the folder of an uninterrupted run, made when it is first asked for."""
+    """Return the folder of an uninterrupted run by kind of stream; each run is made when it is first needed."""
 
     class Runs(dict[str, Path]):
         def __missing__(self, kind: str) -> Path:
@@ -149,15 +149,15 @@ fields["train_data"] = Torn
     cfg(tmp_path, "Shards", change)
     done = run(tmp_path, ranks=2)
     assert done.code == 1
-    said = done.ranks_say()
-    assert "Traceback" not in said
+    output = done.rank_output()
+    assert "Traceback" not in output
     assert (
         "the stream raised OSError: the tape is torn, making sample 5 of the microbatch of epoch=0, step=1, slot=3"
-        in (said)
+        in (output)
     )
 
 
-def test_the_page_is_true(tmp_path: Path) -> None:
+def test_the_commands_of_the_page_train_and_resume(tmp_path: Path) -> None:
     page = (ROOT / "docs/streams.md").read_text()
     (code,) = re.findall(r"(?ms)^```python file=stream.py\n(.*?)^```$", page)
     (tmp_path / "stream.py").write_text(code)
@@ -175,7 +175,7 @@ def test_the_page_is_true(tmp_path: Path) -> None:
 
 
 @slow
-def test_the_page_resumed_is_the_page_in_one_go(tmp_path: Path) -> None:
+def test_the_config_of_the_page_has_the_same_bits_resumed_as_in_one_run(tmp_path: Path) -> None:
     (code,) = re.findall(r"(?ms)^```python file=stream.py\n(.*?)^```$", (ROOT / "docs/streams.md").read_text())
     (tmp_path / "stream.py").write_text(code)
     for words in (["max_steps=25", "name=cut"], ["name=cut", "num_workers=1"], ["name=whole"]):
@@ -187,7 +187,7 @@ def test_the_page_resumed_is_the_page_in_one_go(tmp_path: Path) -> None:
 @slow
 @pytest.mark.parametrize("kind", ["Shards", "Remembering"])
 def test_a_signal_saves_and_stops(whole: dict[str, Path], tmp_path: Path, kind: str) -> None:
-    for step in (4, 6):  # a pass's last step, and one inside a pass
+    for step in (4, 6):  # the last step of a pass, and one inside a pass
         folder = tmp_path / str(step)
         folder.mkdir()
         cfg(folder, kind, DIES.replace("STEP", str(step)).replace("SIGKILL", "SIGTERM"))
@@ -202,20 +202,20 @@ def test_a_signal_saves_and_stops(whole: dict[str, Path], tmp_path: Path, kind: 
 def test_other_data_is_refused_unless_it_is_accepted(whole: dict[str, Path], tmp_path: Path) -> None:
     cfg(tmp_path, "Shards")
     assert run(tmp_path, "max_steps=6").code == 0
-    # Other samples, which neither length nor type shows.
+    # Other samples, with the same length and type.
     cfg(
         tmp_path, "Shards", "\nStream.numbers = lambda self: [i for i in range(200)[self.part] if (i + self.epoch) % 7]"
     )
     refused = run(tmp_path)
     assert refused.code == 1
-    assert "step 2 of pass 1 has other samples than it had" in refused.err
+    assert "step 2 of pass 1 has other samples than before" in refused.err
     accepted = run(tmp_path, "accept_other_data=true")
     assert accepted.code == 0, accepted.text
     assert result(tmp_path / "runs/small")["step"] == STEPS
 
 
 @slow
-def test_from_samples_with_indices_to_a_stream_where_that_is_accepted(tmp_path: Path) -> None:
+def test_a_run_changes_from_samples_with_indices_to_a_stream_if_that_is_accepted(tmp_path: Path) -> None:
     change = "\ndef data(): return {}\nfields.update(train_data=data, max_epochs=None, max_steps=7)"
     cfg(tmp_path, "Shards", change.format("Noisy()"))
     assert run(tmp_path).code == 0
@@ -230,7 +230,7 @@ def test_from_samples_with_indices_to_a_stream_where_that_is_accepted(tmp_path: 
 
 
 class TestLengths:
-    """Where a run over a stream ends."""
+    """The end of a run over a stream."""
 
     def loader(self, folder: Path, change: str) -> StreamLoader:
         cfg(folder, "Shards", change)
@@ -250,7 +250,7 @@ class TestLengths:
         self.loader(tmp_path, change + "\nStream.__len__ = lambda self: 160")
 
     @slow
-    def test_a_length_makes_epochs_steps(self, tmp_path: Path) -> None:
+    def test_with_a_length_epochs_are_counted_in_steps(self, tmp_path: Path) -> None:
         cfg(tmp_path, "Shards", "\nfields.update(max_epochs=2, max_steps=None)\nStream.__len__ = lambda self: 160")
         done = run(tmp_path)
         assert done.code == 0, done.text

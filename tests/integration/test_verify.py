@@ -1,4 +1,4 @@
-"""`disttrain verify` and `disttrain compare` by their real commands: sound configs pass, wrong ones are found."""
+"""`disttrain verify` and `disttrain compare` by their real commands: sound configs pass, and faults are found."""
 
 import re
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT, Done, environment, launch, write_cfg
 
-from disttrain import cli
+from disttrain.commands.main import main
 
 WRONG = ROOT / "examples" / "not_deterministic"
 PROGRAM = Path(sys.executable).with_name("disttrain")
@@ -29,7 +29,7 @@ def disttrain(*words: object, cwd: Path) -> Done:
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-@pytest.mark.slow  # the README's test runs the same over another config
+@pytest.mark.slow  # the test of the README runs the same with another config
 def test_a_sound_config_gives_the_same_bits_in_all_runs(tmp_path: Path) -> None:
     done = disttrain("verify", WRONG / "sound.py", "--worlds", "1,3", "--kills", 1, "--steps", 9, cwd=tmp_path)
     assert done.code == 0, done.text
@@ -45,14 +45,14 @@ def test_a_sound_config_gives_the_same_bits_in_all_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "worlds", "kills", "found_by", "headline"),
     [
-        ("own_generator", "1", 0, "again", "step 1: what was loaded (slot 0, slot 1, slot 2, slot 3)"),
+        ("own_generator", "1", 0, "again", "step 1: the loaded data (slot 0, slot 1, slot 2, slot 3)"),
         ("clock", "1", 0, "again", "step 0: the state that the runs began with (model.0.weight, model.0.bias, "),
         ("rank", "1,2", 0, "2 ranks", "step 1: the loss (slot 2, slot 3)"),
-        ("history", "1", 1, "killed", r"step \d+: what was loaded (slot 0, slot 1, slot 2, slot 3)"),
+        ("history", "1", 1, "killed", r"step \d+: the loaded data (slot 0, slot 1, slot 2, slot 3)"),
         ("unsaved", "1", 1, "killed", r"step \d+: the loss (slot 0, slot 1, slot 2, slot 3)"),
     ],
 )
-def test_what_is_wrong_on_purpose_is_found_and_named(
+def test_a_deliberate_fault_is_found_and_named(
     name: str,
     worlds: str,
     kills: int,
@@ -62,17 +62,17 @@ def test_what_is_wrong_on_purpose_is_found_and_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ["--worlds", worlds, "--workers", "0", "--kills", str(kills), "--steps", "6", "--first"]
-    code = cli.main(["verify", str(WRONG / f"{name}.py"), *words, "--keep", str(tmp_path / "kept")])
-    said = capsys.readouterr()
-    assert code == 1, said.out + said.err
-    assert f"not the same bits: {found_by}\n" in said.out
-    assert re.search(f"first difference at {headline}".replace("(", r"\(").replace(")", r"\)"), said.out), said.out
+    code = main(["verify", str(WRONG / f"{name}.py"), *words, "--keep", str(tmp_path / "kept")])
+    output = capsys.readouterr()
+    assert code == 1, output.out + output.err
+    assert f"not the same bits: {found_by}\n" in output.out
+    assert re.search(f"first difference at {headline}".replace("(", r"\(").replace(")", r"\)"), output.out), output.out
     explained = {"own_generator": "generator of its own", "history": "generator of its own", "clock": "the clock"}
-    assert explained.get(name, "the forward pass or the loss depends on something else") in said.out
+    assert explained.get(name, "the forward pass or the loss depends on something else") in output.out
     if kills:
-        # The first step that was done again after the kill, from a checkpoint before it.
-        killed_at = int(re.search(r"killed +1 +0 +(\d+)", said.out)[1])  # type: ignore[index]
-        assert int(re.search(r"first difference at step (\d+)", said.out)[1]) <= killed_at  # type: ignore[index]
+        # The difference is at the first step that was repeated after the kill, or later.
+        killed_at = int(re.search(r"killed +1 +0 +(\d+)", output.out)[1])  # type: ignore[index]
+        assert int(re.search(r"first difference at step (\d+)", output.out)[1]) <= killed_at  # type: ignore[index]
     assert (tmp_path / "kept" / "reference" / name / "ledger.jsonl").exists()
 
 
@@ -81,53 +81,53 @@ def test_every_wrong_example_is_tried() -> None:
     assert tried == {path.stem for path in WRONG.glob("*.py")} - {"sound"}
 
 
-MARKS = [m for m in test_what_is_wrong_on_purpose_is_found_and_named.pytestmark if m.name == "parametrize"]
+MARKS = [m for m in test_a_deliberate_fault_is_found_and_named.pytestmark if m.name == "parametrize"]
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (["none.py"], "none.py: no such file"),
-        (["."], ".: expected a cfg.py, got a folder; a run directory is left alone"),
+        (["."], ".: expected a cfg.py, got a folder; verify leaves run directories alone"),
         (["cfg.py", "--worlds", "9"], "num_slots=4 is too few for 9 ranks"),
-        (["cfg.py", "--kills", "7", "--steps", "3"], "--kills 7: expected at most one a step, of 3"),
+        (["cfg.py", "--kills", "7", "--steps", "3"], "--kills 7: expected at most one kill for each of the 3 steps"),
         (["cfg.py", "optimiser.lr=1"], "did you mean optimizer.lr"),
         (["cfg.py", "--keep", "."], "--keep .: expected a new or empty folder"),
     ],
 )
-def test_what_cannot_be_verified_is_said_at_once(
-    words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_command_that_cannot_verify_fails_at_once(
+    words: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_cfg(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["verify", *words]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("ConfigError: ")
-    assert told in said
+    assert main(["verify", *words]) == 2
+    output = capsys.readouterr().err
+    assert output.startswith("ConfigError: ")
+    assert expected in output
     assert [path.name for path in tmp_path.iterdir()] == ["cfg.py"]
 
 
 @pytest.mark.parametrize("option", [["--worlds", "0"], ["--worlds", "1,x"], ["--steps", "-1"], ["--kills", ""]])
 def test_options_are_numbers(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["verify", "cfg.py", *option])
+        main(["verify", "cfg.py", *option])
     assert ended.value.code == 2
     assert "expected a whole number from" in capsys.readouterr().err
 
 
-def test_a_config_that_fails_while_running_is_told_with_its_own_words(
+def test_a_config_that_fails_while_running_is_reported_with_its_own_message(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = write_cfg(tmp_path, "def broken(): raise OSError('the disk of the model is gone')\nfields['model'] = broken")
-    assert cli.main(["verify", str(cfg), "--steps", "3", "--keep", str(tmp_path / "kept")]) == 2
-    said = capsys.readouterr()
-    assert "reference, on 1 rank with 0 workers: the ranks ended with 2, expected 0" in said.err
-    assert "ConfigError: model raised OSError: the disk of the model is gone" in said.err
+    assert main(["verify", str(cfg), "--steps", "3", "--keep", str(tmp_path / "kept")]) == 2
+    output = capsys.readouterr()
+    assert "reference, on 1 rank with 0 workers: the ranks ended with 2, expected 0" in output.err
+    assert "ConfigError: model raised OSError: the disk of the model is gone" in output.err
 
 
 @pytest.fixture(scope="module")
 def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `runs/one` and `runs/two`, which differ in their learning rates."""
+    """Return a folder with `runs/one` and `runs/two`, which differ in their learning rates."""
     folder = tmp_path_factory.mktemp("two_runs")
     write_cfg(folder)
     for name, rate in (("one", "1e-3"), ("two", "2e-3")):
@@ -137,20 +137,20 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compared(folder: Path, capsys: pytest.CaptureFixture[str], *names: str) -> tuple[int, str]:
-    code = cli.main(["compare", *(str(folder / "runs" / name) for name in names)])
-    said = capsys.readouterr()
-    return code, said.out + said.err
+    code = main(["compare", *(str(folder / "runs" / name) for name in names)])
+    output = capsys.readouterr()
+    return code, output.out + output.err
 
 
-def test_compare_finds_where_two_runs_part(two_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, said = compared(two_runs, capsys, "one", "two")
+def test_compare_finds_the_first_difference_of_two_runs(two_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, output = compared(two_runs, capsys, "one", "two")
     assert code == 1
-    assert "the configs differ in optimizer.lr: 0.001 and 0.002" in said
-    assert "first difference at step 1: the learning rate: 0.001 (0x1.0624dd2f1a9fcp-10) and 0.002" in said
-    assert "In this step the same: the choice of samples, the loss, the gradient's norm." in said
+    assert "the configs differ in optimizer.lr: 0.001 and 0.002" in output
+    assert "first difference at step 1: the learning rate: 0.001 (0x1.0624dd2f1a9fcp-10) and 0.002" in output
+    assert "The same in this step: the choice of samples, the loss, the gradient's norm." in output
 
 
-def test_compare_says_where_two_runs_are_the_same(
+def test_compare_says_that_two_runs_are_the_same(
     two_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = tmp_path / "runs" / "broken"
@@ -159,50 +159,50 @@ def test_compare_says_where_two_runs_are_the_same(
     (broken / "result.json").unlink()
     text = (broken / "ledger.jsonl").read_text().splitlines(keepends=True)
     (broken / "ledger.jsonl").write_text("".join(text[:10]) + text[10][:20])
-    code, said = compared(tmp_path, capsys, "one", "broken")
+    code, output = compared(tmp_path, capsys, "one", "broken")
     assert code == 0
-    assert "has 15 steps" in said
-    assert "the same bits: 9 steps, the whole state at 3 of them" in said
+    assert "has 15 steps" in output
+    assert "the same bits: 9 steps, the whole state at 3 of them" in output
 
 
-def test_compare_refuses_what_is_no_run(two_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, said = compared(two_runs, capsys, "one", "none")
+def test_compare_refuses_a_folder_without_a_run(two_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, output = compared(two_runs, capsys, "one", "none")
     assert code == 2
-    assert said.startswith("ConfigError: expected a run's ledger at ")
+    assert output.startswith("ConfigError: expected a run's ledger at ")
 
 
 PAGE = (ROOT / "docs" / "verify.md").read_text()
 
 
 def block(kind: str) -> list[str]:
-    """Return the words of the page's one command of a kind, without `disttrain`."""
+    """Return the words of the page's only command of this kind, without `disttrain`."""
     (text,) = re.findall(rf"(?ms)^```bash {kind}\n(.*?)^```$", PAGE)
     program, *words = text.split()
     assert program == "disttrain"
     return list(words)
 
 
-def test_the_commands_of_the_page_do_what_it_says(
+def test_the_commands_of_the_page_have_the_output_that_it_shows(
     two_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.chdir(tmp_path)
     assert f"disttrain {' '.join(block('run'))}" in (ROOT / "README.md").read_text()  # whose test runs it
-    assert cli.main(block("fails")) == 1
-    said = capsys.readouterr().out
+    assert main(block("fails")) == 1
+    output = capsys.readouterr().out
     shown = re.search(r"(?ms)^```\n(not the same bits.*?)^```$", PAGE)
     assert shown is not None
-    # All of the shown text but the two hashes, which are others each time.
+    # The whole text except the two hashes, which differ each time.
     expected = re.sub(r": [0-9a-f]{16} and [0-9a-f]{16}", "", " ".join(shown[1].split()))
-    assert expected in re.sub(r": [0-9a-f]{16} and [0-9a-f]{16}", "", " ".join(said.split()))
+    assert expected in re.sub(r": [0-9a-f]{16} and [0-9a-f]{16}", "", " ".join(output.split()))
     monkeypatch.chdir(two_runs)
-    assert cli.main(block("compare")) == 1
+    assert main(block("compare")) == 1
 
 
 def test_the_page_lists_every_option_with_its_default() -> None:
-    from disttrain.verify import parser
+    from disttrain.commands.verify import verify_parser
 
-    for action in parser()._actions:
+    for action in verify_parser()._actions:
         if action.option_strings and action.dest != "help":
             (row,) = [line for line in PAGE.splitlines() if line.startswith(f"| `{action.option_strings[0]}")]
             default = action.default

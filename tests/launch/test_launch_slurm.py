@@ -1,4 +1,4 @@
-"""launch/slurm by a real Slurm of three nodes on this machine, where it is installed and may be run.
+"""launch/slurm by a real Slurm with three nodes on this machine, if it is installed and may run.
 
 apt-get install --no-install-recommends slurmctld slurmd slurm-client munge     # and be root
 """
@@ -24,7 +24,7 @@ MISSING = [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if shuti
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(MISSING), reason=f"Slurm is not installed here: no {', '.join(MISSING)}"),
-    pytest.mark.skipif(os.geteuid() != 0, reason="a Slurm of one's own wants root"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="starting a Slurm needs root"),
 ]
 
 NODES = 3
@@ -63,7 +63,7 @@ PartitionName=low Nodes=c[1-{nodes}] Default=YES MaxTime=INFINITE PriorityTier=1
 PartitionName=hi Nodes=c[1-{nodes}] MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 """
 
-# Steps of 0.3 s, so that there is time for a signal; the file says that training goes on.
+# Steps of 0.3 s, to leave time for a signal; the file shows that the training has begun.
 SLOW = """
 import pathlib, time
 from disttrain.engine import Events
@@ -77,7 +77,7 @@ fields.update(handlers=[slow], max_epochs=12)
 
 
 class Slurm:
-    """A Slurm in a folder, whose daemons end with `stop`."""
+    """A Slurm in a folder; its daemons end with `stop`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -110,12 +110,12 @@ class Slurm:
         return (done.stdout + done.stderr).strip()
 
     def submit(self, folder: Path, *words: str) -> str:
-        """Queue the run of `folder` on two nodes; return the job's number."""
+        """Queue the run of `folder` on two nodes; return the number of the job."""
         options = ["--nodes", "2", "--cpus-per-task", "1", "--mem", "0", "--output", "out.txt", "--parsable"]
         variables = {"PYTHON": sys.executable, "RDZV_HOST": "127.0.0.1"}
-        said = self.ask("sbatch", *options, *words, str(JOB), "cfg.py", cwd=folder, **variables)
-        assert said.isdigit(), said
-        return said
+        output = self.ask("sbatch", *options, *words, str(JOB), "cfg.py", cwd=folder, **variables)
+        assert output.isdigit(), output
+        return output
 
     def state(self, job: str) -> str:
         shown = self.ask("scontrol", "show", "job", job)
@@ -129,7 +129,7 @@ class Slurm:
         return time.monotonic() - began
 
     def finish(self, job: str, folder: Path) -> None:
-        """Wait for the requeued job, which Slurm would let wait for two minutes, to be done."""
+        """Wait until the requeued job is completed; Slurm would start it only after two minutes, so start it now."""
         self.wait_until(lambda: self.state(job) == "PENDING", 90)
         end = time.monotonic() + 150
         while self.state(job) != "COMPLETED":
@@ -147,9 +147,9 @@ class Slurm:
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    made = Slurm(tmp_path_factory.mktemp("slurm"))
-    yield made
-    made.stop()
+    running = Slurm(tmp_path_factory.mktemp("slurm"))
+    yield running
+    running.stop()
 
 
 @pytest.fixture(scope="module")
@@ -161,10 +161,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("how", ["warning", "preemption", "time limit"])
-def test_a_job_that_is_told_to_go_saves_is_queued_again_and_ends_with_the_same_bits(
+def test_a_job_that_has_to_stop_saves_is_requeued_and_ends_with_the_same_bits(
     slurm: Slurm, whole: Path, tmp_path: Path, how: str
 ) -> None:
-    # Long enough to be still there when Slurm, which counts in minutes, says that the first one is over.
+    # Long enough to outlast its time limit, which Slurm counts in minutes.
     write_cfg(tmp_path, SLOW if how != "time limit" else SLOW.replace("0.3", "1.5"))
     limit = ["--time", "3", "--signal=B:USR1@90"] if how == "time limit" else ["--time", "60"]
     job = slurm.submit(tmp_path, "--partition", "low", *limit)

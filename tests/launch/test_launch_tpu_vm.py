@@ -1,4 +1,4 @@
-"""launch/tpu_vm without a TPU: a `gcloud` that writes down what it is asked, or runs it in folders in place of VMs."""
+"""launch/tpu_vm without a TPU: a double of `gcloud` records its arguments, or runs commands in folders, not in VMs."""
 
 import json
 import os
@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "launch" / "tpu_vm"
 NAMES = sorted(path.name for path in SCRIPTS.glob("*.sh"))
 
-# Writes its words to $ASKED as one line of JSON. `describe` says two addresses; `scp` copies to each worker's home and
-# `ssh` runs the command in each, side by side, if there are such homes.
+# It writes its arguments to $ASKED as one line of JSON. `describe` prints two addresses. `scp` keeps the archive.
+# `ssh` runs the command in the home of each worker, all at once, if there are such homes.
 GCLOUD = """
 import json, os, pathlib, shutil, subprocess, sys
 words = sys.argv[1:]
@@ -40,7 +40,7 @@ if act == "ssh" and homes:
 
 
 class Cloud:
-    """A folder with the programs that the scripts call, first on PATH."""
+    """A folder with the programs that the scripts call; it is first on PATH."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -88,7 +88,7 @@ def test_a_script_is_sound(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("on_worker")])
-def test_without_its_words_it_says_how_it_is_used_and_asks_for_nothing(cloud: Cloud, name: str) -> None:
+def test_without_arguments_it_prints_its_usage_and_calls_nothing(cloud: Cloud, name: str) -> None:
     done = cloud.run(name)
     assert done.returncode == 2
     assert done.stderr.startswith("usage: ")
@@ -107,7 +107,7 @@ def test_setup_copies_the_checkout_and_installs_it_on_every_worker(cloud: Cloud)
     scp, ssh = cloud.asked()
     assert scp[:4] == [*TPU_VM, "scp"]
     assert scp[5:] == ["t1:disttrain.tgz", "--zone", "z", "--worker=all"]
-    assert not Path(scp[4]).exists()  # what was packed here is gone
+    assert not Path(scp[4]).exists()  # the archive is removed on this machine
     assert ssh[:-1] == [*TPU_VM, "ssh", "t1", "--zone", "z", "--worker=all", "--command"]
     with tarfile.open(f"{cloud.asked_file}.tgz") as archive:
         names = set(archive.getnames())
@@ -115,7 +115,7 @@ def test_setup_copies_the_checkout_and_installs_it_on_every_worker(cloud: Cloud)
     assert not [name for name in names if "/." in name[1:] or name.startswith("./runs") or "__pycache__" in name]
 
 
-def test_run_gives_every_worker_all_addresses_and_the_words_as_they_are(cloud: Cloud) -> None:
+def test_run_gives_every_worker_all_addresses_and_the_words_unchanged(cloud: Cloud) -> None:
     words = ["cfg.py", "name=it's $HOME; a|b", "max_steps=3"]
     assert cloud.run("run.sh", "t1", "z", *words).returncode == 0
     describe, ssh = cloud.asked()
@@ -139,7 +139,7 @@ def test_stop_and_delete(cloud: Cloud, script: str, act: str) -> None:
 
 
 def workers(cloud: Cloud, addresses: list[str]) -> list[Path]:
-    """Make a home for each worker, with the checkout in it, and a `hostname` that knows whose it is."""
+    """Make a home with the checkout for each worker, and a `hostname` that prints the worker's own address."""
     homes = []
     for i in range(len(addresses)):
         home = cloud.folder / "homes" / f"worker-{i}"
@@ -147,7 +147,7 @@ def workers(cloud: Cloud, addresses: list[str]) -> list[Path]:
         (checkout / ".venv" / "bin").mkdir(parents=True)
         for name in ("disttrain", "examples"):
             (checkout / name).symlink_to(ROOT / name)
-        # A copy: a script finds its checkout by where it lies.
+        # A copy, because a script finds its checkout by its own path.
         shutil.copytree(SCRIPTS, checkout / "launch" / "tpu_vm")
         homes.append(checkout)
     cloud.program("hostname", f"#!/bin/bash\na=({' '.join(addresses)})\necho 172.17.0.1 ${{a[WORKER]}}\n")
@@ -173,22 +173,22 @@ def test_each_worker_starts_torchrun_with_its_own_rank(cloud: Cloud) -> None:
 
 
 @pytest.mark.parametrize(
-    ("addresses", "chips", "said"),
+    ("addresses", "chips", "expected"),
     [
         ("10.0.0.9", "4", r"expected one of this worker's addresses (172.17.0.1 10.0.0.2) among those of the slice"),
         ("10.0.0.2", "0", "expected TPU chips"),
     ],
 )
-def test_a_worker_that_cannot_start_says_why(cloud: Cloud, addresses: str, chips: str, said: str) -> None:
+def test_a_worker_that_cannot_start_gives_the_reason(cloud: Cloud, addresses: str, chips: str, expected: str) -> None:
     workers(cloud, ["10.0.0.2"])
     done = cloud.run("run.sh", "t1", "z", "cfg.py", ADDRESSES=addresses, CHIPS=chips)
     assert done.returncode == 1
-    assert said in done.stderr
+    assert expected in done.stderr
 
 
 @pytest.mark.slow
 def test_two_workers_of_this_machine_train_together(cloud: Cloud, tmp_path: Path) -> None:
-    """The whole way but Google's: two folders as workers, two loopback addresses, gloo in the TPU's place."""
+    """Run all but Google's part: two folders as workers, two loopback addresses, and gloo in place of the TPU."""
     addresses = ["127.0.0.1", "127.0.0.2"]
     for checkout in workers(cloud, addresses):
         (checkout / ".venv/bin/torchrun").symlink_to(Path(sys.executable).with_name("torchrun"))

@@ -1,4 +1,4 @@
-"""Small models and the loop that trains them by slots, for the tests of this folder; ranks import it too."""
+"""Small models and the loop that trains them by slots, for the tests of this folder and the ranks that they start."""
 
 import hashlib
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def mlp() -> nn.Module:
 
 
 def cnn() -> nn.Module:
-    """BatchNorm, dropout, and weights that lie in memory otherwise than their shapes say."""
+    """BatchNorm, dropout, and weights whose order in memory differs from their shapes (channels_last)."""
     net = nn.Sequential(
         nn.Conv2d(1, 4, 3),
         nn.BatchNorm2d(4),
@@ -37,7 +37,7 @@ def cnn() -> nn.Module:
 
 
 class Mixed(nn.Module):
-    """Three dtypes, so three buckets; a frozen layer, one that only even slots use, and one that none does."""
+    """Three dtypes, so three buckets; a frozen layer, one that only even slots use, and one that no slot uses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,14 +50,14 @@ class Mixed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.first(x)
-        if x[0, 0] > 0:  # the batch says whether its slot is even
+        if x[0, 0] > 0:  # `microbatch` makes it positive for even slots
             hidden = hidden + self.sometimes(x)
         hidden = self.short(self.frozen(hidden).tanh().bfloat16())
         return self.long(hidden.tanh().double()).float()
 
 
 def wide() -> nn.Module:
-    """More than DDP's first bucket holds, and more than a reduction sends whole."""
+    """A model with more parameters than DDP's first bucket holds, and than a reduction sends whole."""
     return nn.Sequential(nn.Linear(12, 512), nn.Tanh(), nn.Linear(512, 600), nn.Tanh(), nn.Linear(600, 1000))
 
 
@@ -73,7 +73,7 @@ def microbatch(name: str, step: int, slot: int) -> tuple[Tensor, Tensor]:
 
 
 def digest(model: nn.Module) -> str:
-    """Hash what a checkpoint would hold: parameters and buffers."""
+    """Hash the parameters and buffers, as a checkpoint would hold them."""
     state = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         state.update(name.encode())
@@ -82,7 +82,7 @@ def digest(model: nn.Module) -> str:
 
 
 def train(name: str, slots: Slots, group: ProcessGroup | None, steps: int = STEPS, **options: Any) -> nn.Module:
-    """Train one of the models with clipping and AdamW; on every rank alike but for what is drawn before."""
+    """Train one of the models with clipping and AdamW, from a random state that differs between ranks."""
     torch.manual_seed(7)
     model = MODELS[name]()
     torch.manual_seed(slots.rank)  # nothing may depend on it

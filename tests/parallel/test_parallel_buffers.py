@@ -1,4 +1,4 @@
-"""Buffers over slots: each slot starts from the step's, and slot 0's are kept on every rank."""
+"""Buffers over slots: each slot starts from the step's buffers, and every rank keeps those of slot 0."""
 
 import torch
 from ranks import Ranks
@@ -40,17 +40,17 @@ class Statistics(nn.Module):
 def run(backend: Backend, num_slots: int, steps: int) -> tuple[dict[str, Tensor], list[float], bool]:
     model = Statistics()
     gradients = SlotGradients(model, slots_of(backend, num_slots), seed=0, process_group=backend.process_group)
-    received = []
+    gradient_by_step = []
     for step in range(steps):
         batch = [torch.full((4,), float(10 * step + slot)) for slot in gradients.slots.mine]
         for x in gradients.microbatches(batch, step + 1):
             gradients.module(x).sum().backward()
-        received.append(model.weight.grad.item())
-    return model.state_dict(), received, model.passing.item() == steps * len(gradients.slots.mine)
+        gradient_by_step.append(model.weight.grad.item())
+    return model.state_dict(), gradient_by_step, model.passing.item() == steps * len(gradients.slots.mine)
 
 
 def expected(steps: int) -> dict[str, Tensor]:
-    """Return what slot 0 alone makes of the buffers."""
+    """Return the buffers after the forwards of slot 0 alone."""
     model = Statistics()
     for step in range(steps):
         model(torch.full((4,), 10.0 * step))
@@ -59,12 +59,12 @@ def expected(steps: int) -> dict[str, Tensor]:
 
 def test_slot_zero_decides_on_every_rank(ranks: Ranks) -> None:
     for world_size in (1, 2, 3, 5):
-        for state, received, passing_stays in ranks(world_size, run, 5, 3):
+        for state, gradient_by_step, passing_stays in ranks(world_size, run, 5, 3):
             assert all(torch.equal(state[name], tensor) for name, tensor in expected(3).items())
             assert state.keys() == {*expected(3), "weight"}
-            # The mean over the slots of 4 samples of 10 * step + slot, times the count that each slot starts from.
-            assert received == [4.0 * (10 * step + 2) * step for step in range(3)]
-            assert passing_stays  # a buffer that is not persistent is what this rank's own slots made of it
+            # The mean over the slots of 4 samples of 10 * step + slot, times the count with which each slot starts.
+            assert gradient_by_step == [4.0 * (10 * step + 2) * step for step in range(3)]
+            assert passing_stays  # a buffer that is not persistent has the value that this rank's own slots left
 
 
 def batch_norm(backend: Backend) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The reduction over the tree on real ranks: the bits of one process that writes the tree's sums out."""
+"""The reduction along the tree on real ranks: the bits are those of one process that follows the tree's definition."""
 
 import pytest
 import torch
@@ -8,12 +8,12 @@ from torch import Tensor
 from disttrain.backend.base import Backend
 from disttrain.parallel import Slots, TreeReduce, TreeSum
 
-LARGE = 540_001  # above `SMALL_BYTES`: it goes in chunks, of unequal sizes
+LARGE = 540_001  # more than `SMALL_MESSAGE_BYTES`: it is sent in chunks, of unequal sizes
 CASES = [(num_slots, size) for num_slots in (5, 6, 7, 8, 12) for size in (0, 1, 2, 7, 1000)] + [(6, LARGE), (8, LARGE)]
 
 
 def values(num_slots: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """One row for each slot, of very different magnitudes, so that the order of addition shows."""
+    """Return one row for each slot, of very different magnitudes, so the bits depend on the order of addition."""
     generator = torch.Generator().manual_seed(num_slots * 1_000_003 + size)
     rows = torch.randn(num_slots, size, generator=generator) * 10 ** torch.linspace(-2, 3, num_slots)[:, None]
     return rows.to(dtype)
@@ -34,7 +34,7 @@ def parts_of(slots: Slots, rows: Tensor) -> dict[tuple[int, int], Tensor]:
 
 
 def means_that_differ(backend: Backend) -> list[tuple[int, int, str]]:
-    """Reduce on all ranks; return the cases whose bits are not those of one process."""
+    """Reduce on all ranks; return the cases whose bits differ from those of one process."""
     differ = []
     for num_slots, size in CASES:
         slots = Slots(num_slots, backend.rank, backend.world_size)
@@ -54,7 +54,7 @@ def test_every_rank_gets_the_bits_of_one_process(ranks: Ranks, world_size: int) 
 
 
 def parts_that_differ(backend: Backend) -> list[tuple[int, int, torch.dtype]]:
-    """Reduce so that each rank keeps its part; return the cases whose bits are not those of one process."""
+    """Reduce so that each rank keeps its chunk; return the cases whose bits differ from those of one process."""
     differ = []
     for num_slots in (5, 8):
         for width in (0, 3, 1000):
@@ -71,16 +71,17 @@ def parts_that_differ(backend: Backend) -> list[tuple[int, int, torch.dtype]]:
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 4])
-def test_every_rank_gets_its_part_in_the_bits_of_one_process(ranks: Ranks, world_size: int) -> None:
+def test_every_rank_gets_its_chunk_in_the_bits_of_one_process(ranks: Ranks, world_size: int) -> None:
     assert ranks(world_size, parts_that_differ) == [[]] * world_size
 
 
-def test_a_scatter_asks_for_parts_as_long_as_all_results_together() -> None:
-    with pytest.raises(ValueError, match=r"brings the nodes \[\(0, 2\)\] of 1 x 3, got \{\(0, 2\): 4\}"):
+def test_a_scatter_needs_parts_as_long_as_all_results_together() -> None:
+    expected = r"expected the nodes \[\(0, 2\)\] of rank 0, of 1 x 3 elements; got \{\(0, 2\): 4\}"
+    with pytest.raises(ValueError, match=expected):
         TreeReduce(Slots(2), None).start_scatter({(0, 2): torch.zeros(4)}, out=torch.zeros(3))
 
 
-def test_the_values_tell_one_order_from_another() -> None:
+def test_the_values_distinguish_one_order_of_addition_from_another() -> None:
     rows = values(8, 1000)
     by_rank = [sum(rows[8 * r // 3 : 8 * (r + 1) // 3]) for r in range(3)]
     assert not torch.equal(sum(by_rank), by_one_process(rows, 0, 8))
@@ -89,7 +90,7 @@ def test_the_values_tell_one_order_from_another() -> None:
 
 def means_by_dtype(backend: Backend, dtype: torch.dtype, size: int) -> Tensor:
     slots = Slots(6, backend.rank, backend.world_size)
-    # One slot a rank, or sums of them: a node's sum is brought in the dtype in which it was added up.
+    # A rank passes the sum of a node in the dtype in which it was summed.
     rows = values(6, size, dtype)
     wide = rows.float() if dtype.is_floating_point and dtype.itemsize == 2 else rows
     out = torch.empty(size, dtype=dtype)
@@ -125,12 +126,12 @@ def reductions_at_once(backend: Backend) -> list[bool]:
     slots = Slots(8, backend.rank, backend.world_size)
     tree = TreeReduce(slots, backend.process_group)
     sizes = (LARGE, 10, LARGE + 9, LARGE)
-    on_their_way = []
+    reductions = []
     for size in sizes:
-        on_their_way.append(tree.start(parts_of(slots, values(8, size))))
-        if len(on_their_way) > 1:
-            on_their_way[-2].advance()
-    got = [reduction.wait() for reduction in on_their_way]
+        reductions.append(tree.start(parts_of(slots, values(8, size))))
+        if len(reductions) > 1:
+            reductions[-2].advance()
+    got = [reduction.wait() for reduction in reductions]
     return [torch.equal(a, by_one_process(values(8, size), 0, 8)) for a, size in zip(got, sizes, strict=True)]
 
 
@@ -156,9 +157,9 @@ def refusals(backend: Backend) -> list[str]:
     return messages
 
 
-def test_what_does_not_fit_together_is_refused(ranks: Ranks) -> None:
+def test_slots_that_do_not_fit_the_process_group_are_refused(ranks: Ranks) -> None:
     for rank, (no_group, size, swapped, nodes) in enumerate(ranks(2, refusals)):
         assert "world_size=2 needs a process group" in no_group
-        assert "rank 0 of 3" in size if rank == 0 else "rank 1 of 3" in size
+        assert f"rank {rank} of 3" in size
         assert f"rank {1 - rank} of 2" in swapped
         assert "got [(0, 4)]" in nodes

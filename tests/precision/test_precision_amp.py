@@ -1,4 +1,4 @@
-"""torch.amp: what runs in which numbers, and exactly which updates a scaler skips."""
+"""torch.amp: the numbers in which each part computes, and the updates that a scaler skips."""
 
 import io
 import math
@@ -19,9 +19,9 @@ def make(device: str, fused: bool = False) -> tuple[nn.Linear, torch.optim.Optim
 
 
 def one_update(precision, model, optimizer, factor: float = 1.0, before_step=None) -> bool:
-    """Run one update on ones; `factor` multiplies the loss, so that inf makes the gradients overflow.
+    """Run one update on ones; `factor` multiplies the loss, so inf makes the gradients overflow.
 
-    The batch's mean is over four, and the loss a fourth of it: times the first scale of 2**16 that fits in float16.
+    The loss is a fourth of the mean over four samples, so its product with the first scale of 2**16 fits in float16.
     """
     optimizer.zero_grad()
     with precision.forward():
@@ -82,7 +82,7 @@ def test_what_update_returns_is_the_only_word_on_whether_the_optimizer_stepped(f
     optimizer.register_step_post_hook(lambda *_: calls.append(True))
     stepped = [one_update(precision, model, optimizer, factor) for factor in (1.0, math.inf, 1.0)]
     assert stepped == [True, False, True]
-    assert len(calls) == called  # a fused optimizer is called, told of the overflow, and does nothing
+    assert len(calls) == called  # a fused optimizer is called with the overflow, and then does nothing
 
 
 def test_before_step_sees_unscaled_gradients_and_overflows_too():
@@ -103,7 +103,7 @@ def test_before_step_that_says_no_skips_the_optimizer_alone():
     assert torch.equal(model.weight.detach(), weight)
     assert precision.num_skipped == 0
     assert one_update(precision, model, optimizer, before_step=lambda: True) is True
-    assert precision.scaler.get_scale() == 16.0  # both updates counted for its growth
+    assert precision.scaler.get_scale() == 16.0  # both updates count for the growth of the scale
     assert one_update(precision, model, optimizer, math.inf, lambda: False) is False
     assert (precision.scaler.get_scale(), precision.num_skipped) == (8.0, 1)
 

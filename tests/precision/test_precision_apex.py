@@ -1,7 +1,7 @@
-"""apex: found without importing it, in four cases; the step against a double of its amp.
+"""apex: the check for it, which imports nothing, in four cases; and the step, with a double of apex.amp.
 
-The double (`doubles/apex_with_amp`) does the seven things that the step relies on, and an eighth that slots and ranks
-need; they are tested here too.
+The double (`doubles/apex_with_amp`) does the seven things on which the step relies, and an eighth for slots and ranks.
+They are tested here too.
 """
 
 import math
@@ -25,7 +25,7 @@ def forget_apex(monkeypatch) -> None:
 
 @pytest.fixture
 def amp(monkeypatch):
-    """The double's `apex.amp`, new."""
+    """Return the double of `apex.amp`, newly imported."""
     forget_apex(monkeypatch)
     monkeypatch.syspath_prepend(DOUBLE)
     from apex import amp
@@ -84,7 +84,7 @@ class TestTheStep:
         parameter, optimizer = make()
         precision = Apex()
         assert precision.prepare(nn.Linear(1, 1), optimizer)[1] is optimizer
-        for _ in range(2):  # two microbatches: the second one's gradients are added to the first one's
+        for _ in range(2):  # two microbatches: the gradients of the second are added to those of the first
             with precision.forward():
                 loss = (parameter**2).sum()
             precision.backward(loss, optimizer)
@@ -135,7 +135,7 @@ class TestTheStep:
         parameter, optimizer = make()
         precision = Apex()
         precision.prepare(nn.Linear(1, 1), optimizer)
-        torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)  # puts a method of its own over the optimizer's
+        torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)  # replaces the optimizer's `step` by its own
         stepped = []
         for factor in (1.0, math.inf, 1.0):
             optimizer.zero_grad()
@@ -157,7 +157,7 @@ class TestTheStep:
                 parameter.grad = None
             scale = amp.state_dict()["loss_scaler0"]["loss_scale"]
             assert torch.equal(taken[1], torch.full((2,), 2 * scale))
-            parameter.grad = (taken[0] * inject + taken[1]) / 2  # as SlotGradients adds up slots and ranks
+            parameter.grad = (taken[0] * inject + taken[1]) / 2  # as SlotGradients adds the slots and ranks
             seen = []
             assert precision.update(optimizer, lambda seen=seen: seen.append(parameter.grad.clone())) is stepped
             assert not stepped or torch.equal(seen[0], torch.full((2,), 1.5))
@@ -266,7 +266,7 @@ class TestTheDouble:
         assert calls == ["zero_grad", "enter", "backward", "exit", "master_params", "clip", "step"]
 
     def test_8_delayed_gradients_stay_scaled_and_are_not_stashed(self, amp):
-        """From reading `apex/amp/handle.py`: not among what was checked against the real one."""
+        """This comes from reading `apex/amp/handle.py`; it was not checked against the real apex."""
         parameter, optimizer = make()
         amp.initialize(None, optimizer, loss_scale=128)
         for backwards in (1, 2):

@@ -1,8 +1,8 @@
-"""XLA's step: what is refused without torch_xla, and the order of the calls with a double of it.
+"""The step of XLA: the error without torch_xla, and the order of the calls with a double of it.
 
-The double (`doubles/xla`) is three functions over CPU tensors: it shows that the step is torch_xla's, called once,
-with a barrier, and that gradients are reduced before `before_step` sees them. It shows nothing about XLA; `make
-test-xla` runs the real one.
+The double (`doubles/xla`) is three functions over CPU tensors. It shows that torch_xla's step is called once, with a
+barrier, and that gradients are reduced before `before_step` is called. It shows nothing about XLA; `make test-xla` runs
+the real one.
 """
 
 import sys

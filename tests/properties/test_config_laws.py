@@ -1,4 +1,4 @@
-"""Laws of the config: an override gives back what was written, and a description holds after JSON."""
+"""Laws of the config: an override sets the value that was written, and JSON does not change a description."""
 
 import json
 from functools import partial
@@ -55,7 +55,7 @@ keywords = {
 
 
 def written(value: object) -> str:
-    """Write a value as a person would on the command line."""
+    """Return the text of a value on the command line."""
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 

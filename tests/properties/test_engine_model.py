@@ -1,9 +1,9 @@
 """Random programs of handlers, stops, exceptions and resumes, run by the engine and by a plain model of the contract.
 
-A program is a script: what is done at the k-th firing of an event (or at the k-th fetch, or call of the process
-function), and a list of things done between the runs. Both write down every event with the counters it had, and how
-each run ended. The model is written from the contract alone: nested loops, a generator that yields where a run
-pauses, no notion of what is due when.
+A program has a script and a list of calls between the runs. The script holds the actions at the k-th firing of an
+event, at the k-th fetch or at the k-th call of the process function. Engine and model both log every event with its
+counters, and the outcome of each run. The model is written from the contract alone: nested loops, and a generator that
+yields where a run pauses. It calls every filter at every firing.
 """
 
 import logging
@@ -32,16 +32,16 @@ class Other(Exception):
 
 @dataclass
 class Program:
-    script: dict  # (event name, "FETCH" or "PROCESS"; which firing) -> what to do
+    script: dict  # (event name, "FETCH" or "PROCESS"; number of the firing) -> actions
     catches: bool  # whether EXCEPTION_RAISED has a handler
-    quiet: set  # events without the handler that writes them down and acts
-    filters: list  # (event name, keyword arguments): handlers that only write down that they ran
-    between: list  # what is done in turn outside the runs: (name, arguments, keyword arguments)
+    quiet: set  # events without the handler that logs them and acts
+    filters: list  # (event name, keyword arguments): handlers that only log that they ran
+    between: list  # the calls outside the runs, in turn: (name, arguments, keyword arguments)
 
 
 @dataclass
 class Batches:
-    """Data of a kind: sized, unsized or once (an iterator); each fetch first does what the script says."""
+    """Data of a kind: sized, unsized or once (an iterator). Each fetch first does the actions of the script."""
 
     name: str
     size: int
@@ -68,13 +68,13 @@ class SizedBatches(Batches):
 
 
 class Actor:
-    """What the script does is the same for the engine and for the model; they differ in what a stop is."""
+    """Runs a program; the engine and the model carry out its stops in their own ways."""
 
     def __init__(self, program):
         self.program = program
         self.log = []
         self.fired = Counter()
-        self.named = 0
+        self.num_made = 0
 
     def act(self, place):
         self.fired[place] += 1
@@ -88,18 +88,18 @@ class Actor:
     def make(self, kind, size):
         if kind == "none":
             return None
-        self.named += 1
+        self.num_made += 1
         make = SizedBatches if kind == "sized" else Batches
-        return make("abcdefghijklmnop"[self.named % 16], size, kind, lambda: self.act("FETCH"))
+        return make("abcdefghijklmnop"[self.num_made % 16], size, kind, lambda: self.act("FETCH"))
 
     def run_all(self):
-        """Do all that is to be done between runs; return what was written down."""
-        for name, arguments, named in self.program.between:
+        """Do all the calls between the runs; return the log."""
+        for name, arguments, keywords in self.program.between:
             try:
-                outcome = getattr(self, name)(*arguments, **named)
+                outcome = getattr(self, name)(*arguments, **keywords)
             except (Boom, Other, KeyboardInterrupt, RuntimeError, ValueError) as error:
                 outcome = type(error).__name__
-            self.log.append((name, outcome, self.seen()))
+            self.log.append((name, outcome, self.counters()))
         return self.log
 
 
@@ -113,27 +113,27 @@ class Real(Actor):
                 self.engine.add_event_handler(event, self.handle, event.name)
             elif program.catches:
                 self.engine.add_event_handler(event, self.caught)
-        for which in range(len(program.filters)):
-            self.toggle(which)
+        for index in range(len(program.filters)):
+            self.toggle(index)
 
-    def toggle(self, which):
-        if which in self.handles:
-            self.handles.pop(which).remove()
+    def toggle(self, index):
+        if index in self.handles:
+            self.handles.pop(index).remove()
         else:
-            name, arguments = self.program.filters[which]
-            note = self.Note(self, which)
-            self.handles[which] = self.engine.add_event_handler(Events[name](**arguments), note)
+            name, arguments = self.program.filters[index]
+            note = self.Note(self, index)
+            self.handles[index] = self.engine.add_event_handler(Events[name](**arguments), note)
 
     class Note:
-        """A handler of its own for each filter, so that removing one leaves the others."""
+        """A separate handler for each filter, so that the removal of one leaves the others."""
 
-        def __init__(self, actor, which):
-            self.actor, self.which = actor, which
+        def __init__(self, actor, index):
+            self.actor, self.index = actor, index
 
         def __call__(self, engine):
-            self.actor.log.append(("filter", self.which, engine.state.epoch, engine.state.iteration))
+            self.actor.log.append(("filter", self.index, engine.state.epoch, engine.state.iteration))
 
-    def seen(self):
+    def counters(self):
         state = self.engine.state
         return state.epoch, state.iteration, state.epoch_length, state.max_epochs, state.max_iters
 
@@ -177,7 +177,7 @@ class Real(Actor):
     def restart(self):
         self.engine.state.max_epochs = self.engine.state.max_iters = None
 
-    def ask(self, action):
+    def request(self, action):
         self.do(action)
 
 
@@ -190,7 +190,7 @@ class EpochTerminated(BaseException):
 
 
 class Escaped(BaseException):
-    """Leaves the model's run with `error`, which nobody handles any more."""
+    """Ends the model's run with `error`, which no handler gets any more."""
 
     def __init__(self, error):
         super().__init__()
@@ -206,14 +206,14 @@ class Model(Actor):
         self.left_here = self.began = False
         self.on = {name: [] for name in FILTERED}
         self.running = {}
-        for which in range(len(program.filters)):
-            self.toggle(which)
+        for index in range(len(program.filters)):
+            self.toggle(index)
         self.forget()
 
     def forget(self):
         self.terminate = self.terminate_epoch = self.interrupt = self.skip_completed = self.skip_epoch = False
 
-    def seen(self):
+    def counters(self):
         return self.epoch, self.iteration, self.epoch_length, self.max_epochs, self.max_iters
 
     def do(self, action):
@@ -235,14 +235,14 @@ class Model(Actor):
         else:
             self.terminate, self.skip_completed = True, len(skip) == 1
 
-    def toggle(self, which):
-        """Add the filter's handler or mark it as removed; what fires now comes to what is added."""
-        if which in self.running:
-            self.running.pop(which)["removed"] = True
+    def toggle(self, index):
+        """Add the filter's handler, or mark it as removed. A firing under way still calls an added handler."""
+        if index in self.running:
+            self.running.pop(index)["removed"] = True
         else:
-            name, arguments = self.program.filters[which]
-            self.running[which] = {"which": which, "arguments": arguments, "removed": False}
-            self.on[name].append(self.running[which])
+            name, arguments = self.program.filters[index]
+            self.running[index] = {"index": index, "arguments": arguments, "removed": False}
+            self.on[name].append(self.running[index])
 
     def fire(self, name, iter_counter=None):
         if name not in self.program.quiet:
@@ -251,7 +251,7 @@ class Model(Actor):
         for handler in self.on.get(name, ()):
             value = self.epoch if name.startswith("EPOCH") else self.iteration
             if not handler["removed"] and self.passes(value, **handler["arguments"]):
-                self.log.append(("filter", handler["which"], self.epoch, self.iteration))
+                self.log.append(("filter", handler["index"], self.epoch, self.iteration))
 
     @staticmethod
     def passes(value, every=1, once=None, before=None, after=None):
@@ -261,16 +261,16 @@ class Model(Actor):
             return value > after and (before is None or value < before) and (value - after - 1) % every == 0
         return (before is None or value < before) and value % every == 0
 
-    def look(self, where):
-        """Do what was asked for; yield where the run pauses."""
+    def carry_out_stops(self, phase):
+        """Carry out the requested stops; yield where the run pauses."""
         while self.terminate or self.terminate_epoch or self.interrupt:
             if self.terminate:
                 raise Terminated
-            if self.terminate_epoch and where == "in the epoch":
+            if self.terminate_epoch and phase == "in the epoch":
                 raise EpochTerminated
             if self.terminate_epoch:
                 self.terminate_epoch = False
-                if where == "before the epoch":
+                if phase == "before the epoch":
                     raise RuntimeError
                 continue
             try:
@@ -279,7 +279,7 @@ class Model(Actor):
                 self.interrupt = False
             yield
 
-    def show(self, error):
+    def handle_exception(self, error):
         """Call the handler of EXCEPTION_RAISED, or let the error escape."""
         if not self.program.catches:
             raise Escaped(error)
@@ -298,16 +298,16 @@ class Model(Actor):
         return whole or self.epoch >= self.max_epochs
 
     def whole_run(self):
-        """The contract's pseudocode."""
+        """Follow the pseudocode of the contract."""
         try:
             try:
                 self.fire("STARTED")
-                yield from self.look("before the epoch")
+                yield from self.carry_out_stops("before the epoch")
                 while not self.done() and not self.nothing_left:
                     self.epoch += 1
                     self.began = True
                     self.fire("EPOCH_STARTED")
-                    yield from self.look("before the epoch")
+                    yield from self.carry_out_stops("before the epoch")
                     yield from self.one_epoch()
             except Terminated:
                 skip = self.skip_completed
@@ -316,7 +316,7 @@ class Model(Actor):
                     return
             self.fire("COMPLETED")
         except (Exception, KeyboardInterrupt) as error:
-            self.show(error)
+            self.handle_exception(error)
 
     def fresh(self):
         return iter(() if self.data is None else self.data)
@@ -341,16 +341,16 @@ class Model(Actor):
                     part = None
                 except Exception as error:
                     self.terminate_epoch = skip = False
-                    self.show(error)
-                    part = self.look("in the epoch")
+                    self.handle_exception(error)
+                    part = self.carry_out_stops("in the epoch")
             except Exception as error:
-                self.show(error)
-                part = self.look("in the epoch")
+                self.handle_exception(error)
+                part = self.carry_out_stops("in the epoch")
         self.count = 0
-        yield from self.look("after the epoch")
+        yield from self.carry_out_stops("after the epoch")
         if not skip:
             self.fire("EPOCH_COMPLETED")
-            yield from self.look("after the epoch")
+            yield from self.carry_out_stops("after the epoch")
 
     def end_of_epoch(self):
         self.fire("TERMINATE_SINGLE_EPOCH", iter_counter=self.count)
@@ -363,28 +363,28 @@ class Model(Actor):
             self.batch = None
             if self.data is not None:
                 self.fire("GET_BATCH_STARTED")
-                yield from self.look("in the epoch")
-                found = yield from self.fetch()
-                if not found:
-                    yield from self.look("in the epoch")
+                yield from self.carry_out_stops("in the epoch")
+                fetched = yield from self.fetch()
+                if not fetched:
+                    yield from self.carry_out_stops("in the epoch")
                     return
                 self.fire("GET_BATCH_COMPLETED")
-                yield from self.look("in the epoch")
+                yield from self.carry_out_stops("in the epoch")
             self.iteration += 1
             self.count += 1
             self.fire("ITERATION_STARTED")
-            yield from self.look("in the epoch")
+            yield from self.carry_out_stops("in the epoch")
             self.log.append(("process", self.batch))
             self.act("PROCESS")
             self.fire("ITERATION_COMPLETED")
-            yield from self.look("in the epoch")
+            yield from self.carry_out_stops("in the epoch")
             if self.epoch_length is not None and self.count >= self.epoch_length:
                 return
             if self.iteration == self.max_iters:
                 raise Terminated
 
     def fetch(self):
-        """Set the batch, from a fresh iterator if need be; return False where the epoch ends for want of one."""
+        """Set the batch, from a fresh iterator if need be; return False if there is none and the epoch ends."""
         for fresh in (False, True):
             with suppress(StopIteration):
                 self.batch = next(self.iterator)
@@ -395,7 +395,7 @@ class Model(Actor):
             if not fresh:
                 self.iterator = None
                 self.fire("DATALOADER_STOP_ITERATION")
-                yield from self.look("in the epoch")
+                yield from self.carry_out_stops("in the epoch")
                 self.iterator = self.fresh()
         self.nothing_left = self.count == 0 and self.max_epochs is None
         return False
@@ -473,7 +473,7 @@ class Model(Actor):
     def restart(self):
         self.max_epochs = self.max_iters = None
 
-    def ask(self, action):
+    def request(self, action):
         self.do(action)
 
 
@@ -514,7 +514,7 @@ loads = st.builds(
 others = st.one_of(
     loads,
     st.just(("restart", (), {})),
-    st.builds(lambda action: ("ask", (action,), {}), st.one_of(st.sampled_from(STOPS), st.just(("set_data",)))),
+    st.builds(lambda action: ("request", (action,), {}), st.one_of(st.sampled_from(STOPS), st.just(("set_data",)))),
 )
 programs = st.builds(
     lambda script, catches, quiet, filters, first, rest: Program(script, catches, quiet, filters, [first, *rest]),
@@ -530,7 +530,7 @@ programs = st.builds(
 @settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(programs)
 @pytest.mark.filterwarnings("ignore:the data gave")
-def test_the_engine_does_what_the_model_does(program):
+def test_the_engine_behaves_like_the_model(program):
     logging.disable(logging.CRITICAL)
     try:
         assert Real(program).run_all() == Model(program).run_all()

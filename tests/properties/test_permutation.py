@@ -1,4 +1,4 @@
-"""Laws of IndexShuffle: a bijection of range(n) for every n, the same whichever way it is asked."""
+"""Laws of IndexShuffle: a bijection of range(n) for every n, the same by every way of indexing."""
 
 import numpy as np
 from hypothesis import given, settings

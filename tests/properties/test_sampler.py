@@ -1,4 +1,4 @@
-"""Laws of the samplers: every split over ranks and every resumption gives the microbatches of one whole run."""
+"""Laws of the samplers: every split over ranks, and every resume, gives the microbatches of one whole run."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Laws of streams: passes of any length, and going on from any step by any of the three ways, give one run."""
+"""Laws of streams: passes of any length, resumed at any step in any of the three ways, give the same run."""
 
 import itertools
 import random
@@ -12,7 +12,7 @@ COUNT = 7
 
 
 class Parts:
-    """Parts of sizes that change with the pass; each sample is a draw beside its number."""
+    """Parts with sizes that change with the pass; a sample is (part, number, a random draw)."""
 
     def __init__(self, sizes, own=None):
         self.sizes = sizes
@@ -56,7 +56,7 @@ def take(loader, count=COUNT):
 
 
 def steps_in(run, epoch):
-    """Return how many steps a pass has."""
+    """Return the number of steps in a pass."""
     stream, global_batch_size, num_slots = run
     if isinstance(stream, Sharded):
         return min(stream.sizes_of(epoch)) // (global_batch_size // num_slots)

@@ -1,4 +1,4 @@
-"""What chaos.py did to a run, how it saw the run train again, and the table of that."""
+"""The faults that chaos.py causes in a run, the recovery of the run from each, and the table of them."""
 
 import statistics
 from dataclasses import dataclass
@@ -9,38 +9,38 @@ from rich.table import Table
 
 KINDS = ("worker", "server", "agent", "host", "link")
 QUIET_S = 10.0
-"""A fault after which the same ranks have trained for so long has not stopped them."""
+"""If the same ranks have trained for so long after a fault, it has not stopped them."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A line that rank 0 has written at a step's end."""
+    """A line that rank 0 has written at the end of a step."""
 
     at: float
     life: str
-    """Names the process: another one after every restart."""
+    """The name of the process; it changes with every restart."""
     number: int
     world_size: int
 
 
 @dataclass
 class Fault:
-    """What was done to the run, and what came of it."""
+    """A fault in the run, and its effect."""
 
     kind: str
     host: str
     at: float
     life: str
-    """The process that was rank 0 then."""
+    """The process that was rank 0 at the time of the fault."""
     lasts_s: float = 0.0
     again_s: float | None = None
-    """Seconds until a step was completed again; the longest wait for one where the same ranks went on."""
+    """Seconds until the next completed step; if the same ranks went on, the longest time between two steps."""
     lost: int = 0
-    """Steps that had to be done again."""
+    """The number of steps that had to be repeated."""
     stopped: bool = True
 
     def settle(self, steps: list[Step]) -> bool:
-        """See whether the run trains again, by what it has told so far."""
+        """Return whether the run trains again, from the steps written so far; if it does, set the effect."""
         after = [step for step in steps if step.at > self.at]
         others = [step for step in after if step.life != self.life]
         if others:
@@ -53,8 +53,8 @@ class Fault:
 
 
 def table(faults: list[Fault]) -> Table:
-    """Return what was done and what came of it, by kind of fault."""
-    made = Table(box=MARKDOWN)
+    """Return the table of the faults and their effects, by kind of fault."""
+    rows = Table(box=MARKDOWN)
     for heading in (
         "fault",
         "times",
@@ -64,12 +64,12 @@ def table(faults: list[Fault]) -> Table:
         "steps lost: median",
         "max",
     ):
-        made.add_column(heading, justify="left" if heading == "fault" else "right")
+        rows.add_column(heading, justify="left" if heading == "fault" else "right")
     for kind in (*KINDS, "all"):
-        some = [fault for fault in faults if kind in (fault.kind, "all")]
-        stopped = [fault for fault in some if fault.stopped and fault.again_s is not None]
-        took, lost = [fault.again_s or 0.0 for fault in stopped], [fault.lost for fault in stopped]
-        cells = [f"{statistics.median(took):.1f}", f"{max(took):.1f}"] if stopped else ["", ""]
+        of_kind = [fault for fault in faults if kind in (fault.kind, "all")]
+        stopped = [fault for fault in of_kind if fault.stopped and fault.again_s is not None]
+        seconds, lost = [fault.again_s or 0.0 for fault in stopped], [fault.lost for fault in stopped]
+        cells = [f"{statistics.median(seconds):.1f}", f"{max(seconds):.1f}"] if stopped else ["", ""]
         cells += [f"{statistics.median(lost):g}", str(max(lost))] if stopped else ["", ""]
-        made.add_row(kind, str(len(some)), str(len(stopped)), *cells)
-    return made
+        rows.add_row(kind, str(len(of_kind)), str(len(stopped)), *cells)
+    return rows

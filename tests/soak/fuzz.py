@@ -1,6 +1,6 @@
-"""A minute of hypothesis against whatever reads a checkpoint: `python tests/soak/fuzz.py [--seconds 60] [--seed 0]`.
+"""A minute of hypothesis against the readers of a checkpoint: `python tests/soak/fuzz.py [--seconds 60] [--seed 0]`.
 
-Anything but a CheckpointError is a finding: hypothesis makes it small, prints it, and the program ends with 1.
+Any error but a CheckpointError is a finding: hypothesis shrinks and prints it, and the program ends with 1.
 """
 
 import argparse
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
 
 from checkpoint_strangers import ATTACKS, ATTACKS_ON_TWO, attack, victim, victim_in_two
 
-EXAMPLES_A_TURN = 100
+EXAMPLES_PER_TURN = 100
 
 
 def main() -> int:
@@ -35,14 +35,14 @@ def main() -> int:
 
                 @seed(number)
                 @settings(
-                    max_examples=EXAMPLES_A_TURN,
+                    max_examples=EXAMPLES_PER_TURN,
                     deadline=None,
                     database=None,
                     suppress_health_check=list(HealthCheck),
                 )
                 @given(data=st.data())
                 def once(data: st.DataObject) -> None:
-                    # It is called before the loop goes on, which is why B023 is none.
+                    # It is called before the loop goes on, so B023 does not apply.
                     counts[f"{how.__name__}, {'one file' if attacked == one else 'two files'}"] += 1  # noqa: B023
                     attack(attacked, how, data.draw)  # noqa: B023
 

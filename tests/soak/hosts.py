@@ -2,12 +2,12 @@
 
     with Network(3) as network:                    # the bridge has the address 10.77.0.1
         network.hosts[0].boot(script, log)         # its process 1 is a shell that runs the script
-        network.hosts[0].cut()                     # its link is down: packets are lost, and nobody is told
+        network.hosts[0].cut()                     # its link is down: packets are lost without any notice
         network.hosts[0].mend()
-        network.hosts[0].crash()                   # every process of it ends at once
+        network.hosts[0].crash()                   # all its processes end at once
 
-Whatever happens nothing stays: leaving the context removes it all, what a killed program leaves ends with it (its
-processes) or is removed by the next one (its namespaces).
+Nothing stays behind: the end of the context removes everything. If the program is killed, its processes end with it,
+and the next program removes its namespaces.
 """
 
 import ctypes
@@ -32,7 +32,7 @@ def run(*command: Any) -> str:
 
 
 def obstacle() -> str | None:
-    """Return why there can be no hosts here, or None."""
+    """Return the reason why this machine cannot make hosts; None if it can."""
     if os.geteuid() != 0:
         return "it needs root, to make network namespaces"
     if missing := [name for name in ("ip", "nsenter", "unshare", "mount", "hostname") if shutil.which(name) is None]:
@@ -46,11 +46,11 @@ def obstacle() -> str | None:
     return None
 
 
-def started(words: list[str], log: Path, environment: dict[str, str] | None) -> subprocess.Popen[bytes]:
-    """Start a process in a session of its own that prints into `log` and ends with this one."""
+def started(command: list[str], log: Path, environment: dict[str, str] | None) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own; it prints into `log` and ends with this process."""
     with log.open("ab") as file:
         return subprocess.Popen(
-            words,
+            command,
             stdout=file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -69,8 +69,8 @@ class Host:
         self.process: subprocess.Popen[bytes] | None = None
         run("ip", "netns", "add", self.space)
         run("ip", "-n", self.space, "link", "set", "lo", "up")
-        words = ["type", "veth", "peer", "name", "eth0", "netns", self.space]
-        run("ip", "-n", network.switch, "link", "add", self._link, *words)
+        kind = ["type", "veth", "peer", "name", "eth0", "netns", self.space]
+        run("ip", "-n", network.switch, "link", "add", self._link, *kind)
         run("ip", "-n", network.switch, "link", "set", self._link, "master", "br0", "up")
         run("ip", "-n", self.space, "addr", "add", f"{self.address}/24", "dev", "eth0")
         run("ip", "-n", self.space, "link", "set", "eth0", "up")
@@ -82,13 +82,13 @@ class Host:
     def boot(self, script: str, log: Path, environment: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
         """Start the host: its process 1 is a shell with `script`. It prints into `log`, and ends with this process."""
         first = f"mount --bind {self._network.names} /etc/hosts && hostname {self.name}\n"
-        words = ["nsenter", f"--net=/run/netns/{self.space}", "unshare", "--uts", "--mount", "--pid", "--fork"]
-        words += ["--kill-child", "--mount-proc", "bash", "-c", first + script]
-        self.process = started(words, log, environment)
+        command = ["nsenter", f"--net=/run/netns/{self.space}", "unshare", "--uts", "--mount", "--pid", "--fork"]
+        command += ["--kill-child", "--mount-proc", "bash", "-c", first + script]
+        self.process = started(command, log, environment)
         return self.process
 
     def crash(self) -> None:
-        """End all its processes at once; their connections are reset, for the kernel is still there."""
+        """End all its processes at once; their connections are reset, because the kernel still runs."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
@@ -101,13 +101,13 @@ class Host:
         run("ip", "-n", self._network.switch, "link", "set", self._link, "up")
 
     def processes(self) -> list[tuple[int, str, str]]:
-        """Return its processes: id as seen from outside, name, command line."""
-        read = [(pid, about(pid, "comm"), about(pid, "cmdline")) for pid in pids_of(self.space)]
-        return [process for process in read if process[2]]
+        """Return its processes: the id outside the host, the name and the command line."""
+        processes = [(pid, proc_file(pid, "comm"), proc_file(pid, "cmdline")) for pid in pids_of(self.space)]
+        return [process for process in processes if process[2]]
 
 
 class Network:
-    """A bridge and hosts on it; a context."""
+    """A bridge with hosts; a context manager."""
 
     def __init__(self, num_hosts: int) -> None:
         self.prefix = f"{PREFIX}{os.getpid()}"
@@ -122,8 +122,8 @@ class Network:
         try:
             run("ip", "netns", "add", self.switch)
             for link in (["lo"], ["add", "br0", "type", "bridge"], ["br0"]):
-                words = [*link] if link[0] == "add" else ["set", *link, "up"]
-                run("ip", "-n", self.switch, "link", *words)
+                arguments = [*link] if link[0] == "add" else ["set", *link, "up"]
+                run("ip", "-n", self.switch, "link", *arguments)
             run("ip", "-n", self.switch, "addr", "add", f"{SWITCH}/24", "dev", "br0")
             self.hosts = [Host(number, self) for number in range(self._num_hosts)]
         except BaseException:
@@ -134,7 +134,7 @@ class Network:
         return self
 
     def at_switch(self, command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-        """Start a process beside the hosts, on a machine that stays; it ends with the network."""
+        """Start a process beside the hosts, on a machine without faults; it ends with the network."""
         return started(["ip", "netns", "exec", self.switch, *command], log, environment)
 
     def __exit__(self, *error: object) -> None:
@@ -153,15 +153,15 @@ def pids_of(space: str) -> list[int]:
     return [int(word) for word in done.stdout.split()]
 
 
-def about(pid: int, what: str) -> str:
+def proc_file(pid: int, name: str) -> str:
     try:
-        return Path(f"/proc/{pid}/{what}").read_text().replace("\0", " ").strip()
-    except OSError:  # it has ended meanwhile
+        return Path(f"/proc/{pid}/{name}").read_text().replace("\0", " ").strip()
+    except OSError:  # the process has ended meanwhile
         return ""
 
 
 def kill(pid: int) -> bool:
-    """SIGKILL one process; return whether it was there."""
+    """Kill one process by SIGKILL; return whether it existed."""
     try:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -190,7 +190,7 @@ def remove(prefix: str) -> None:
 
 
 def clear_leftovers() -> None:
-    """Remove the namespaces of programs like this one that were killed."""
+    """Remove the namespaces of killed programs of this kind."""
     for space in spaces():
         owner = re.fullmatch(rf"({PREFIX}(\d+))-.*", space)
         if owner is not None and int(owner[2]) != os.getpid() and not Path(f"/proc/{owner[2]}").exists():

@@ -1,9 +1,9 @@
 """SIGKILL at random moments of a run that saves after every step: `python tests/soak/kills.py [--kills 200]`.
 
-A real run (the launcher, DDP, gloo) is killed and started again until it has had its kills, then left to its end. In
-each life one rank or all are killed, while starting, loading, training or saving. After every kill each committed
-checkpoint must be good, and the newest not older than what the run had been told was saved; the next life must go on
-from it, with nothing found damaged; and at the end the weights must have the bits of a run that nobody killed.
+A real run (the launcher, DDP, gloo) is killed and restarted until the number of kills is reached; then it runs to its
+end. In each life the program kills one rank or all, while they start, load, train or save. After every kill, each
+committed checkpoint must be good, and the newest must not be older than the newest save of which the run knew. The next
+life must resume from it and find nothing damaged. At the end the weights must have the bits of a run without kills.
 """
 
 import argparse
@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from multiprocessing import active_children
 from pathlib import Path
 
-from disttrain import launch
-from disttrain.backend.local import LocalRanks
 from disttrain.checkpoint import survey
+from disttrain.commands import launch
+from disttrain.commands.verify import PRELOAD
 from disttrain.engine import Engine, Events
-from disttrain.run import Run
-from disttrain.verify import PRELOAD
+from disttrain.launching.local_ranks import LocalRanks
+from disttrain.run.state import Run
 
 CFG = """
 from functools import partial
@@ -49,18 +49,18 @@ config = Config(
 )
 """
 SHARE_EARLY = 0.2
-"""Of the kills fall before a life has saved anything: while it starts and loads."""
+"""The share of kills before a life has saved anything: while it starts and loads."""
 LONGEST_WAIT_S = 0.5
-"""From a life's first save to its death, at most."""
+"""The longest time from a life's first save to the kill."""
 
 
 @dataclass(frozen=True)
 class Acknowledged:
-    """A handler by which rank 0 notes, outside the run, which step it has been told is saved."""
+    """A handler by which rank 0 notes, in a file outside the run, the newest step that it knows to be saved."""
 
     path: str
     delay: int
-    """Steps from a save to its acknowledgement: asynchronous saves are known to be there one save later."""
+    """Steps from a save to its acknowledgement: an asynchronous save is acknowledged by the next save."""
     changes_nothing = True
 
     def __call__(self, trainer: Engine, run: Run) -> None:
@@ -73,14 +73,14 @@ class Acknowledged:
             trainer.add_event_handler(Events.ITERATION_STARTED, note)
 
 
-def rank_main(words: Sequence[str], note: Acknowledged) -> int:
-    """What each rank runs."""
-    return launch.main(words, handlers=[note])
+def rank_main(arguments: Sequence[str], note: Acknowledged) -> int:
+    """Run one rank."""
+    return launch.main(arguments, handlers=[note])
 
 
 @dataclass
 class Report:
-    """What a campaign found."""
+    """The counts of a campaign."""
 
     kills: int = 0
     early: int = 0
@@ -97,7 +97,7 @@ class Report:
 
 
 class Campaign:
-    """Kills runs in a folder of their own; the seed gives the moments, as far as timing lets it."""
+    """Kills runs in a folder of their own. The seed fixes the random draws; the moments also depend on timing."""
 
     def __init__(
         self,
@@ -107,29 +107,29 @@ class Campaign:
         asynchronous: bool = False,
         seed: int = 0,
         num_steps: int = 200,
-        width: int = 4000,  # 3.6 MB: worth a file of each of two ranks
+        width: int = 4000,  # 3.6 MB: enough for two ranks to write a file each
     ) -> None:
         self.folder = folder
         self.ranks = ranks
-        self.moments = random.Random(seed)
+        self.draws = random.Random(seed)
         self.report = Report()
         self._delay = 2 if asynchronous else 1
         self._cfg = folder / "soak.py"
         self._cfg.write_text(CFG.format(width=width, num_steps=num_steps, asynchronous=asynchronous))
 
     def run(self, num_kills: int) -> Report:
-        """Kill runs until there were `num_kills`; return what was found."""
+        """Kill runs until there were `num_kills` kills; return the report."""
         began = time.monotonic()
         whole = self._whole("reference")
         while self.report.kills < num_kills:
             self.report.runs += 1
-            place = self.folder / f"run-{self.report.runs}"
+            folder = self.folder / f"run-{self.report.runs}"
             ended = False
             while not ended and self.report.kills < num_kills:
-                ended = self._life(place, kill=True)
+                ended = self._life(folder, kill=True)
             if not ended:
-                self._life(place, kill=False)
-            self.report.same_bits += self._sha256(place) == whole
+                self._life(folder, kill=False)
+            self.report.same_bits += self._sha256(folder) == whole
         self.report.seconds = time.monotonic() - began
         return self.report
 
@@ -137,19 +137,19 @@ class Campaign:
         self._life(self.folder / name, kill=False)
         return self._sha256(self.folder / name)
 
-    def _sha256(self, place: Path) -> str:
-        return str(json.loads((place / "soak" / "result.json").read_text())["params_sha256"])
+    def _sha256(self, folder: Path) -> str:
+        return str(json.loads((folder / "soak" / "result.json").read_text())["params_sha256"])
 
-    def _life(self, place: Path, *, kill: bool) -> bool:
-        """Start the ranks and kill them, or let them go on to the end; return whether the run has ended."""
-        place.mkdir(exist_ok=True)
-        checkpoints, acknowledged = place / "soak" / "checkpoints", place / "acknowledged"
+    def _life(self, folder: Path, *, kill: bool) -> bool:
+        """Start the ranks and kill them, or let them run to the end; return whether the run has ended."""
+        folder.mkdir(exist_ok=True)
+        checkpoints, acknowledged = folder / "soak" / "checkpoints", folder / "acknowledged"
         newest = max((entry.step for entry in survey(checkpoints, quick=True) if entry.state != "tmp"), default=0)
         acknowledged.write_text(f"{newest:12}\n")
-        logs = Path(tempfile.mkdtemp(dir=place, prefix="life-"))
-        words = [str(self._cfg), "--runs", str(place)]
+        logs = Path(tempfile.mkdtemp(dir=folder, prefix="life-"))
+        arguments = [str(self._cfg), "--runs", str(folder)]
         note = Acknowledged(str(acknowledged), self._delay)
-        with LocalRanks(self.ranks, rank_main, (words, note), logs, PRELOAD) as ranks:
+        with LocalRanks(self.ranks, rank_main, (arguments, note), logs, PRELOAD) as ranks:
             killed = kill and self._kill(acknowledged, newest)
             codes = ranks.wait()
         self._check_log(ranks.logs[0], newest)
@@ -160,15 +160,15 @@ class Campaign:
         return ended
 
     def _kill(self, acknowledged: Path, newest: int) -> bool:
-        """Wait for a random moment of this life and send SIGKILL to a rank or to all; False where it was over."""
-        early = self.moments.random() < SHARE_EARLY
+        """Wait for a random moment of this life and kill one rank or all; return False if one had already ended."""
+        early = self.draws.random() < SHARE_EARLY
         victims = list(active_children())
         if not early:
-            while int(acknowledged.read_text() or 0) <= newest and all(each.is_alive() for each in victims):
+            while int(acknowledged.read_text() or 0) <= newest and all(victim.is_alive() for victim in victims):
                 time.sleep(0.002)
-        time.sleep(self.moments.uniform(0, LONGEST_WAIT_S))
-        if self.moments.random() < 0.5:
-            victims = [self.moments.choice(victims)]
+        time.sleep(self.draws.uniform(0, LONGEST_WAIT_S))
+        if self.draws.random() < 0.5:
+            victims = [self.draws.choice(victims)]
         alive = all(victim.is_alive() for victim in victims)
         self.report.kills += alive
         self.report.early += alive and early
@@ -177,9 +177,9 @@ class Campaign:
         return alive
 
     def _check_log(self, log: Path, newest: int) -> None:
-        said = log.read_text() if log.exists() else ""  # it was killed before it could say anything
-        resumed = re.search(r"resuming from step (\d+)", said)
-        self.report.damaged += said.count("is damaged")
+        text = log.read_text() if log.exists() else ""  # a rank may be killed before it writes a log
+        resumed = re.search(r"resuming from step (\d+)", text)
+        self.report.damaged += text.count("is damaged")
         if resumed is not None:
             self.report.lost += int(resumed[1]) != newest
 
@@ -200,15 +200,15 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="disttrain-kills-") as folder:
         campaign = Campaign(Path(folder), ranks=options.ranks, asynchronous=options.asynchronous, seed=options.seed)
-        found = campaign.run(options.kills)
+        report = campaign.run(options.kills)
     kind = "asynchronous" if options.asynchronous else "synchronous"
     print("| saves | ranks | kills | of them while starting | torn saves left | lost | damaged | same bits | time |")
     print("|---|---|---|---|---|---|---|---|---|")
     print(
-        f"| {kind} | {options.ranks} | {found.kills} | {found.early} | {found.torn} | {found.lost} | {found.damaged} "
-        f"| {found.same_bits} of {found.runs} runs | {found.seconds:.0f} s |"
+        f"| {kind} | {options.ranks} | {report.kills} | {report.early} | {report.torn} | {report.lost} "
+        f"| {report.damaged} | {report.same_bits} of {report.runs} runs | {report.seconds:.0f} s |"
     )
-    return 0 if found.good else 1
+    return 0 if report.good else 1
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Power losses while checkpoints are saved constantly: `python tests/soak/power.py [--losses 40]`; needs root.
 
-An ext4 image is mounted by a loop device; a child saves into it without end and tells, through a pipe, of each save
-that has returned. At a random moment the file system is shut down by EXT4_IOC_SHUTDOWN without flushing its journal,
-which is what the disk would hold after a power loss; the child is killed, the image mounted again. Then the newest
-checkpoint must be good and not older than the last one told of. Where this cannot be done the program says why and
-ends with 0.
+An ext4 image is mounted by a loop device. A child saves into it without end and reports each save that has returned
+through a pipe. At a random moment the program shuts the file system down by EXT4_IOC_SHUTDOWN without flushing its
+journal. The image then holds what a disk would hold after a power loss. The program kills the child and mounts the
+image again. The newest checkpoint must be good, and not older than the last one reported. If the machine does not allow
+this, the program prints the reason and ends with 0.
 """
 
 import argparse
@@ -34,29 +34,29 @@ EXT4_IOC_SHUTDOWN = 0x8004587D
 WITHOUT_FLUSHING_THE_JOURNAL = 2
 IMAGE_BYTES = 400 * 2**20
 SIZE = 2**18
-"""Numbers in each of the state's three tensors: a checkpoint of 3 MB."""
+"""The number of elements in each of the state's three tensors: a checkpoint has 3 MB."""
 LONGEST_LIFE_S = 0.7
 
 
-def synchronous(root: Path, told: Callable[[int], None], step: int) -> None:
+def synchronous(root: Path, report: Callable[[int], None], step: int) -> None:
     while True:
         step += 1
         save(root, step, marked(step, SIZE), keep=2)
-        told(step)
+        report(step)
 
 
-def asynchronous(root: Path, told: Callable[[int], None], step: int) -> None:
+def asynchronous(root: Path, report: Callable[[int], None], step: int) -> None:
     with AsynchronousSaver(root) as saver:
         while True:
             step += 1
             saver(marked(step, SIZE), f"step-{step:08d}", {})
             saver.remove(f"step-{step - 2:08d}")
-            told(step - 1)  # which the call has waited for
+            report(step - 1)  # the call has waited for this save
 
 
 @dataclass
-class Found:
-    """What came of the losses."""
+class Report:
+    """The counts of a series of power losses."""
 
     losses: int = 0
     torn: int = 0
@@ -66,7 +66,7 @@ class Found:
 
 
 class Disk:
-    """An ext4 file system that can lose its power; a context."""
+    """An ext4 file system that can lose its power; a context manager."""
 
     def __init__(self, folder: Path) -> None:
         self._image, self.mounted = folder / "image", folder / "mounted"
@@ -105,7 +105,7 @@ def run(*command: Any) -> None:
 
 
 def obstacle() -> str | None:
-    """Return why a power loss cannot be simulated here, or None."""
+    """Return the reason why this machine cannot simulate a power loss; None if it can."""
     if os.geteuid() != 0:
         return "it needs root, to mount a file system and shut it down"
     if missing := [name for name in ("mkfs.ext4", "mount", "umount") if shutil.which(name) is None]:
@@ -115,16 +115,16 @@ def obstacle() -> str | None:
         with Disk(folder) as disk:
             disk.lose_power()
     except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", b"") or b""
-        return f"a loop-mounted ext4 cannot be shut down here: {said.decode(errors='replace').strip() or error}"
+        stderr = getattr(error, "stderr", b"") or b""
+        return f"a loop-mounted ext4 cannot be shut down here: {stderr.decode(errors='replace').strip() or error}"
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return None
 
 
-def lose(num_losses: int, saving: Callable[..., None], seed: int = 0) -> Found:
-    """Lose the power so many times; return what was found afterwards each time."""
-    found, moments, began = Found(), random.Random(seed), time.monotonic()
+def lose(num_losses: int, saving: Callable[..., None], seed: int = 0) -> Report:
+    """Lose the power `num_losses` times; return the counts of what the disk held afterwards."""
+    report, draws, began = Report(), random.Random(seed), time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="disttrain-power-"))
     try:
         with Disk(folder) as disk:
@@ -133,43 +133,43 @@ def lose(num_losses: int, saving: Callable[..., None], seed: int = 0) -> Found:
             os.sync()
             newest = 0
             for _ in range(num_losses):
-                newest = one_loss(disk, root, saving, newest, moments, found)
+                newest = one_loss(disk, root, saving, newest, draws, report)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    found.seconds = time.monotonic() - began
-    return found
+    report.seconds = time.monotonic() - began
+    return report
 
 
 def one_loss(
-    disk: Disk, root: Path, saving: Callable[..., None], newest: int, moments: random.Random, found: Found
+    disk: Disk, root: Path, saving: Callable[..., None], newest: int, draws: random.Random, report: Report
 ) -> int:
-    """Save for a while, lose the power, and return the newest step that is there afterwards."""
+    """Save for a while, lose the power, and return the newest step that can be loaded afterwards."""
     reader, writer = os.pipe()
     clean(root)
 
     def body() -> None:
         os.close(reader)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what it says about a disk that is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hides the errors about a disk that is gone
         saving(root, lambda step: os.write(writer, f"{step}\n".encode()), newest)
 
     pid = fork(body)
     os.close(writer)
     with os.fdopen(reader) as lines:
-        told = [newest, int(lines.readline() or newest)]  # so that each life saves something
-        time.sleep(moments.uniform(0, LONGEST_LIFE_S))
+        reported = [newest, int(lines.readline() or newest)]  # waits until this life has saved something
+        time.sleep(draws.uniform(0, LONGEST_LIFE_S))
         disk.lose_power()
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        told += map(int, lines)
+        reported += map(int, lines)
     disk.unmount()
     disk.mount()
-    found.losses += 1
+    report.losses += 1
     entries = survey(root)
-    found.torn += sum(entry.state == "tmp" for entry in entries)
-    found.damaged += sum(entry.state == "damaged" for entry in entries)
+    report.torn += sum(entry.state == "tmp" for entry in entries)
+    report.damaged += sum(entry.state == "damaged" for entry in entries)
     loaded = load_newest(root)
     step = 0 if loaded is None else mark_of(loaded.state)
-    found.lost += step < told[-1]
+    report.lost += step < reported[-1]
     rotate(root, 2)
     return step
 
@@ -186,11 +186,11 @@ def main() -> int:
     print("|---|---|---|---|---|---|")
     good = True
     for saving in (synchronous, asynchronous):
-        found = lose(options.losses, saving, options.seed)
-        good = good and not found.lost and not found.damaged
+        report = lose(options.losses, saving, options.seed)
+        good = good and not report.lost and not report.damaged
         print(
-            f"| {saving.__name__} | {found.losses} | {found.torn} | {found.lost} | {found.damaged} "
-            f"| {found.seconds:.0f} s |"
+            f"| {saving.__name__} | {report.losses} | {report.torn} | {report.lost} | {report.damaged} "
+            f"| {report.seconds:.0f} s |"
         )
     return 0 if good else 1
 

@@ -1,4 +1,4 @@
-"""What the tests of the XLA lane share. They need torch_xla and run by `make test-xla`; other lanes leave them out."""
+"""The fixtures of the XLA tests. They need torch_xla and run by `make test-xla`; without torch_xla they are ignored."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec

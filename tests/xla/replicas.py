@@ -6,13 +6,13 @@
     def test_sums(replicas):
         assert replicas(4, sums, 10) == [46, 46, 46, 46]
 
-torch_xla 2.9 runs replicas of its CPU device as threads of one process, and then any collective aborts. Three things
-stand in the way, and are lifted here: the pool of threads that execute has as many as there are cores, and blocked ones
-count; donated buffers block the replicas' rendezvous; and each thread compiles programs of its own, whose collectives
-never meet. So replica 0 compiles first at each sync, and the others find its program in the cache.
+torch_xla 2.9 runs replicas of its CPU device as threads of one process, and then any collective aborts, for three
+reasons, which this module removes. The pool of executing threads has as many threads as there are cores, and blocked
+threads count. Donated buffers block the replicas' rendezvous. Each thread compiles programs of its own, whose
+collectives never match. So replica 0 compiles first at each sync, and the others find its program in the cache.
 
-*Contract*: a process for each number of replicas, which runs one function at a time. A function that takes longer than
-`LIMIT_S` is a failure that shows all stacks, and its process is gone; so is one whose replicas do not all sync.
+*Contract*: there is a process for each number of replicas, which runs one function at a time. A function that takes
+longer than `LIMIT_S` is a failure that shows all stacks, and ends its process. So does a replica that misses a sync.
 """
 
 import faulthandler
@@ -29,16 +29,16 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
-import ranks  # tests/ranks.py: the pool of gloo ranks, whose way of handing over functions is this one's too
+import ranks  # tests/ranks.py, the pool of gloo ranks; this pool sends functions to processes in the same way
 
 START_LIMIT_S = 150.0
-"""For a process to import torch and torch_xla, which takes 3 s on a machine that has nothing else to do."""
+"""The limit for the import of torch and torch_xla in a process, which takes 3 s on an idle machine."""
 LIMIT_S = 60.0
 SYNC_LIMIT_S = 15.0
 
 
 class Replicas:
-    """The processes, by number of replicas; they start when a call needs them."""
+    """The processes by their number of replicas; they start when a call needs them."""
 
     def __init__(self) -> None:
         self._processes: dict[int, _Process] = {}
@@ -97,7 +97,7 @@ class _Process:
         outcomes = ranks.pickle.loads(self._receive())
         failed = [f"replica {rank}:\n{text}" for rank, (_, text) in enumerate(outcomes) if text]
         if failed:
-            self.kill()  # whatever the others wait for
+            self.kill()  # the other replicas may wait for this one
             raise AssertionError("\n".join(failed))
         return [ranks.pickle.loads(data) for data, _ in outcomes]
 
@@ -127,11 +127,11 @@ def environment(size: int) -> dict[str, str]:
 
 
 class MissedSync(RuntimeError):
-    """A replica came to a sync to which another did not."""
+    """A replica waited at a sync that another did not reach."""
 
 
 def let_replica_0_compile_first(size: int) -> None:
-    """Gate torch_xla's sync: replica 0 compiles, the others follow when it executes."""
+    """Wrap torch_xla's sync: the other replicas begin when replica 0 has compiled and executes."""
     import torch_xla
     from torch_xla.debug import metrics
 
@@ -164,7 +164,7 @@ def let_replica_0_compile_first(size: int) -> None:
                 return sync(device, *args, **options)
             finally:
                 lead["is_done"] = True
-        # The second lock is taken for the execution, so what comes before it, the compilation, is over.
+        # The second lock is taken for the execution, so the compilation before it is over.
         while not lead["is_done"]:
             time.sleep(5e-4)
         return sync(device, *args, **options)

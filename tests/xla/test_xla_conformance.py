@@ -1,4 +1,4 @@
-"""The one body of checks for every backend, tests/backend/test_conformance.py, on 1, 2 and 4 real XLA replicas."""
+"""The checks for every backend, tests/backend/test_conformance.py, on 1, 2 and 4 real XLA replicas."""
 
 import sys
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 from replicas import Replicas
 
 sys.path.append(str(Path(__file__).parents[1] / "backend"))
-from test_conformance import *  # noqa: F403 - every test of it, over the fixtures below
+from test_conformance import *  # noqa: F403 - every test of it runs with the fixtures below
 
 from disttrain.backend import Backend
 
@@ -29,7 +29,7 @@ def ranks(replicas: Replicas) -> Replicas:
 
 
 def gather_on_the_device(backend: Backend) -> list[Any]:
-    """Gather, reduce and broadcast tensors that lie on the device."""
+    """Gather, reduce and broadcast tensors that are on the device."""
     value = torch.tensor([1.5, -0.0, float("nan"), 2.0**-149]) * (backend.rank + 1)
     on_device = value.to(backend.device)
     results = [
@@ -54,7 +54,7 @@ def test_tensors_on_the_device_are_gathered_by_xla(world: Run) -> None:
 
 
 def collectives_compile(backend: Backend) -> int:
-    """Return how many programs the collectives of host data compile."""
+    """Return the number of programs that collectives of host data compile."""
     before = backend.programs()
     backend.barrier()
     backend.all_reduce(backend.rank)
@@ -65,5 +65,5 @@ def collectives_compile(backend: Backend) -> int:
     return backend.programs().num_compiled - before.num_compiled  # type: ignore[union-attr]
 
 
-def test_what_lies_on_the_host_compiles_nothing(world: Run) -> None:
+def test_values_on_the_host_compile_nothing(world: Run) -> None:
     assert set(world(collectives_compile)) == {0}

@@ -1,4 +1,4 @@
-"""Gradients over slots on real XLA replicas: the same bits on 1, 2 and 4 of them, and on each."""
+"""Gradients over slots on real XLA replicas: the same bits on 1, 2 and 4 replicas, and on every replica."""
 
 import threading
 from typing import Any
@@ -9,14 +9,14 @@ from replicas import SYNC_LIMIT_S, Replicas
 from torch import nn
 
 from disttrain.backend import Backend
-from disttrain.checkpoint import params_sha256
 from disttrain.engine import Events, create_supervised_trainer
-from disttrain.parallel import Slots, XlaSlotGradients, slot_gradients
-from disttrain.precision import choose
+from disttrain.evidence import params_sha256
+from disttrain.parallel import Slots, World, XlaSlotGradients, strategy_for
+from disttrain.precision import choose_precision
 from disttrain.seeding import manual_seed
 
 BUILDING = threading.Lock()
-"""The replicas share torch's generator, from which a model draws."""
+"""Held while a replica builds its model: the replicas share torch's generator, from which a model draws."""
 
 
 def net(kind: str) -> nn.Module:
@@ -36,21 +36,20 @@ def slot_batch(kind: str, step: int, slot: int) -> tuple[torch.Tensor, torch.Ten
 def train(
     backend: Backend, kind: str, num_slots: int, steps: int = 6, reduction: str = "invariant", precision: str = "fp32"
 ) -> dict[str, Any]:
-    """Train as the recipe does and return each step's losses by slot, and what was left at the end."""
+    """Train as a run does; return each step's losses by slot and norm, the weights, and the compiler's programs."""
     had_fallen_back = backend.programs().fallback_ops if backend.programs() else ()  # type: ignore[union-attr]
     with BUILDING:
         manual_seed(3)
         model = backend.move(net(kind))
     slots = Slots(num_slots, backend.rank, backend.world_size)
-    gradients = slot_gradients(
-        model,
-        slots,
-        seed=5,
+    world = World(
+        slots=slots,
+        device=backend.device,
         process_group=backend.process_group,
         gather=backend.gather_recorded,
         reduction=reduction,  # type: ignore[arg-type]
-        device=backend.device,
     )
+    gradients = strategy_for("ddp", model, world).gradients(model, seed=5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     norms: list[torch.Tensor] = []
 
@@ -63,7 +62,7 @@ def train(
         nn.functional.cross_entropy,
         device=backend.device,
         output_transform=lambda x, y, y_pred, loss: loss.detach(),
-        precision=choose(precision, backend.device),
+        precision=choose_precision(precision, backend.device),
         gradients=gradients,
         before_step=clip,
     )
@@ -107,8 +106,8 @@ def test_the_same_bits_on_1_2_and_4_replicas(replicas: Replicas, kind: str) -> N
             assert result["fallback_ops"] == ()
 
 
-def test_slots_that_are_no_node_of_the_tree(replicas: Replicas) -> None:
-    """On 3 replicas of 6 slots each has two slots whose sum is in no node: they are gathered one by one."""
+def test_slots_whose_sum_is_no_node_of_the_tree(replicas: Replicas) -> None:
+    """Compare 3 replicas of 6 slots with one: the sum of a replica's two slots is no node, so it gathers them alone."""
     expected = replicas(1, train, "plain", 6)[0]
     for result in [*replicas(2, train, "plain", 6), *replicas(3, train, "plain", 6)]:
         assert [result[name] for name in SAME] == [expected[name] for name in SAME]
@@ -144,7 +143,7 @@ def test_slots_that_cannot_be_shared_equally_are_refused(replicas: Replicas) -> 
         assert message.startswith("ConfigError: num_slots=6 cannot be shared equally by 4 XLA devices")
 
 
-def test_a_missed_sync_says_what_it_is(replicas: Replicas) -> None:
+def test_a_missed_sync_is_named(replicas: Replicas) -> None:
     with pytest.raises(AssertionError) as caught:
         replicas(2, one_too_many, limit_s=2 * SYNC_LIMIT_S + 20)
     message = str(caught.value)

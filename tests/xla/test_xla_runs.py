@@ -27,7 +27,7 @@ import os, signal
 from pathlib import Path
 from disttrain.engine import Events
 def leave_early(trainer, run):
-    # Stop in the middle, as by a signal, where a file asks for it.
+    # A file makes the run stop in the middle, as by a signal.
     if Path("leave").exists() and run.backend.rank == 0:
         trainer.add_event_handler(Events.ITERATION_COMPLETED(once=9), lambda: os.kill(os.getpid(), signal.SIGTERM))
 fields.update(handlers=[leave_early])
@@ -54,7 +54,7 @@ def losses(run: Path) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One config on two gloo ranks, on xla, and on xla in bf16; on xla also cut in two at step 10, and with gloo."""
+    """Runs of one config: on two gloo ranks, on xla, and on xla in bf16."""
     folder = tmp_path_factory.mktemp("plain")
     cfg = write_cfg(folder, PLAIN)
     with pytest.MonkeyPatch.context() as patch:
@@ -78,13 +78,13 @@ def test_bf16_is_within_its_tolerance_of_fp32(plain: Path) -> None:
     torch.testing.assert_close(in_bf16, in_fp32, rtol=2**-6, atol=2**-6)
 
 
-def test_a_steady_run_compiles_nothing_and_says_so(plain: Path) -> None:
+def test_a_steady_run_compiles_nothing_and_reports_it(plain: Path) -> None:
     for name in ("xla", "bf16"):
-        told = result(plain / "runs" / name)
-        assert told["device"] == "xla:0"
-        assert told["xla_compilations"] > 0
-        assert told["xla_compilations_after_step_2"] == 0
-        assert told["xla_fallback_ops"] == []
+        facts = result(plain / "runs" / name)
+        assert facts["device"] == "xla:0"
+        assert facts["xla_compilations"] > 0
+        assert facts["xla_compilations_after_step_2"] == 0
+        assert facts["xla_fallback_ops"] == []
     assert "xla_compilations" not in result(plain / "runs" / "gloo")
 
 
@@ -100,13 +100,13 @@ def test_a_checkpoint_of_one_backend_goes_on_on_another(plain: Path, first: str,
     assert 9 <= step < 20, done.text
     done = launch(plain, cfg, f"backend={then}", f"name={name}", ranks=ranks[then])
     assert f"resuming from step {step}" in done.out
-    told = result(plain / "runs" / name)
-    assert (told["status"], told["step"]) == ("completed", 20)
+    facts = result(plain / "runs" / name)
+    assert (facts["status"], facts["step"]) == ("completed", 20)
     torch.testing.assert_close(losses(plain / "runs" / name), losses(plain / "runs" / "gloo"), rtol=0, atol=1e-5)
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
-    """With everything random: dropout, noise from three generators, workers, batch normalisation."""
+    """Kill a run with dropout, noise from three generators, workers and batch normalisation."""
     cfg = write_cfg(tmp_path, "fields.update(num_workers=1, max_epochs=6)")
     words = ("backend=xla", "checkpoint.every_steps=4", "ledger.every_steps=5")
     launch(tmp_path, cfg, *words, "name=whole")
@@ -125,13 +125,13 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     assert [result(cut)[key] for key in same] == [result(whole)[key] for key in same]
 
 
-def test_the_example_falls_back_to_no_op_and_tells_what_it_compiled(tmp_path: Path) -> None:
+def test_the_example_falls_back_to_no_op_and_reports_its_programs(tmp_path: Path) -> None:
     done = launch(tmp_path, DIGITS, "backend=xla", "max_epochs=2")
-    told = result(tmp_path / "runs" / "digits")
-    assert told["xla_fallback_ops"] == []
-    # Its schedule ends near 0, where AdamW's factor 1 - lr * weight_decay is 1 in float32, a constant of the program.
-    assert told["xla_compilations_after_step_2"] <= 1
-    assert f"compiled             {told['xla_compilations']} programs" in done.out
+    facts = result(tmp_path / "runs" / "digits")
+    assert facts["xla_fallback_ops"] == []
+    # Its schedule ends near 0. There AdamW's factor 1 - lr * weight_decay is 1 in float32, a constant of the program.
+    assert facts["xla_compilations_after_step_2"] <= 1
+    assert f"compiled             {facts['xla_compilations']} programs" in done.out
 
 
 READS_THE_LOSS = """
@@ -142,7 +142,7 @@ fields.update(handlers=[read], max_epochs=1)
 """
 
 
-def test_what_reads_a_value_each_step_is_named_once(tmp_path: Path) -> None:
+def test_a_read_of_a_value_in_each_step_is_named_once(tmp_path: Path) -> None:
     cfg = write_cfg(tmp_path, READS_THE_LOSS)
     launch(tmp_path, cfg, "backend=xla")
     run = tmp_path / "runs" / "small"
@@ -156,11 +156,11 @@ def test_two_processes_on_the_cpu_device_are_refused(tmp_path: Path) -> None:
     cfg = write_cfg(tmp_path)
     done = commands.launch_as_typed(cfg, "backend=xla", ranks=2, cwd=tmp_path)
     assert done.code != 0
-    said = done.ranks_say()
+    output = done.rank_output()
     assert (
-        "BackendError: expected 2 replicas, as torchrun started, got 1 from the XLA runtime (PJRT_DEVICE=CPU)" in said
+        "BackendError: expected 2 replicas, as torchrun started, got 1 from the XLA runtime (PJRT_DEVICE=CPU)" in output
     )
-    assert "each would train alone as rank 0 of 1; start one process (python -m disttrain.launch)" in said
+    assert "each would train alone as rank 0 of 1; start one process (python -m disttrain.launch)" in output
     assert not (tmp_path / "runs").exists()
 
 
@@ -181,6 +181,6 @@ def test_a_signal_saves_and_the_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_importing_disttrain_does_not_import_torch_xla() -> None:
-    program = "import sys, disttrain, disttrain.recipe, disttrain.launch; print('torch_xla' in sys.modules)"
+    program = "import sys, disttrain, disttrain.run.train, disttrain.commands.launch; print('torch_xla' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout == "False\n"

@@ -1,6 +1,6 @@
-"""XLA's SPMD mode on four devices of its CPU device: by the real launcher, killed, resumed, and across backends.
+"""XLA's SPMD mode on four devices of its CPU device: launched, killed, resumed, and resumed on another backend.
 
-A process that is in this mode stays in it, so everything here runs in processes of its own.
+A process that has entered this mode stays in it, so every test here runs processes of its own.
 """
 
 import json
@@ -18,13 +18,12 @@ sys.path.append(str(Path(__file__).parents[1] / "integration"))
 import commands
 from commands import Done, checkpoints, lines, result, write_cfg
 
-from disttrain.backend.base import Place
-from disttrain.backend.environment import Launch
-from disttrain.backend.spmd import connect_spmd
+from disttrain.backend.xla_spmd import connect_spmd
+from disttrain.environment import Launch, Topology
 from disttrain.errors import BackendError
 
-# Nothing random in the model: XLA draws other numbers than the CPU. The handler kills where a file asks for it, and
-# writes down in which parts the parameters and the optimizer's states lie on the devices.
+# Nothing random in the model: XLA draws other numbers than the CPU. A file makes the handler kill the run. The handler
+# also writes the shapes of the parts of parameters and optimizer states on each device.
 PLAIN = """
 def net():
     return nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
@@ -47,13 +46,13 @@ def parts_of(run):
         for name, parameter in run.model.named_parameters()
     }
 
-def look(trainer, run):
+def prepare(trainer, run):
     if Path("kill").exists():
         trainer.add_event_handler(Events.ITERATION_COMPLETED(once=13), lambda: os.kill(os.getpid(), signal.SIGKILL))
     if run.backend.num_devices > 1:
         write = (run.directory.path / "parts.json").write_text
         trainer.add_event_handler(Events.ITERATION_COMPLETED(once=20), lambda: write(json.dumps(parts_of(run))))
-fields.update(handlers=[look])
+fields.update(handlers=[prepare])
 """
 pytestmark = pytest.mark.timeout(400)  # the first test waits for four launches
 SPMD = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4"}
@@ -81,7 +80,7 @@ def losses(run: Path) -> torch.Tensor:
 
 
 def halfway(runs: Path, name: str, copy: str) -> None:
-    """Copy a run as it was at its checkpoint of step 10."""
+    """Copy a run in its state at the checkpoint of step 10."""
     shutil.copytree(runs / name, runs / copy)
     (runs / copy / "result.json").unlink(missing_ok=True)
     shutil.rmtree(runs / copy / "checkpoints" / "step-00000020", ignore_errors=True)
@@ -90,7 +89,7 @@ def halfway(runs: Path, name: str, copy: str) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One config on gloo, on four devices with whole parameters, and with cut ones; the last also killed at step 13."""
+    """Runs of one config: on gloo, on four devices with whole and with cut parameters, and cut but killed."""
     folder = tmp_path_factory.mktemp("spmd")
     write_cfg(folder, PLAIN)
     launch(folder, "backend=gloo", "name=gloo")
@@ -112,10 +111,10 @@ def test_losses_agree_with_gloo(runs: Path) -> None:
 
 def test_a_steady_run_compiles_nothing_and_falls_back_nowhere(runs: Path) -> None:
     for name in ("whole", "cut"):
-        told = result(runs / name)
-        assert told["xla_compilations"] > 0
-        assert (told["xla_compilations_after_step_2"], told["xla_fallback_ops"]) == (0, [])
-        assert told["world_size"] == 1
+        facts = result(runs / name)
+        assert facts["xla_compilations"] > 0
+        assert (facts["xla_compilations_after_step_2"], facts["xla_fallback_ops"]) == (0, [])
+        assert facts["world_size"] == 1
 
 
 def test_devices_hold_parameters_whole_or_each_a_quarter(runs: Path) -> None:
@@ -161,29 +160,29 @@ def test_a_checkpoint_of_gloo_goes_on_on_two_devices_with_a_warning(
 
 
 def test_two_processes_on_the_cpu_device_are_refused() -> None:
-    launched = Launch("torchrun", Place(0, 2, 0, 2), "localhost", 29500)
-    said = (
+    launched = Launch("torchrun", Topology(0, 2, 0, 2), "localhost", 29500)
+    refusal = (
         r"expected one process, which drives all XLA devices .* got 2 from torchrun \(PJRT_DEVICE=CPU\); start python"
     )
-    with pytest.raises(BackendError, match=said):
+    with pytest.raises(BackendError, match=refusal):
         connect_spmd(launched)
 
 
-# Prints what is refused, and then what lies where, as JSON.
+# Prints the refusals, and then the shapes of the parts on the devices, as JSON.
 IN_SPMD_MODE = """
 import json, os, re, sys
 from pathlib import Path
 import torch
 from torch import nn
-from disttrain import launch
+from disttrain.commands import launch
 from disttrain.backend import connect
 from disttrain.errors import DisttrainError
-from disttrain.parallel import Spread
+from disttrain.parallel.spmd_layout import SpmdLayout
 
-told = {}
-told["launch"] = launch.main([sys.argv[1], "backend=xla", "spmd=true", "num_slots=4"])
+facts = {}
+facts["launch"] = launch.main([sys.argv[1], "backend=xla", "spmd=true", "num_slots=4"])
 with connect("xla", spmd=True) as backend:
-    told["world"] = [backend.world_size, backend.num_devices]
+    facts["world"] = [backend.world_size, backend.num_devices]
 
 def refused(function):
     try:
@@ -191,14 +190,14 @@ def refused(function):
     except DisttrainError as error:
         return str(error)
 
-told["another mode"] = refused(lambda: connect("xla"))
+facts["another mode"] = refused(lambda: connect("xla"))
 import torch_xla
 def parts(tensor):
     torch_xla.sync(wait=True)
     return [list(part.shape) for part, _ in torch_xla._XLAC._get_local_shards([tensor])[0]]
 
 class Seq(nn.Module):
-    # What comes out has the time first, and as many steps of it as there are devices.
+    # The output has the time first, with as many steps as there are devices.
     def __init__(self):
         super().__init__()
         self.rows = nn.Linear(8, 8)
@@ -210,36 +209,36 @@ model = Seq()
 x, mask = torch.randn(8, 4, 8), torch.ones(4, 4)
 expected = model(x).detach()
 on_device = model.to("xla")
-spread = Spread(on_device, 4, shards=True)
+spread = SpmdLayout(on_device, 4, shards=True)
 batch = spread.cut({"x": x.to("xla"), "rest": [mask.to("xla"), "text"]})
-told["batch"] = [parts(batch["x"]), parts(batch["rest"][0])]
+facts["batch"] = [parts(batch["x"]), parts(batch["rest"][0])]
 y = spread.bring_together((on_device(batch["x"]),))[0]
-told["output"] = parts(y)
-told["is close"] = bool(torch.allclose(y.cpu(), expected, atol=1e-6))
+facts["output"] = parts(y)
+facts["is close"] = bool(torch.allclose(y.cpu(), expected, atol=1e-6))
 weight = on_device.rows.weight
 whole = spread.whole(weight)
-told["whole"] = [str(whole.device), bool(torch.equal(whole, weight.cpu())), parts(weight)]
+facts["whole"] = [str(whole.device), bool(torch.equal(whole, weight.cpu())), parts(weight)]
 linear = nn.Linear(16, 24).to("xla")
-spread = Spread(linear, 4, shards=True)
+spread = SpmdLayout(linear, 4, shards=True)
 rows = spread.cut(torch.randn(8, 16).to("xla"))
 torch_xla.sync(wait=True)
 linear(rows).square().sum().backward()
-told["gradient"] = parts(linear.weight.grad)
+facts["gradient"] = parts(linear.weight.grad)
 def shapes(form):
     programs = list(Path(os.environ["PROGRAMS"]).glob("*after_optimizations.txt"))
     found = set(re.findall(form, "".join(path.read_text() for path in programs)))
     for path in programs:
         path.unlink()
     return sorted(found)
-told["gathered"] = shapes(r"= (\\w+\\[[\\d,]*\\])\\S* all-gather\\(")
+facts["gathered"] = shapes(r"= (\\w+\\[[\\d,]*\\])\\S* all-gather\\(")
 held = spread.stateful(linear)
 saved = {name: value + 1 for name, value in held.state_dict().items()}
 held.load_state_dict(saved)
-told["loaded"] = [bool(torch.equal(held.state_dict()["weight"], saved["weight"])), parts(linear.weight)]
-told["load programs"] = shapes(r"f32\\[[\\d,]+\\]")
-told["last batch"] = parts(spread.cut(torch.randn(6, 8).to("xla")))
-told["laid out twice"] = refused(lambda: Spread(on_device, 4, shards=False))
-print(json.dumps(told))
+facts["loaded"] = [bool(torch.equal(held.state_dict()["weight"], saved["weight"])), parts(linear.weight)]
+facts["load programs"] = shapes(r"f32\\[[\\d,]+\\]")
+facts["last batch"] = parts(spread.cut(torch.randn(6, 8).to("xla")))
+facts["laid out twice"] = refused(lambda: SpmdLayout(on_device, 4, shards=False))
+print(json.dumps(facts))
 """
 
 
@@ -251,25 +250,25 @@ def test_where_tensors_lie_and_what_is_refused(tmp_path: Path) -> None:
     env = {**os.environ, "XLA_FLAGS": flags, "PROGRAMS": str(programs)}
     done = subprocess.run(program, capture_output=True, text=True, env=env, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["launch"] == 2
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["launch"] == 2
     assert "makes slots of 10 samples, which cannot be cut over 4 devices equally" in done.stderr
     assert not (tmp_path / "runs").exists()
-    assert told["world"] == [1, 4]
-    assert "got one in SPMD mode, which a process cannot leave" in told["another mode"]
-    assert told["batch"] == [[[2, 4, 8]] * 4, [[4, 4]] * 4]
-    assert told["output"] == [[4, 8, 8]] * 4
-    assert told["is close"]
-    assert told["whole"] == ["cpu", True, [[2, 8]] * 4]
-    assert told["gradient"] == [[6, 16]] * 4
-    gathered = set(told["gathered"])
+    assert facts["world"] == [1, 4]
+    assert "got one in SPMD mode, which a process cannot leave" in facts["another mode"]
+    assert facts["batch"] == [[[2, 4, 8]] * 4, [[4, 4]] * 4]
+    assert facts["output"] == [[4, 8, 8]] * 4
+    assert facts["is close"]
+    assert facts["whole"] == ["cpu", True, [[2, 8]] * 4]
+    assert facts["gradient"] == [[6, 16]] * 4
+    gathered = set(facts["gathered"])
     assert gathered & {
         "f32[24,16]",
         "f32[16,24]",
-    }  # the linear layer's weight, and neither what goes in nor what comes out
+    }  # the linear layer's weight, and neither its input nor its output
     assert not gathered & {"f32[8,16]", "f32[8,24]", "f32[16,8]", "f32[24,8]"}
-    assert told["loaded"] == [True, [[6, 16]] * 4]
-    assert "f32[6,16]" in told["load programs"]
-    assert "f32[24,16]" not in told["load programs"]  # no device has held more than its part
-    assert told["last batch"] == [[6, 8]] * 4
-    assert "got the parameter rows.weight annotated with" in told["laid out twice"]
+    assert facts["loaded"] == [True, [[6, 16]] * 4]
+    assert "f32[6,16]" in facts["load programs"]
+    assert "f32[24,16]" not in facts["load programs"]  # no device has held more than its part
+    assert facts["last batch"] == [[6, 8]] * 4
+    assert "got the parameter rows.weight annotated with" in facts["laid out twice"]

@@ -1,4 +1,4 @@
-"""A CNN with BatchNorm and dropout on the digits, otherwise as mlp.py."""
+"""A CNN with BatchNorm and dropout on the digits, otherwise like mlp.py."""
 
 from functools import partial
 

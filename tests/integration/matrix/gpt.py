@@ -15,7 +15,7 @@ LENGTH, WIDTH, HEADS, DEPTH = 32, 48, 4, 2
 
 
 class Text(Dataset):
-    """Pieces of LENGTH + 1 bytes, each begun at a place that is drawn anew."""
+    """Pieces of LENGTH + 1 bytes, each from a start that is drawn anew."""
 
     def __init__(self) -> None:
         text = "".join(topics[name] for name in sorted(topics)).encode("ascii", "replace")[:20_000]
@@ -40,8 +40,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shape = (*x.shape[:2], HEADS, WIDTH // HEADS)
         q, k, v = (part.view(shape).transpose(1, 2) for part in self.mix(self.before(x)).chunk(3, dim=-1))
-        seen = scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(x.shape)
-        x = x + self.dropout(self.out(seen))
+        attended = scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(x.shape)
+        x = x + self.dropout(self.out(attended))
         return x + self.dropout(self.narrow(nn.functional.gelu(self.wide(self.between(x)))))
 
 

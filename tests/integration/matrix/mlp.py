@@ -15,7 +15,7 @@ from disttrain import Config
 
 class Noisy(Dataset):
     def __init__(self, shape: tuple[int, ...]) -> None:
-        # scikit-learn's digits, read without importing it: that takes each of many ranks a second.
+        # The digits of scikit-learn, read without importing it: the import would take each of many ranks a second.
         (place,) = find_spec("sklearn").submodule_search_locations
         table = np.loadtxt(Path(place) / "datasets" / "data" / "digits.csv.gz", delimiter=",", max_rows=240)
         self.x = torch.tensor(table[:, :-1], dtype=torch.float32).reshape(-1, *shape) / 16

@@ -1,4 +1,4 @@
-"""What sharding touches: BatchNorm, a layer of sizes that no number of ranks divides, validation, 7 batches of it."""
+"""A config for sharding: BatchNorm, sizes that no number of ranks divides, and 7 batches of validation."""
 
 from mlp import Noisy, fields
 from torch import nn

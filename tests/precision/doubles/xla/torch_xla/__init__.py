@@ -1,4 +1,4 @@
-"""A double of the two modules that the step uses; `core.xla_model.calls` records what was called."""
+"""A double of the two modules that the step uses; `core.xla_model.calls` records the calls."""
 
 from torch_xla.core import xla_model
 

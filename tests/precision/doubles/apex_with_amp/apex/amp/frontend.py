@@ -20,7 +20,7 @@ class Scaler:
 
 @dataclass
 class Stash:
-    """What apex hangs on an optimizer as `_amp_stash`."""
+    """The attribute `_amp_stash` that apex sets on an optimizer."""
 
     already_patched: bool = False
     params_have_scaled_gradients: bool = False
@@ -93,7 +93,7 @@ def _unscale(scaler, parameters, stash, optimizer) -> None:
 def skip_next_step(optimizer: torch.optim.Optimizer) -> None:
     if optimizer._amp_stash.already_patched:
         return
-    step = optimizer.step  # perhaps not the class's: a learning rate's schedule puts a method of its own there
+    step = optimizer.step  # not always the class's: a learning rate schedule sets a method of its own
 
     def skipped(closure=None):
         optimizer.step = step

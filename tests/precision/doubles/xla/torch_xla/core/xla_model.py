@@ -1,4 +1,4 @@
-"""A double of the functions that the step calls; `calls` records how."""
+"""A double of the functions that the step calls; `calls` records the calls and their arguments."""
 
 from typing import Any
 

@@ -1,0 +1,18 @@
+"""The commands that a person types.
+
+main         `disttrain COMMAND`: runs the command of that name
+launch       `python -m disttrain.launch cfg.py`: trains a config, and reports errors once
+start_ranks  `disttrain launch --ranks N`: starts the ranks of this host by torchrun
+summary      prints the first line of a run, and the summary at its end
+verify       runs a config killed and resized, and compares every bit
+scenarios    plans the runs of `verify`
+lost_state   finds the state of handlers that a kill loses, for `verify`
+compare      finds the first difference of two runs
+checkpoint   lists, shows, verifies, prunes and exports checkpoints
+doctor       prints the versions and devices of this machine
+exit_codes   defines the exit codes of all commands
+
+launch    one start of a run's ranks; torchrun may restart them within it
+scenario  a whole run of a verification, in one or more lives
+life      one process group of a scenario, which ends by a kill or with the run
+"""

@@ -1,0 +1,98 @@
+"""`disttrain compare RUN_A RUN_B`: find the first step at which two runs differ, and the part of it that differs.
+
+*Contract*: the runs are not changed. Exit code 0: no difference; 1: a difference; 2: the runs cannot be compared.
+
+*Errors*: ConfigError for a folder without a run or a ledger, and for ledgers without a common step.
+"""
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from disttrain.commands.exit_codes import DIFFERENT, SAME, USAGE
+from disttrain.config import differences_that_matter, from_json
+from disttrain.errors import ConfigError
+from disttrain.evidence import Comparison, first_difference, read_ledger
+from disttrain.evidence.ledger import differing
+from disttrain.run.directory import RunDirectory
+
+
+def compare_runs(left: RunDirectory, right: RunDirectory) -> Comparison:
+    """Compare the configs, ledgers and results of two runs, which may have been killed."""
+    ledgers = [read_ledger(run.ledger_jsonl) for run in (left, right)]
+    common_steps = ledgers[0].keys() & ledgers[1].keys()
+    if not common_steps - {0}:
+        raise ConfigError(
+            f"the ledgers of {left.path} and {right.path} have no step in common; let both runs do the same steps"
+        )
+    results = [run.result() or {} for run in (left, right)]
+    other = []
+    metrics = [result.get("metrics", {}) for result in results]
+    if results[0].get("step") == results[1].get("step") and all(metrics):
+        other = [
+            f"validation {name}: {metrics[0].get(name)} and {metrics[1].get(name)}" for name in differing(*metrics)
+        ]
+    return Comparison(
+        num_steps=len(common_steps - {0}),
+        last_steps=(max(ledgers[0]), max(ledgers[1])),
+        num_hashed=sum("state" in ledgers[0][step] and "state" in ledgers[1][step] for step in common_steps),
+        configs=tuple(_config_differences(left, right)),
+        difference=first_difference(*ledgers),
+        weights=(results[0].get("params_sha256"), results[1].get("params_sha256")),
+        other=tuple(other),
+    )
+
+
+def _config_differences(left: RunDirectory, right: RunDirectory) -> list[str]:
+    configs = []
+    for run in (left, right):
+        try:
+            configs.append(from_json(run.config_json.read_text(encoding="utf-8"), str(run.config_json)).fields)
+        except OSError as error:
+            raise ConfigError(
+                f"expected a run directory, got {run.path}, whose config.json cannot be read ({error.strerror}); "
+                "give one such as runs/NAME"
+            ) from None
+    return [f"{found.field}: {found.old} and {found.new}" for found in differences_that_matter(*configs)]
+
+
+def compare_command(first: Path, second: Path) -> int:
+    """Print the first difference of two runs; return the exit code."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    try:
+        comparison = compare_runs(RunDirectory(first), RunDirectory(second))
+    except ConfigError as error:
+        print(f"ConfigError: {error}", file=sys.stderr)
+        return USAGE
+    for text in comparison.configs:
+        console.print(f"the configs differ in {text}", soft_wrap=True)
+    num_steps = comparison.last_steps
+    if num_steps[0] != num_steps[1]:
+        console.print(
+            f"{first} has {num_steps[0]} steps, {second} has {num_steps[1]}; the common steps are compared",
+            soft_wrap=True,
+        )
+    if not comparison.same:
+        print_difference(comparison, console)
+    else:
+        console.print(
+            f"the same bits: {comparison.num_steps} steps, the whole state at {comparison.num_hashed} of them",
+            soft_wrap=True,
+        )
+    for text in comparison.other:
+        console.print(text, soft_wrap=True)
+    return SAME if comparison.same else DIFFERENT
+
+
+def print_difference(comparison: Comparison, console: Console) -> None:
+    """Print the first difference of two runs and its likely cause."""
+    if comparison.difference is not None:
+        console.print(comparison.difference.headline, soft_wrap=True)
+        console.print(comparison.difference.explanation, soft_wrap=True)
+    else:
+        console.print(
+            f"all {comparison.num_steps} steps are the same in the ledgers, but the weights at the end are "
+            f"{comparison.weights[0]} and {comparison.weights[1]}: something changed them after the last step",
+            soft_wrap=True,
+        )

@@ -1,0 +1,58 @@
+"""`disttrain COMMAND`: run the command that the first word names."""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from disttrain.commands import checkpoint, launch, verify
+from disttrain.commands.compare import compare_command
+from disttrain.commands.doctor import doctor
+from disttrain.version import __version__
+
+MAINS: Mapping[str, Callable[[Sequence[str] | None], int]] = {
+    "launch": launch.main,
+    "verify": verify.main,
+    "checkpoint": checkpoint.main,
+}
+"""The commands that parse their own words."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in MAINS:
+        return MAINS[words[0]](words[1:])
+    parser = argparse.ArgumentParser(
+        prog="disttrain",
+        description="Distributed PyTorch training that is killed anywhere, resumed on any number of ranks, and gives "
+        "the same bits.",
+        epilog="`disttrain COMMAND --help` describes a command.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"disttrain {__version__}", help="print the version, and exit"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("launch", add_help=False, help="train the config of a cfg.py, or resume its run")
+    commands.add_parser(
+        "verify", add_help=False, help="check that a config gives the same bits when killed and resized"
+    )
+    commands.add_parser(
+        "checkpoint", add_help=False, help="list, show, verify, prune or export the checkpoints of a run"
+    )
+    compare = commands.add_parser(
+        "compare",
+        help="find the first step at which two runs differ",
+        description="Find the first step at which two runs differ, and the part of the step that differs.",
+        epilog="exit codes: 0: no difference; 1: a difference; 2: the runs cannot be compared",
+    )
+    for name in ("RUN_A", "RUN_B"):
+        compare.add_argument(name.lower(), metavar=name, type=Path, help="a run directory, such as runs/digits")
+    doctor_help = "print the versions, devices and backends of this machine, for a bug report"
+    commands.add_parser("doctor", help=doctor_help, description=f"{doctor_help.capitalize()}.")
+    options = parser.parse_args(words)
+    if options.command == "compare":
+        return compare_command(options.run_a, options.run_b)
+    return doctor(Console(highlight=False))

@@ -1,0 +1,59 @@
+"""`disttrain launch --ranks N cfg.py`: start the ranks of a run by torchrun, with the settings that a run needs."""
+
+import argparse
+from pathlib import Path
+
+from disttrain.config import load_config
+from disttrain.environment import grace_s
+from disttrain.errors import ConfigError
+from disttrain.launching.torchrun import run_torchrun, torchrun_words
+
+PRELOAD = ("disttrain.commands.launch", "disttrain.commands.main", "torch.nn.parallel", "torch._dynamo.config")
+"""Modules that every rank imports sooner or later; optimizers and DDP import the last one at their first use."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that start ranks to the parser of `launch`."""
+    ranks = parser.add_argument_group(
+        "ranks", "start the ranks from here, by torchrun, and exit with the run's exit code"
+    )
+    ranks.add_argument("--ranks", metavar="N", type=int, help="number of ranks on this host")
+    ranks.add_argument(
+        "--max-restarts", metavar="N", type=int, default=3, help="how often ranks that died are restarted (default: 3)"
+    )
+    ranks.add_argument(
+        "--grace", metavar="S", type=int, help="seconds from a signal to SIGKILL (default with --ranks: torchrun's, 30)"
+    )
+    ranks.add_argument(
+        "--nodes", metavar="N", default="1", help="number of hosts, or MIN:MAX; use the same on every host (default: 1)"
+    )
+    ranks.add_argument("--rdzv", metavar="HOST:PORT", help="rendezvous of several hosts: an address of one of them")
+    ranks.add_argument(
+        "--no-rdzv-host", action="store_true", help="open no store at HOST:PORT, because one runs there already"
+    )
+
+
+def start_ranks(options: argparse.Namespace) -> int:
+    """Start the ranks that the options ask for, wait until they end, and return the run's exit code."""
+    if options.ranks < 1:
+        raise ConfigError(f"expected --ranks to be at least 1, got {options.ranks}")
+    if (options.nodes != "1") != (options.rdzv is not None):
+        raise ConfigError(
+            f"expected --nodes and --rdzv together, got --nodes {options.nodes} and --rdzv {options.rdzv}; "
+            "one host needs neither, several need both"
+        )
+    grace_s(in_agent=True)  # refuse an unreadable variable here; torchrun would fail with a traceback
+    config = load_config(Path(options.config), options.overrides)  # report a mistake once, and not on every rank
+    words = torchrun_words(
+        options.ranks,
+        nodes=options.nodes,
+        endpoint=options.rdzv,
+        opens_store=not options.no_rdzv_host,
+        run_id=str(config.name),
+        max_restarts=options.max_restarts,
+    )
+    arguments = [options.config, *options.overrides, "--runs", str(options.runs)]
+    arguments += ["--fresh"] * options.fresh + ["--traceback"] * options.traceback
+    variables = {"OMP_NUM_THREADS": str(config.cpu_threads), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    preload = [*PRELOAD, *["torchmetrics"] * bool(config.metrics)]
+    return run_torchrun(words, "disttrain.launch", arguments, variables, preload, grace_s=options.grace)

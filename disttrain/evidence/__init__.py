@@ -1,0 +1,24 @@
+"""Evidence that two runs are the same: the results of every step, their hashes, and the comparison of two ledgers.
+
+ledger       writes one line a step: order of the samples, loss, gradient norm, hashes of the batch and the state
+hashes       the hash of a tensor, of a batch, of a whole state
+fingerprint  the SHA-256 of a model's weights, for result.json
+compare      reads two ledgers and finds their first difference and its likely cause
+"""
+
+from disttrain.evidence.compare import Comparison, LedgerDifference, first_difference, read_ledger
+from disttrain.evidence.fingerprint import params_sha256
+from disttrain.evidence.hashes import batch_hash, state_tensors, tensor_hashes
+from disttrain.evidence.ledger import Ledger
+
+__all__ = [
+    "Comparison",
+    "Ledger",
+    "LedgerDifference",
+    "batch_hash",
+    "first_difference",
+    "params_sha256",
+    "read_ledger",
+    "state_tensors",
+    "tensor_hashes",
+]

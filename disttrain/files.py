@@ -1,0 +1,77 @@
+"""Small files that a crash never leaves half-written, and files of JSON lines that a resumed run continues.
+
+*Contract*: `write_text` replaces a file in one step; a reader sees the old text or the new one. `JsonLines` appends; a
+kill may cut its last line short, and opening the file again removes that line.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import IO, Any
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to the file `path`, flushed to the disk, by one rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Return `value` as strict JSON, which every reader accepts: NaN and the infinities become null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return value
+
+
+class JsonLines:
+    """A file of one JSON object a line, each with its `step`, in order, which a resumed run continues.
+
+    Opening the file at a step removes the lines of later steps: a killed run wrote them, and the resumed run writes
+    them again. No step gets a second line.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self._last_step = -1
+        end, last_line = 0, b"\n"
+        with path.open("ab+") as file:
+            file.seek(0)
+            for line in file:
+                try:
+                    written_step = json.loads(line)["step"]
+                except (ValueError, KeyError, TypeError):
+                    break  # a kill cut this line short; the lines after it may be incomplete too
+                if written_step > step:
+                    break
+                self._last_step, end, last_line = written_step, end + len(line), line
+            file.truncate(end)
+            if not last_line.endswith(b"\n"):
+                file.write(b"\n")
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    def write(self, *lines: dict[str, Any]) -> None:
+        """Append the lines of new steps: other processes see them at once; `sync` makes them survive a power loss."""
+        for line in lines:
+            if line["step"] > self._last_step:
+                self._last_step = line["step"]
+                self._file.write(json_text(line) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Flush the written lines to the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,14 @@
+"""HOW ranks are started: the only code that touches the internals of torchrun and of multiprocessing.
+
+    torchrun           runs torchrun in this process, forks its ranks off one server, returns the run's exit code
+    elastic            the rendezvous of torchrun's agents, which an agent leaves without closing it
+    local_ranks        starts ranks on this host without torchrun, for `disttrain verify`
+    end_with_launcher  lets the kernel kill a rank whose torchrun was killed
+
+| noun     | meaning                                                                             |
+|----------|-------------------------------------------------------------------------------------|
+| launcher | the process that started the ranks: torchrun, or srun                               |
+| agent    | the torchrun process of one host; it watches the ranks of that host                 |
+| server   | the process of this host that imports torch once, and off which the ranks are forked |
+| grace    | the seconds that a rank has from a signal to SIGKILL                                |
+"""

@@ -1,0 +1,214 @@
+"""Parameters, gradients and optimizer states that FSDP2 cuts over the ranks, along their first dimension.
+
+*Contract*: `FsdpLayout(model, ...)` shards the model in place (`torch.distributed.fsdp.fully_shard`), with one group of
+parameters for each module of `groups_of`. From then on its parameters are DTensors. The methods of this layout are
+collective: all ranks call the same ones in the same order.
+
+*Errors*: ConfigError for models and optimizers that cannot be sharded with the same bits (`groups`).
+
+*Cost*: each rank holds 1/W of the parameters, gradients and optimizer states, rounded up to whole rows. In `total_norm`
+each rank sends 1/W of the gradient: every gradient is assembled on one rank, so its norm is that of a whole tensor.
+`whole` gathers one tensor on all ranks.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
+
+from disttrain.errors import ConfigError
+from disttrain.parallel.counterparts import Counterparts
+from disttrain.parallel.groups import check_elementwise, check_shardable, groups_of, own_parameters
+from disttrain.parallel.layout import Cuts, ReplicatedLayout, norm_of_norms
+from disttrain.parallel.slot_checks import ForwardWatch
+from disttrain.parallel.tree import Message
+
+ROUND_BYTES = 64 * 1024**2
+"""The bytes of gradients that a rank assembles at a time for their norms."""
+
+
+class UncutLayout(ReplicatedLayout):
+    """The layout of a single rank: nothing is cut. It refuses the models and optimizers that several ranks refuse."""
+
+    def __init__(self, model: nn.Module) -> None:
+        check_shardable(model)
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        check_elementwise(optimizer)
+
+
+class FsdpLayout:
+    """The layout of a model that `fully_shard` has cut over the ranks of `process_group`.
+
+    `stays_gathered`: the parameters are gathered once and stay gathered until the context `gathered` ends. Otherwise
+    each group is gathered for its forward and again for its backward.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        process_group: ProcessGroup,
+        *,
+        device: torch.device,
+        reduction: Literal["invariant", "fast"],
+        stays_gathered: bool,
+    ) -> None:
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+            raise ConfigError(f'strategy="fsdp" needs torch 2.13 or newer, got {torch.__version__}; use "ddp"')
+        check_shardable(model)
+        self.model = model
+        self.process_group = process_group
+        self.stays_gathered = stays_gathered
+        self._invariant = reduction == "invariant"
+        self._mesh = DeviceMesh.from_group(process_group, device.type)
+        self.groups: list[Any] = groups_of(model)
+        """The modules whose parameters are gathered together, each an FSDPModule."""
+        watches = [ForwardWatch(names) for names in own_parameters(self.groups)]
+        for group, watch in zip(self.groups, watches, strict=True):
+            group.register_forward_hook(_with_memory_of_its_own)
+            group.register_forward_hook(watch.forward_ends)
+            fully_shard(group, mesh=self._mesh, reshard_after_forward=self._reshards(group))
+            group.register_forward_pre_hook(watch.forward_starts)
+
+    def _reshards(self, group: nn.Module) -> bool:
+        """Return whether a group's parameters are freed between forward and backward; the root's are not."""
+        return not self.stays_gathered and group is not self.model
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        check_elementwise(optimizer)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Hold all parameters whole: each rank may call the model any number of times, and no module waits."""
+        for group in self.groups:
+            group.set_reshard_after_forward(False, recurse=False)
+            group.set_reshard_after_backward(False, recurse=False)
+        for group in self.groups:
+            group.unshard()
+        try:
+            yield
+        finally:
+            # FSDP2 records each forward, and in the backward it gathers the groups in the reverse order. Forwards
+            # without a backward must not stay in that record: their number differs between the ranks.
+            self.groups[-1].reset_iter_state()
+            for group in self.groups:
+                group.reshard()
+                group.set_reshard_after_forward(self._reshards(group), recurse=False)
+                group.set_reshard_after_backward(True, recurse=False)
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor
+
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def clip(self, parameters: Sequence[Tensor], limit: float, norm: Tensor) -> None:
+        parts = []
+        for parameter in parameters:
+            part = nn.Parameter(_local(parameter), requires_grad=True)
+            part.grad = None if parameter.grad is None else _local(parameter.grad)
+            parts.append(part)
+        nn.utils.clip_grads_with_norm_(parts, limit, norm)
+
+    @torch.no_grad()
+    def total_norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Return the norm, with the bits of whole gradients; with reduction="fast", a cheaper one with other bits."""
+        if not self._invariant:
+            squares = norm_of_norms([torch.linalg.vector_norm(_local(gradient)) for gradient in gradients]) ** 2
+            dist.all_reduce(squares, group=self.process_group)
+            return squares.sqrt_()
+        norms = torch.zeros(len(gradients), dtype=torch.float64, device=gradients[0].device)
+        for mine in self._put_together(gradients):
+            for index, gradient in mine.items():
+                norms[index] = torch._foreach_norm([gradient])[0]
+        dist.all_reduce(norms, group=self.process_group)  # each norm is zero on all ranks but one: nothing is rounded
+        dtypes = [gradient.dtype for gradient in gradients]
+        return norm_of_norms([norm.to(dtype) for norm, dtype in zip(norms.unbind(), dtypes, strict=True)])
+
+    def _put_together(self, gradients: Sequence[Tensor]) -> Iterator[dict[int, Tensor]]:
+        """Yield, in rounds, the whole gradients whose norms this rank computes, by their index."""
+        size = self.process_group.size()
+        largest_first = sorted(range(len(gradients)), key=lambda i: -gradients[i].numel())
+        owned: list[list[int]] = [[] for _ in range(size)]
+        num_bytes = 0
+        for place, index in enumerate(largest_first):
+            owned[place % size].append(index)
+            num_bytes += gradients[index].nbytes if place % size == 0 else 0
+            if place == len(gradients) - 1 or (place % size == size - 1 and num_bytes >= ROUND_BYTES):
+                yield self._exchanged(gradients, owned)
+                owned, num_bytes = [[] for _ in range(size)], 0
+
+    def _exchanged(self, gradients: Sequence[Tensor], owned: Sequence[Sequence[int]]) -> dict[int, Tensor]:
+        """Send each rank this rank's parts of the gradients that it owns; return this rank's own gradients, whole."""
+        rank, size = self.process_group.rank(), self.process_group.size()
+        parts: dict[int, list[Tensor]] = {index: [] for index in owned[rank]}
+        ops: list[Message] = []
+        for peer in range(size):
+            for index in owned[rank]:
+                gradient = gradients[index]
+                part = _local(gradient)
+                if peer != rank:
+                    part = part.new_empty(_rows(len(gradient), peer, size), *gradient.shape[1:])
+                    ops.append((dist.irecv, part, peer))
+                parts[index].append(part)
+        for peer in range(size):
+            if peer != rank:
+                ops += [(dist.isend, _local(gradients[index]).contiguous(), peer) for index in owned[peer]]
+        messages = [
+            dist.P2POp(op, part, group=self.process_group, group_peer=peer) for op, part, peer in ops if part.numel()
+        ]
+        for work in dist.batch_isend_irecv(messages) if messages else ():
+            work.wait()
+        return {index: torch.cat(by_rank) for index, by_rank in parts.items()}
+
+    def cut(self, batch: Any) -> Any:
+        return batch
+
+    def bring_together(self, outputs: Any) -> Any:
+        return outputs
+
+    def stateful(self, part: Any) -> Any:
+        return part  # its state consists of DTensors; each rank saves and loads its part of them
+
+    def cuts(self, model: nn.Module, optimizer: Optimizer, kept: Mapping[str, Any]) -> Cuts:
+        """Return the cuts: a tensor of the checkpoint is cut like its counterpart in this run."""
+        counterparts = Counterparts(model, optimizer, kept)
+
+        def cut(path: str, shape: tuple[int, ...]) -> Any:
+            tensor: Any = counterparts.of(path, shape)
+            return None if not hasattr(tensor, "placements") else (tensor.device_mesh, tensor.placements)
+
+        return cut
+
+
+def _with_memory_of_its_own(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """Return a module's output with its views copied, because FSDP2 loses a view that is changed in place (`x += y`).
+
+    FSDP2 would not gather the module's parameters for its backward. A linear layer's output often is a view.
+    """
+    if isinstance(output, Tensor):
+        return output.clone() if output._base is not None and output.requires_grad else output
+    if type(output) in (list, tuple):
+        return type(output)(_with_memory_of_its_own(module, inputs, part) for part in output)
+    if isinstance(output, dict):
+        for key, part in output.items():
+            output[key] = _with_memory_of_its_own(module, inputs, part)
+    return output
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor."""
+    return cast("Any", tensor.detach()).to_local() if hasattr(tensor, "to_local") else tensor.detach()
+
+
+def _rows(num_rows: int, rank: int, world_size: int) -> int:
+    """Return the number of a tensor's rows that a rank holds, as `torch.chunk` cuts them."""
+    most = -(-num_rows // world_size)
+    return max(0, min(num_rows, most * (rank + 1)) - most * rank)

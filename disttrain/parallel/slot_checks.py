@@ -1,0 +1,95 @@
+"""Refuses user code that would give other bits on another number of ranks, while a step runs its slots.
+
+*Contract*: the forward of a model may change buffers, because every slot begins with those of the step. It may not
+change parameters: the change would reach only the later slots of the same rank. The loop over the microbatches must run
+to its end, because the gradients of the slots are summed there. One rank checks both, as several ranks do.
+
+*Errors*: ConfigError that names the parameter, in the first steps. RuntimeError at the step after an unfinished loop.
+
+*Cost*: reads the version counters of all parameters, before and after each slot of the first `CHECKED_STEPS` steps.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from disttrain.errors import ConfigError
+
+CHECKED_STEPS = 2
+CHECKED_CALLS = 8
+
+Versions = dict[str, tuple[int, int | None]]
+
+
+class SlotChecks:
+    """The checks of one rank; `model` is the bare model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._steps_left = CHECKED_STEPS
+        self._before: Versions = {}
+        self._open_step: int | None = None
+
+    def step_starts(self, iteration: int) -> None:
+        """Note that the loop of a step begins; RuntimeError if the loop of an earlier step did not run to its end."""
+        left, self._open_step = self._open_step, iteration
+        if left is not None:
+            raise RuntimeError(
+                f"expected the loop over the microbatches of step {left} to run to its end, but it was left before, so "
+                "the gradients of its slots were not summed. Do not leave it by `break` or by an exception that is "
+                "caught; in zip(...) let the microbatches come first"
+            )
+
+    def step_ends(self) -> None:
+        """Note that the loop has run to its end."""
+        self._open_step = None
+        self._steps_left = max(0, self._steps_left - 1)
+
+    def slot_starts(self) -> None:
+        if self._steps_left:
+            self._before = versions(self._model.named_parameters())
+
+    def slot_ends(self) -> None:
+        """Raise ConfigError if the slot has changed a parameter."""
+        if self._steps_left:
+            check_unchanged(self._before, versions(self._model.named_parameters()))
+
+
+class ForwardWatch:
+    """The check of parameters for one group that FSDP2 gathers: outside the group's forward, a change is lost.
+
+    `names`: the names, in the group, of the parameters that belong to the group itself.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._calls_left = CHECKED_CALLS
+        self._before: Versions = {}
+
+    def forward_starts(self, module: nn.Module, inputs: Any) -> None:
+        """Run after FSDP2 has gathered the parameters."""
+        if self._calls_left:
+            self._before = versions((name, module.get_parameter(name)) for name in self._names)
+
+    def forward_ends(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Run before FSDP2 frees the parameters; ConfigError if the forward has changed one."""
+        if self._calls_left:
+            self._calls_left -= 1
+            check_unchanged(self._before, versions((name, module.get_parameter(name)) for name in self._names))
+
+
+def versions(named: Iterable[tuple[str, Tensor]]) -> Versions:
+    """Return, by name, numbers that differ if a tensor is replaced or changed in place."""
+    return {name: (id(tensor), None if tensor.is_inference() else tensor._version) for name, tensor in named}
+
+
+def check_unchanged(before: Versions, after: Versions) -> None:
+    """Raise ConfigError for a parameter that the forward has changed."""
+    for name, version in before.items():
+        if after.get(name) != version:
+            raise ConfigError(
+                f"the model's forward changes its parameter {name}, so the slots after it would see another model, and "
+                "which slots those are depends on the number of ranks. Expected a forward that changes buffers alone: "
+                "register it as a buffer, or change it in a handler after the step (Events.ITERATION_COMPLETED)"
+            )

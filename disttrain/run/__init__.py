@@ -1,0 +1,20 @@
+"""A run, from a Config to result.json.
+
+state              `Run`: the parts of a run, complete, built once
+assemble           makes a `Run` of a Config and a Backend
+factories          calls the factories of a Config
+data               training data with its loader and identity, and validation data
+updates            around each update: gradient norm, clipping, schedule, updates that are left out
+train              the way of a run: assemble, restore, attach, train, result
+resume             the state that a checkpoint holds of a run, and how a run resumes from one
+checkpoint_places  the places of a run's checkpoints
+saving             when and where a checkpoint is saved, also when little time is left
+restored           checks that what was restored is what was saved
+rollback           going back to a checkpoint after a bad step
+evaluation         the model over the validation data, on all ranks
+validation         the evaluation that a run does after a step
+reporter           ledger, curves and display, fed together
+handler_state      state that handlers hold and no checkpoint holds
+directory          the run directory: its files and its lock
+rank_log           the log file of a rank
+"""

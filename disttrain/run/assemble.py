@@ -1,0 +1,281 @@
+"""Make a `Run` of a Config and a Backend, on every rank alike.
+
+The config's way: `Config` -> `assemble` -> `Run` -> `train`. Each part is built once, from the parts above it:
+
+    precision -> data -> model -> strategy -> optimizer, schedule -> gradients, updates -> trainer -> evaluation -> Run
+
+*Contract*: what can fail on one rank alone is agreed on by all before any rank acts (`backend.agree`). Data and model
+are built from seeds of their own, so they are the same on every rank. Nothing is written here. The config's handlers
+are called last, with the complete run.
+
+*Errors*: ConfigError, with the file and line, for anything that a factory of the config raises.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from disttrain.backend import Backend
+from disttrain.config import Config, check_devices
+from disttrain.data import (
+    check_dataset,
+    evaluation_loader,
+)
+from disttrain.devices import device_row
+from disttrain.engine import create_supervised_trainer
+from disttrain.engine.step_defaults import prepare_batch, to_device
+from disttrain.errors import ConfigError
+from disttrain.handlers.bad_steps import BadSteps
+from disttrain.handlers.best import Best, mode_of
+from disttrain.parallel import Layout, Slots, World, strategy_for
+from disttrain.parallel.leaving_out import LeavingOut
+from disttrain.parallel.model_checks import check_model
+from disttrain.precision import Precision, choose_precision
+from disttrain.run.data import build_data
+from disttrain.run.directory import RunDirectory
+from disttrain.run.evaluation import Evaluation
+from disttrain.run.factories import build
+from disttrain.run.state import Run, total_steps
+from disttrain.run.updates import Updates
+from disttrain.seeding import manual_seed, seed_for
+
+
+def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out: dict[int, str]) -> Run:
+    """Build every part of a run and call the config's handlers; `left_out`: steps to leave out, and the reasons."""
+    if config.num_slots is None:
+        raise ConfigError("num_slots is not resolved; expected a number here, as disttrain.launch gives it")
+    slots = Slots(config.num_slots, backend.rank, backend.world_size)
+    check_devices(config.global_batch_size, config.num_slots, backend.num_devices)
+    with backend.agree("choosing the precision"):
+        precision: Precision = build("precision", choose_precision, config.precision, backend.device)
+    with backend.agree("building the data"):
+        data = build_data(config, slots, backend)
+    with backend.agree("building the model"):
+        model = build_model(config, backend)
+    with backend.agree("spreading the model over the ranks"):
+        strategy = strategy_for(config.strategy, model, world_of(config, slots, backend))
+        layout = strategy.layout
+    with backend.agree("building the optimizer and the schedule"):
+        optimizer = build_optimizer(config, model, layout)
+        model, optimizer = precision.prepare(model, optimizer)
+        schedule = build_schedule(config, optimizer, total_steps(config, data.identity))
+    # Not inside `agree`: making the gradients talks to the other ranks itself.
+    gradients = strategy.gradients(model, seed=config.seed)
+    updates = Updates(
+        model, layout, schedule, on_nan=config.on_nan, grad_clip_norm=config.grad_clip_norm, left_out=left_out
+    )
+    trainer = create_supervised_trainer(
+        gradients.module,
+        optimizer,
+        **step_functions(config, backend.device, layout),
+        device=backend.device,
+        non_blocking=device_row(backend.device).copies_ahead,
+        output_transform=lambda x, y, y_pred, loss: loss.detach(),
+        deterministic=True,
+        precision=precision,
+        gradients=LeavingOut(gradients, updates.leaves_out),
+        before_step=updates.before_step,
+        after_step=updates.after_step,
+        backend=backend,
+    )
+    updates.attach(trainer)
+    with backend.agree("building the metrics"):
+        evaluation = best = None
+        if data.valid is not None:
+            evaluation = build_evaluation(config, data.valid, model, optimizer, slots, layout, precision, backend)
+            best = build_best(config, evaluation, backend)
+    run = Run(
+        config=config,
+        backend=backend,
+        directory=directory,
+        slots=slots,
+        model=model,
+        layout=layout,
+        optimizer=optimizer,
+        schedule=schedule,
+        precision=precision,
+        gradients=gradients,
+        updates=updates,
+        loader=data.loader,
+        trainer=trainer,
+        evaluation=evaluation,
+        best=best,
+        bad_steps=None if config.on_nan == "skip" else BadSteps(config.spike_factor),
+        data=data.identity,
+    )
+    with backend.agree("calling the handlers"):
+        call_handlers(run)
+    return run
+
+
+def call_handlers(run: Run) -> None:
+    """Call the config's handlers, and note which functions they attach to the trainer."""
+    trainer = run.trainer
+    add_event_handler = trainer.add_event_handler
+
+    def add_and_note(event: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        run.attached.append((name, partial(function, *args, **kwargs)))
+        return add_event_handler(event, function, *args, **kwargs)
+
+    for handler in run.config.handlers:
+        name = str(getattr(handler, "__name__", type(handler).__name__))
+        run.attached.append((name, handler))
+        trainer.add_event_handler = add_and_note  # type: ignore[method-assign,assignment]
+        try:
+            build(f"handler {name}", handler, trainer, run)
+        finally:
+            del trainer.add_event_handler
+
+
+def build_model(config: Config, backend: Backend) -> nn.Module:
+    """Build the model under its own seed, on this rank's device."""
+    manual_seed(seed_for(config.seed, "init"))
+    model: nn.Module = backend.move(build("model", config.model))
+    if config.compile:
+        backend.compile(model)
+    check_model(model, backend.device)
+    return model
+
+
+def build_optimizer(config: Config, model: nn.Module, layout: Layout) -> torch.optim.Optimizer:
+    """Build the optimizer over the parameters that are trained."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = build("optimizer", config.optimizer, trained)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(
+            f"optimizer: expected a function that returns a torch.optim.Optimizer, got {type(optimizer).__name__}; "
+            "return one optimizer over all the parameters, with groups where they differ"
+        )
+    if needed := required_arguments(optimizer.step):
+        raise ConfigError(
+            f"optimizer: {type(optimizer).__name__}.step needs {', '.join(needed)}, and computes a step's loss several "
+            "times; a run computes it once: use an optimizer that steps from the gradients alone"
+        )
+    layout.check_optimizer(optimizer)
+    return optimizer
+
+
+def build_schedule(config: Config, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
+    """Build the schedule, which is stepped without arguments after each step; None without one."""
+    if config.schedule is None:
+        return None
+    schedule = build("schedule", config.schedule, optimizer, num_steps)
+    if not callable(getattr(schedule, "step", None)):
+        raise ConfigError(
+            f"schedule: expected a function that returns a schedule with step(), got {type(schedule).__name__}"
+        )
+    if needed := required_arguments(schedule.step):
+        raise ConfigError(
+            f"schedule: {type(schedule).__name__}.step needs {', '.join(needed)}; a run steps its schedule after each "
+            "step, without arguments: use one that depends on the number of steps alone"
+        )
+    return schedule
+
+
+def required_arguments(method: Callable[..., Any]) -> list[str]:
+    """Return the names of the arguments without which a method cannot be called."""
+    try:
+        parameters = inspect.signature(method).parameters.values()
+    except (TypeError, ValueError):  # a function of an extension, of which nothing is known
+        return []
+    positional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in positional]
+
+
+def world_of(config: Config, slots: Slots, backend: Backend) -> World:
+    """Return the ranks and devices over which a strategy spreads the model."""
+    return World(
+        slots=slots,
+        device=backend.device,
+        process_group=backend.process_group,
+        gather=backend.gather_recorded,
+        num_devices=backend.num_devices,
+        reduction=config.reduction,
+    )
+
+
+def step_functions(config: Config, device: torch.device, layout: Layout) -> dict[str, Any]:
+    """Return the step body's functions: for (x, y) batches and `loss`, or for the config's own `forward`."""
+    if config.forward is None:
+        return {
+            "loss_fn": loss_of(config, device),
+            "prepare_batch": lambda *args, **options: layout.cut(prepare_batch(*args, **options)),
+        }
+    return {
+        "prepare_batch": lambda batch, device, non_blocking: (layout.cut(to_device(batch, device, non_blocking)), None),
+        "model_fn": config.forward,
+        "loss_fn": lambda y_pred, y: y_pred[0],
+    }
+
+
+def loss_of(config: Config, device: torch.device) -> Callable[..., Tensor]:
+    """Return the config's loss; a module's weights are on the device."""
+    assert config.loss is not None, "a Config has loss or forward"
+    return config.loss.to(device) if isinstance(config.loss, nn.Module) else config.loss
+
+
+def compute_of(config: Config, device: torch.device, layout: Layout) -> Callable[[nn.Module, Any], tuple[Tensor, Any]]:
+    """Return (model, batch) -> (loss, outputs) for the validation data; metrics take the outputs."""
+    forward, loss = config.forward, None if config.loss is None else loss_of(config, device)
+    brought_together: Callable[[Any], tuple[Tensor, Any]] = layout.bring_together
+
+    def compute(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        moved = layout.cut(to_device(batch, device))
+        if forward is not None:
+            return brought_together(forward(model, moved))
+        assert loss is not None, "a Config has loss or forward"
+        x, y = moved
+        y_pred = model(x)
+        return brought_together((loss(y_pred, y), (y_pred, y)))
+
+    return compute
+
+
+def build_evaluation(
+    config: Config,
+    dataset: Dataset[Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    slots: Slots,
+    layout: Layout,
+    precision: Precision,
+    backend: Backend,
+) -> Evaluation:
+    """Build the evaluation; its batches are as large as a slot's, on any number of ranks."""
+    num_samples = check_dataset(dataset, "valid_data")["dataset_length"]
+    batch_size = config.global_batch_size // slots.num_slots
+    metrics = {name: build(f"metric {name}", make).to(backend.metrics_device) for name, make in config.metrics.items()}
+    return Evaluation(
+        model,
+        lambda: evaluation_loader(
+            dataset,
+            batch_size,
+            rank=backend.rank,
+            world_size=backend.world_size,
+            seed=config.seed,
+            num_workers=config.num_workers,
+            collate_fn=config.collate,
+            pin_memory=device_row(backend.device).copies_ahead,
+        ),
+        compute_of(config, backend.device, layout),
+        metrics,
+        num_samples=lambda number: min(batch_size, num_samples - number * batch_size),
+        seed=config.seed,
+        precision=precision,
+        backend=backend,
+        optimizer=optimizer,
+        gathered=layout.gathered,
+    )
+
+
+def build_best(config: Config, evaluation: Evaluation, backend: Backend) -> Best | None:
+    """Build the memory of the best evaluation; None without checkpoint.monitor."""
+    monitor = config.checkpoint.monitor
+    if monitor is None:
+        return None
+    return Best(monitor, mode_of(config.checkpoint.mode, monitor, evaluation.metrics), backend)

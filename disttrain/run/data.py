@@ -1,0 +1,90 @@
+"""The data of a run: training data with its loader and identity, and validation data.
+
+*Contract*: each factory is called under the data's own seed, so every rank builds the same data. The identity
+(length and fingerprint) is part of every checkpoint: a resumed run must have the same data.
+
+*Errors*: ConfigError or DataError for data that cannot be loaded by position.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from disttrain.backend import Backend
+from disttrain.config import Config
+from disttrain.data import (
+    SlotBatchSampler,
+    SlotLoader,
+    StreamLoader,
+    check_dataset,
+    check_stream,
+    copies_for,
+    is_iterable_style,
+)
+from disttrain.engine.step_defaults import to_device
+from disttrain.errors import ConfigError
+from disttrain.evidence import batch_hash
+from disttrain.parallel import Slots
+from disttrain.run.factories import build
+from disttrain.seeding import manual_seed, seed_for
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run: the loader of the training data, its length and fingerprint, and the validation data."""
+
+    loader: SlotLoader | StreamLoader
+    identity: dict[str, Any]
+    valid: Dataset[Any] | None
+
+
+def build_data(config: Config, slots: Slots, backend: Backend) -> RunData:
+    """Build training and validation data under the data's own seed."""
+    manual_seed(seed_for(config.seed, "data"))
+    dataset = build("train_data", config.train_data)
+    manual_seed(seed_for(config.seed, "data"))  # again: both may cut one data set by the same random split
+    valid = None if config.valid_data is None else build("valid_data", config.valid_data)
+    return RunData(*loader_of(config, dataset, slots, backend), valid)
+
+
+def loader_of(
+    config: Config, dataset: Any, slots: Slots, backend: Backend
+) -> tuple[SlotLoader | StreamLoader, dict[str, Any]]:
+    """Return the loader of the training data, and what identifies that."""
+    size, num_slots = config.global_batch_size, slots.num_slots
+    copies = copies_for(backend.device, to_device)
+    if not is_iterable_style(dataset):
+        data = check_dataset(dataset, "train_data")
+        sampler = SlotBatchSampler(len(dataset), size, num_slots, seed=config.seed, slots=slots.mine)
+        slot_loader = SlotLoader(
+            dataset,
+            sampler,
+            num_workers=config.num_workers,
+            collate_fn=config.collate,
+            pin_memory=copies is not None,
+            copies=copies,
+        )
+        return slot_loader, data
+    data = check_stream(dataset, "train_data")
+    if config.max_epochs is not None and (data["dataset_length"] or 0) < size:
+        length = f"with a length of {data['dataset_length']}" if data["dataset_length"] else "without a length"
+        raise ConfigError(
+            f"max_epochs={config.max_epochs}: expected training data of a known length, at least global_batch_size="
+            f"{size} samples, got a stream {length} ({type(dataset).__name__}); say where the run ends by max_steps, "
+            "with max_epochs=none, or give it a __len__(self)"
+        )
+    loader = StreamLoader(
+        dataset,
+        size,
+        num_slots,
+        seed=config.seed,
+        slots=slots.mine,
+        ranks=backend,
+        num_workers=config.num_workers,
+        collate_fn=config.collate,
+        digest=batch_hash,
+        accept_other_data=config.accept_other_data,
+        pin_memory=copies is not None,
+    )
+    return loader, {**data, "shards": num_slots if loader.sharded else None}

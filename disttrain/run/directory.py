@@ -1,0 +1,156 @@
+"""The run directory: its paths, its lock, and the small files that describe the run and its end.
+
+*Contract*: only rank 0 writes here, except for the log of each rank. Every small file is replaced in one step, so a
+reader sees the old one or the new one. One process at a time holds a run directory. The lock ends with the process,
+however the process ends.
+
+    runs/NAME/
+      config.json      the config that the run was started with, one dotted field a line
+      cfg.py           the file that the config came from
+      overrides.json   the key=value words of the command line
+      launch.json      ids of the newest launch, if it outlives its ranks
+      checkpoints/     step-00000140/, ... newest last
+      ledger.jsonl     the results of each step, as evidence
+      metrics/         train.jsonl, valid.jsonl, and tensorboard/ if it is installed
+      logs/            rank-0.log, ...
+      result.json      how the run ended
+"""
+
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from disttrain.errors import ConfigError
+from disttrain.files import json_text, write_text
+
+logger = logging.getLogger(__name__)
+
+
+class RunDirectory:
+    """The paths of one run, its lock, and its small files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_json = path / "config.json"
+        self.cfg_py = path / "cfg.py"
+        self.overrides_json = path / "overrides.json"
+        self.launch_json = path / "launch.json"
+        self.launch_ids: list[str] = []
+        """Ids of the present launch; `open` writes them."""
+        self.result_json = path / "result.json"
+        self.checkpoints = path / "checkpoints"
+        self.ledger_jsonl = path / "ledger.jsonl"
+        self.metrics = path / "metrics"
+        self.logs = path / "logs"
+        self._lock: IO[str] | None = None
+
+    def has_begun(self) -> bool:
+        """Return whether a run has saved a checkpoint here; until then the next run may have another config."""
+        return self.checkpoints.is_dir() and any(not p.name.startswith(".") for p in self.checkpoints.iterdir())
+
+    def open(self, *, fresh: bool = False) -> Path | None:
+        """Create the directory if it is not there, and lock it; with `fresh`, rename an existing run first.
+
+        Returns the new path of the run that was renamed, or None. ConfigError if the directory cannot be written, holds
+        other files than a run's, or is locked by another process.
+        """
+        renamed = None
+        try:
+            self._acquire()
+            if fresh and self.has_begun():
+                renamed = self._rename_old_run()
+                self._acquire()
+            for folder in (self.checkpoints, self.metrics, self.logs):
+                folder.mkdir(exist_ok=True)
+            write_text(self.launch_json, json.dumps(self.launch_ids) + "\n")
+        except OSError as error:
+            raise ConfigError(
+                f"the run directory {self.path} cannot be written: {error.strerror or error}; "
+                "make it writable, or choose another place with --runs DIR"
+            ) from None
+        return renamed
+
+    def was_begun_by(self, launch_id: str) -> bool:
+        """Return whether the launch of this id was the last that had this run open."""
+        try:
+            return launch_id in json.loads(self.launch_json.read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError):
+            return False  # no file, or a damaged one
+
+    def _acquire(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        others = sorted(path.name for path in self.path.iterdir())
+        if others and not (self.path / ".lock").exists() and not self.config_json.exists():
+            raise ConfigError(
+                f"{self.path} exists and holds no run ({', '.join(others[:3])}); "
+                "choose another name=NAME or another place with --runs DIR"
+            )
+        lock = (self.path / ".lock").open("a+", encoding="utf-8")
+        try:
+            # lockf, not flock: a loader worker that outlives a killed rank would inherit flock's lock.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            lock.close()
+            raise ConfigError(
+                f"the run directory {self.path} is in use by {holder}; "
+                "wait for it, stop it, or choose another name=NAME"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()}")
+        lock.flush()
+        self._lock = lock
+
+    def _rename_old_run(self) -> Path:
+        number = 1
+        while (renamed := self.path.with_name(f"{self.path.name}.{number}")).exists():
+            number += 1
+        self.path.rename(renamed)
+        self.close()
+        return renamed
+
+    def describe(self, config: str, cfg: Path, overrides: Sequence[str]) -> None:
+        """Write the resolved config (as JSON), the file it came from, and the overrides."""
+        if not (self.cfg_py.exists() and self.cfg_py.samefile(cfg)):
+            write_text(self.cfg_py, cfg.read_text(encoding="utf-8"))
+        write_text(self.overrides_json, json.dumps(list(overrides)) + "\n")
+        write_text(self.config_json, config)  # last: with it the directory is a run's
+
+    def result(self) -> dict[str, Any] | None:
+        """Return the content of result.json, or None while the run has not ended."""
+        try:
+            result: dict[str, Any] = json.loads(self.result_json.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None  # no file, or a damaged one: the run resumes from its checkpoint and writes it again
+        return result
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write result.json."""
+        write_text(self.result_json, json_text(result, indent=2) + "\n")
+
+    def interrupt(self, *, fresh: bool = False) -> None:
+        """Write that a signal ended the run before its first step; with `fresh`, leave an existing run as it is.
+
+        A failure to write is logged only: the exit code tells the same.
+        """
+        if fresh and self.has_begun():
+            return
+        try:
+            self._acquire()
+            ended = self.result() or {"step": 0, "epoch": 0, "metrics": {}}
+            self.finish({**ended, "status": "interrupted"})
+        except (ConfigError, OSError) as error:
+            logger.warning("the interruption could not be written into %s: %s", self.path, error)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Release the lock; any number of times."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None

@@ -1,0 +1,56 @@
+"""Ledger, curves and progress display of a run, fed together.
+
+*Contract*: every rank has a ledger, for its hashes are gathered; rank 0 alone has curves and a display. All three see
+the same lines in the same order, so what is shown is what is written.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from disttrain.evidence import Ledger
+from disttrain.handlers.curves import Curves
+from disttrain.handlers.losses import Pace
+from disttrain.handlers.progress import ProgressDisplay
+
+
+class Reporter:
+    """Writes and shows the results of training and validation steps; `curves` and `display` are None but on rank 0."""
+
+    def __init__(self, ledger: Ledger, curves: Curves | None, display: ProgressDisplay | None) -> None:
+        self._ledger = ledger
+        self._curves = curves
+        self._display = display
+
+    def fetched(self, lines: list[dict[str, Any]], pace: Pace) -> None:
+        """Report training steps whose losses were fetched."""
+        self._ledger.fetched(lines)
+        if self._curves is not None:
+            self._curves.trained(lines, pace)
+        if self._display is not None:
+            self._display.pace(pace)
+
+    def validated(self, step: int, epoch: int, values: Mapping[str, Any]) -> None:
+        """Report the results of an evaluation."""
+        if self._curves is not None:
+            self._curves.validated(step, epoch, values)
+        if self._display is not None:
+            self._display.validated(step, epoch, values)
+
+    def warn(self, text: str) -> None:
+        """Show a warning above the progress display."""
+        if self._display is not None:
+            self._display.line(f"WARNING: {text}")
+
+    def sync(self) -> None:
+        """Flush ledger and curves to the disk."""
+        self._ledger.sync()
+        if self._curves is not None:
+            self._curves.sync()
+
+    def close(self) -> None:
+        """Close the files and remove the display; any number of times."""
+        self._ledger.close()
+        if self._curves is not None:
+            self._curves.close()
+        if self._display is not None:
+            self._display.close()

@@ -1,0 +1,196 @@
+"""The state that a checkpoint holds of a run, and how a run resumes from the newest good checkpoint.
+
+*Contract*: position, not history. The step alone gives the epoch, the place in the data and every seed; everything else
+that changes is in the checkpoint. Without a checkpoint the run begins at step 0.
+
+*Errors*: on every rank a ConfigError or DataError for a checkpoint of other data, of another run, or beyond the end
+that the config asks for.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+from torch.optim import Optimizer
+
+from disttrain.checkpoint.state_tree import flatten
+from disttrain.config import to_json
+from disttrain.data import StreamLoader
+from disttrain.errors import CheckpointError, ConfigError, DataError
+from disttrain.handlers.checkpoint import Checkpoint
+from disttrain.handlers.progress import dropping
+from disttrain.parallel.counterparts import Counterparts
+from disttrain.parallel.optimizer_state import load_optimizer
+from disttrain.run import checkpoint_places
+from disttrain.run.restored import check_restored
+from disttrain.run.state import Run
+
+MODEL, OPTIMIZER, TRAINER, PRECISION, SCHEDULE, DATA, KEPT = (
+    "model",
+    "optimizer",
+    "trainer",
+    "precision",
+    "schedule",
+    "data",
+    "kept",
+)
+"""The parts of a checkpoint's state, by name."""
+
+
+def to_save(run: Run) -> dict[str, Any]:
+    """Return the objects whose states a checkpoint holds, by name."""
+    parts: dict[str, Any] = {
+        MODEL: run.layout.stateful(run.model),
+        OPTIMIZER: run.layout.stateful(run.optimizer),
+        TRAINER: run.trainer,
+        PRECISION: run.precision,
+    }
+    if run.schedule is not None:
+        parts[SCHEDULE] = run.schedule
+    if isinstance(run.loader, StreamLoader):
+        parts[DATA] = run.loader
+    if run.kept:
+        parts[KEPT] = {name: run.layout.stateful(kept_object) for name, kept_object in run.kept.items()}
+    return parts
+
+
+def check_kept(run: Run) -> None:
+    """Encode the kept objects' states once; ConfigError on every rank for one that a checkpoint cannot hold."""
+    with run.backend.agree("encoding the kept objects"):
+        for name, kept_object in run.kept.items():
+            try:
+                flatten(run.layout.stateful(kept_object).state_dict())
+            except CheckpointError as error:
+                raise ConfigError(f"run.keep({name!r}, ...): its state cannot be saved: {error}") from error
+
+
+def restore(run: Run, console: Console) -> int:
+    """Load the newest good checkpoint, if there is one; return its step, or 0. Print a warning for damaged ones."""
+    check_kept(run)
+    found = checkpoint_places.load_newest_checkpoint(run)
+    warn_of_kernels(run, {} if found is None else found.manifest.position, console)
+    step = 0
+    if found is not None:
+        step = found.manifest.step
+        for name, reason in found.skipped:
+            warn(console, f"checkpoint {name} is damaged: {reason}")
+        checkpoint_places.check_run(run, found)
+        check_position(run, step, found.manifest.position)
+        load_parts(run, found.state, console)
+        run.load_position(found.manifest.position)
+        checkpoint_places.check_best(run, console)
+        seek_data(run, step, console)
+        console.print(f"resuming from step {step} (epoch {run.loader.epoch + 1})")
+    with run.backend.agree("describing the run"):
+        if run.backend.rank == 0 and (origin := run.config.origin) is not None:
+            run.directory.describe(to_json(run.config), origin.file, origin.overrides)
+    return step
+
+
+def check_position(run: Run, step: int, position: Mapping[str, Any]) -> None:
+    """Raise for a checkpoint of other training data, or of a later step than the config's last."""
+    there = {name: position.get(name) for name in run.data}
+    if there != run.data and not run.config.accept_other_data:
+        raise DataError(
+            f"the training data has changed since the run began: expected {there}, got {run.data}; "
+            "restore it, start anew with --fresh, or go on all the same with accept_other_data=true"
+        )
+    if step > run.total_steps:
+        raise ConfigError(
+            f"the run stands at step {step}, beyond the {run.total_steps} steps that the config asks for; "
+            "ask for more, or start anew with --fresh"
+        )
+
+
+def load_parts(run: Run, saved: Mapping[str, Any], console: Console) -> None:
+    """Load a checkpoint's state into the parts of the run; warn about parts that only one of the two has."""
+    parts, state = to_save(run), dict(saved)
+    if DATA not in state:
+        parts.pop(DATA, None)  # other data, which is accepted: the run began over samples with indices
+    state[TRAINER] = with_user_keys(run, with_present_length(run, state[TRAINER]), console)
+    kept, saved_kept = parts.pop(KEPT, {}), state.pop(KEPT, {})
+    for name in sorted(set(kept) - set(saved_kept)):
+        warn(console, f"the checkpoint holds no {name!r}, which a handler keeps: it begins anew")
+    for name in sorted(set(saved_kept) - set(kept)):
+        warn(console, f"the checkpoint holds {name!r}, which no handler keeps now: its state is dropped")
+    counterparts = Counterparts(run.model, run.optimizer, run.kept)
+    both = [name for name in kept if name in saved_kept]
+    with run.backend.agree("loading the checkpoint"):
+        Checkpoint.load_objects(parts, state)
+        for name in (MODEL, OPTIMIZER, PRECISION, SCHEDULE):
+            if name in parts:
+                check_restored(name, state[name], parts[name])
+        for name in both:
+            saved_state = saved_kept[name]
+            if not isinstance(run.kept[name], nn.Module | Optimizer):  # these two copy to their own devices
+                saved_state = on_devices(saved_state, counterparts, f"{KEPT}.{name}")
+            try:
+                load_kept(run.kept[name], kept[name], saved_state)
+            except Exception as error:
+                raise ConfigError(
+                    f"run.keep({name!r}, ...): {type(error).__name__} while its state was loaded: {error}; its "
+                    "load_state_dict must take what its state_dict returned when the checkpoint was saved"
+                ) from error
+            check_restored(f"{KEPT}.{name}", saved_state, kept[name])
+
+
+def load_kept(kept_object: Any, stateful: Any, state: Any) -> None:
+    """Load a kept object's state; `stateful` is the object as its layout saves and loads it."""
+    if isinstance(kept_object, Optimizer) and stateful is kept_object:
+        load_optimizer(kept_object, state)
+    else:
+        stateful.load_state_dict(state)
+
+
+def on_devices(state: Any, counterparts: Counterparts, path: str) -> Any:
+    """Return a loaded state with each tensor on the device of its counterpart in the present run."""
+    if hasattr(state, "shape") and hasattr(state, "to"):
+        present = counterparts.of(path, tuple(state.shape))
+        return state if present is None else state.to(present.device)
+    if isinstance(state, Mapping):
+        moved = {key: on_devices(value, counterparts, f"{path}.{key}") for key, value in state.items()}
+        return moved if type(state) is dict else type(state)(moved)  # type: ignore[call-arg]
+    if isinstance(state, list | tuple):
+        return type(state)([on_devices(value, counterparts, f"{path}.{index}") for index, value in enumerate(state)])
+    return state
+
+
+def with_present_length(run: Run, trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the trainer's saved state with the length that the config has now: a resumed run may have another."""
+    same = {key: value for key, value in trainer.items() if key not in ("max_epochs", "max_iters", "epoch_length")}
+    return {**same, **run.maximum, "epoch_length": run.epoch_length}
+
+
+def with_user_keys(run: Run, trainer: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Return the trainer's saved state with present values for the user keys that the checkpoint lacks."""
+    missing = [key for key in run.trainer.state_dict_user_keys if key not in trainer]
+    for key in missing:
+        warn(console, f"the checkpoint holds no state.{key}, which is one of state_dict_user_keys: it begins anew")
+    return {**trainer, **{key: getattr(run.trainer.state, key, None) for key in missing}}
+
+
+def warn(console: Console, text: str) -> None:
+    """Print a warning; the console of rank 0 alone prints."""
+    console.print(f"WARNING: {text}", style="bold yellow", soft_wrap=True)
+
+
+def warn_of_kernels(run: Run, saved: Mapping[str, Any], console: Console) -> None:
+    """Warn if ranks compute with different kernels, or with others than the checkpoint's run: bits may differ then."""
+    by_rank = run.backend.all_gather(run.kernels)
+    kinds = sorted({*by_rank, str(saved.get("kernels", by_rank[0]))})
+    if len(kinds) > 1:
+        warn(
+            console,
+            f"the same bits are not promised: expected one kind of kernels for a run, got {'; '.join(kinds)}",
+        )
+
+
+def seek_data(run: Run, step: int, console: Console) -> None:
+    """Move the training data to the run's position, and the trainer's epoch with it."""
+    loader = run.loader
+    loader.seek(*divmod(step, run.epoch_length or step + 1))
+    if isinstance(loader, StreamLoader) and step < run.total_steps:
+        with dropping(console, line_every_s=run.config.log.every_s) as show:
+            loader.catch_up(show)
+    run.trainer.state.epoch = loader.epoch

@@ -1,0 +1,188 @@
+"""The parts of an assembled run, its position, and the further objects that its handlers keep."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from disttrain.backend import Backend, kernels_of
+from disttrain.checkpoint import CheckpointInfo
+from disttrain.config import Config, config_hash
+from disttrain.data import SlotLoader, StreamLoader
+from disttrain.engine import Engine
+from disttrain.errors import ConfigError
+from disttrain.evidence import state_tensors
+from disttrain.handlers.bad_steps import BadSteps
+from disttrain.handlers.best import Best
+from disttrain.parallel import Gradients, Layout, Slots
+from disttrain.precision import Precision
+from disttrain.run.directory import RunDirectory
+from disttrain.run.evaluation import Evaluation
+from disttrain.run.updates import Updates
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class Run:
+    """An assembled run: the second argument of a config's handlers, beside the trainer."""
+
+    config: Config
+    backend: Backend
+    directory: RunDirectory
+    slots: Slots
+    model: nn.Module
+    layout: Layout
+    """How the model lies over ranks and devices."""
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    """The learning rate's schedule; None without one."""
+    precision: Precision
+    gradients: Gradients
+    """How the gradients of slots and ranks meet."""
+    updates: Updates
+    """Gradient norm, clipping, and updates that are left out."""
+    loader: SlotLoader | StreamLoader
+    trainer: Engine
+    evaluation: Evaluation | None
+    """The validation data and its metrics; None without validation data."""
+    best: Best | None
+    """The best evaluation so far; None without checkpoint.monitor."""
+    bad_steps: BadSteps | None
+    """Finds bad losses; None with on_nan="skip"."""
+    data: dict[str, Any]
+    """Length and fingerprint of the training data: a run resumes with the data it began with."""
+    attached: list[tuple[str, Any]] = field(default_factory=list)
+    """The config's handlers and the functions that they attached to the trainer, by the name of the handler."""
+    kept: dict[str, Any] = field(default_factory=dict)
+    """Further objects that checkpoints hold, by name; `keep` adds one."""
+    evaluation_due: bool = False
+    """True if a signal interrupted this step's evaluation; a resumed run evaluates before its next step."""
+    training: bool = False
+    """True once the first step may run: from then on nothing further can be kept."""
+
+    def keep(self, name: str, obj: T) -> T:
+        """Save the state of `obj` in every checkpoint, restore it on resume, hash it into the ledger; return `obj`.
+
+        Call it in a config's handler: `ema = run.keep("ema", Ema(run.model))`. `obj` is anything with `state_dict`
+        and `load_state_dict`: an object of your own, a Module, an Optimizer. It is restored after all handlers have
+        been called. Its state must be the same on every rank, and of values that a checkpoint can hold: None, bool,
+        int, float, str, lists, tuples, dicts and tensors (with strategy="fsdp" also the DTensors of parameters).
+
+        *Errors*: ConfigError for a name that is taken or holds a dot, for an object without these methods, and after
+        the run's first step.
+        """
+        if not name or "." in name:
+            raise ConfigError(f"run.keep({name!r}, ...): expected a name without dots, got {name!r}")
+        if name in self.kept:
+            raise ConfigError(f"run.keep({name!r}, ...): this name is taken; keep each object under a name of its own")
+        methods = ("state_dict", "load_state_dict")
+        if missing := [method for method in methods if not callable(getattr(obj, method, None))]:
+            raise ConfigError(
+                f"run.keep({name!r}, ...): expected an object with state_dict and load_state_dict, "
+                f"got {type(obj).__name__} without {' and '.join(missing)}"
+            )
+        if self.training:
+            raise ConfigError(f"run.keep({name!r}, ...): expected a call before the first step; call it in the handler")
+        self.kept[name] = obj
+        return obj
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """2-norm of the newest step's gradient before clipping, 0-dimensional, on the device; None if unknown."""
+        return self.updates.grad_norm
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps over the whole run whose update was left out, by `on_nan` or because scaled gradients overflowed."""
+        return self.updates.num_skipped
+
+    @property
+    def left_out(self) -> dict[int, str]:
+        """Steps, done or still to come, that on_nan="rollback" leaves out whole, and the reason for each."""
+        return self.updates.left_out
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return total_steps(self.config, self.data)
+
+    @property
+    def epoch_length(self) -> int | None:
+        """Steps of an epoch; None for a stream, whose passes end when they end."""
+        return len(self.loader) if isinstance(self.loader, SlotLoader) else None
+
+    @property
+    def maximum(self) -> dict[str, int]:
+        """The end of the run, as `Engine.run` takes it."""
+        if self.config.max_epochs is not None and self.epoch_length is not None:
+            return {"max_epochs": self.config.max_epochs}
+        return {"max_iters": self.total_steps}
+
+    @property
+    def kernels(self) -> str:
+        """The kernels, and the number of devices that a slot is cut over; they decide bits beside the config."""
+        kernels, num_devices = kernels_of(self.backend.device), self.backend.num_devices
+        return kernels if num_devices == 1 else f"{kernels}, {num_devices} devices as one ({self.config.strategy})"
+
+    @property
+    def epochs_begun(self) -> int:
+        """Epochs of which at least one step is done."""
+        return self.loader.epoch + (self.loader.step > 0)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return the whole state by name: parameters, buffers, optimizer state, kept objects."""
+        return state_tensors(self.model, self.optimizer, self.kept)
+
+    def close(self) -> None:
+        """Stop the loader's workers and release the model."""
+        self.loader.close()
+        self.gradients.close()
+
+    def position(self) -> dict[str, Any]:
+        """Return the position of the run, for a checkpoint's manifest."""
+        recent = [] if self.bad_steps is None else list(self.bad_steps.recent)
+        left_out = {str(step): reason for step, reason in sorted(self.left_out.items())}
+        return {
+            "epoch": self.loader.epoch,
+            "step_in_epoch": self.loader.step,
+            "samples_seen": self.trainer.state.iteration * self.config.global_batch_size,
+            "skipped_steps": self.skipped_steps,
+            "global_batch_size": self.config.global_batch_size,
+            "kernels": self.kernels,
+            **({"evaluation_due": True} if self.evaluation_due else {}),
+            **({"left_out": left_out} if left_out else {}),
+            **({"recent_losses": recent} if recent else {}),
+            **({} if self.best is None else self.best.position()),
+            **self.data,
+        }
+
+    def load_position(self, position: Mapping[str, Any]) -> None:
+        """Restore the counters that `position` wrote into a checkpoint."""
+        skipped = position.get("skipped_steps", 0)
+        self.updates.num_skipped = skipped if isinstance(skipped, int) else 0
+        self.evaluation_due = position.get("evaluation_due") is True
+        self.left_out.update({int(step): str(reason) for step, reason in position.get("left_out", {}).items()})
+        if self.best is not None:
+            self.best.load_position(position)
+        if self.bad_steps is not None:
+            self.bad_steps.recent.extend(position.get("recent_losses", ()))
+
+    def checkpoint_info(self) -> CheckpointInfo:
+        """Return the part of a checkpoint's manifest that describes the run."""
+        return CheckpointInfo(
+            position=self.position(),
+            seed=self.config.seed,
+            num_slots=self.slots.num_slots,
+            config_sha256=config_hash(self.config),
+        )
+
+
+def total_steps(config: Config, data: Mapping[str, Any]) -> int:
+    """Return the steps of the whole run; `data` is what identifies the training data."""
+    if config.max_steps is not None:
+        return config.max_steps
+    num_samples: int = data["dataset_length"]
+    return (config.max_epochs or 0) * (num_samples // config.global_batch_size)

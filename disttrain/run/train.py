@@ -1,0 +1,299 @@
+"""The way of a run: assemble, restore, attach, train, result.
+
+The way of a batch: `SlotLoader` (data/) gives this rank's microbatches of a step to `Engine.run` (engine/), which calls
+the step body (engine/supervised.py). The step body runs `model(x)` once for each slot, while `SlotGradients`
+(parallel/) sums the gradients in the order of the run's tree; then the optimizer steps. After the step, `StepEnd`
+(handlers/) fetches losses, validates and saves.
+"""
+
+import gc
+import platform
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from disttrain.backend import Backend, make_deterministic, refused_operations_named, set_tf32
+from disttrain.checkpoint import checkpoint_name
+from disttrain.config import Config
+from disttrain.data import SlotLoader
+from disttrain.errors import DisttrainError, NonFiniteError
+from disttrain.evidence import Ledger, params_sha256
+from disttrain.handlers.compilations import Compilations
+from disttrain.handlers.curves import Curves
+from disttrain.handlers.losses import LossLog
+from disttrain.handlers.preemption import Preemption
+from disttrain.handlers.progress import ProgressDisplay
+from disttrain.handlers.step_end import StepEnd
+from disttrain.handlers.stragglers import Stragglers
+from disttrain.handlers.watchdog import Watchdog
+from disttrain.run import checkpoint_places
+from disttrain.run.assemble import assemble
+from disttrain.run.directory import RunDirectory
+from disttrain.run.handler_state import unkept_objects
+from disttrain.run.rank_log import RankLog
+from disttrain.run.reporter import Reporter
+from disttrain.run.resume import restore, warn
+from disttrain.run.rollback import Attempts, go_back
+from disttrain.run.saving import Saving
+from disttrain.run.state import Run
+from disttrain.run.validation import Validation
+from disttrain.version import __version__
+
+
+def train(
+    config: Config,
+    backend: Backend,
+    directory: RunDirectory,
+    console: Console,
+    preemption: Preemption,
+    *,
+    fresh: bool = False,
+) -> dict[str, Any]:
+    """Train `config` in `directory` from its newest checkpoint to its end; return the content of result.json.
+
+    `config.num_slots` is a number. With `fresh`, an existing run directory is renamed after everything has been built.
+    *Errors*: Interrupted if `preemption` receives a signal before the first step.
+    """
+    with backend.agree("choosing deterministic kernels"):
+        make_deterministic(config.cpu_threads, strict=config.deterministic)
+        set_tf32(config.tf32)
+    if not config.deterministic:
+        warn(console, "deterministic=false: the same bits are not promised")
+    attempts = Attempts()
+    with refused_operations_named():
+        while (result := attempt(config, backend, directory, console, preemption, attempts, fresh=fresh)) is None:
+            fresh = False
+            gc.collect()  # the parts of the last attempt hold each other, and the device's memory
+    return result
+
+
+def attempt(
+    config: Config,
+    backend: Backend,
+    directory: RunDirectory,
+    console: Console,
+    preemption: Preemption,
+    attempts: Attempts,
+    *,
+    fresh: bool,
+) -> dict[str, Any] | None:
+    """Train from the newest checkpoint on; return None if the run has to go back to it, without a bad step."""
+    with ExitStack() as stack:
+        run = assemble(config, backend, directory, attempts.left_out)
+        stack.callback(run.close)
+        if fresh:
+            checkpoint_places.refuse_fresh(config, directory, backend)
+        open_directory(directory, backend, console, fresh=fresh, stack=stack)
+        for note in run.loader.notes:
+            console.print(note, soft_wrap=True)
+        warn_of_unkept(run, console)
+        step = restore(run, console)
+        run.training = True
+        services = attach(run, preemption, console, step, stack)
+        end, saver = services.step_end, services.saving.saver
+        attempts.begin(step)
+        preemption.begin(backend, save_every_s=config.checkpoint.every_s)
+        try:
+            if run.evaluation_due:
+                end.catch_up(run.trainer)
+            if step < run.total_steps and not end.interrupted:
+                run.trainer.run(run.loader, **run.maximum, epoch_length=run.epoch_length)
+            if not end.interrupted:
+                end.finish(run.trainer)
+        except NonFiniteError as error:
+            if config.on_nan != "rollback":
+                raise
+            preemption.forget()
+            saver.settle()  # the newest checkpoint may still be under way
+            go_back(run, error, end.saved_at, console)
+            return None
+        saver.settle()  # the last checkpoint is complete before anything says so
+        result = outcome(run, end, attempts) | services.compilations.report()
+        with backend.agree("writing the result"):
+            if backend.rank == 0:
+                directory.finish(result)
+        return result
+
+
+def open_directory(
+    directory: RunDirectory, backend: Backend, console: Console, *, fresh: bool, stack: ExitStack
+) -> None:
+    """Open the run directory on rank 0, and on every rank its log."""
+    with backend.agree("opening the run directory"):
+        if backend.rank == 0:
+            stack.callback(directory.close)
+            old = directory.open(fresh=fresh)
+            if old is not None:
+                console.print(f"the old run is kept as {old}", soft_wrap=True)
+    with backend.agree("opening the logs"):
+        stack.enter_context(RankLog(directory.logs, backend.rank))
+
+
+def warn_of_unkept(run: Run, console: Console) -> None:
+    """Warn about objects with a state that handlers hold and no checkpoint does.
+
+    On every rank, though one alone prints: an object's state_dict may call the other ranks.
+    """
+    for path, unkept in unkept_objects(run.attached, run).items():
+        warn(
+            console,
+            f"{path} ({type(unkept).__name__}) has a state that no checkpoint holds: a resumed run begins with a new "
+            "one. If it changes during the run, save it by run.keep(NAME, OBJECT) in the handler (docs/handlers.md)",
+        )
+
+
+@dataclass(frozen=True)
+class Services:
+    """The attached parts that a run still calls at its end."""
+
+    step_end: StepEnd
+    saving: Saving
+    compilations: Compilations
+
+
+def attach(run: Run, preemption: Preemption, console: Console, step: int, stack: ExitStack) -> Services:
+    """Build and attach everything that watches, logs, validates, saves and stops the run, which begins after `step`."""
+    config, backend = run.config, run.backend
+    watchdog = stack.enter_context(watchdog_of(run))
+    display = None
+    if backend.rank == 0:
+        display = ProgressDisplay(
+            console, total_steps=run.total_steps, max_epochs=config.max_epochs, line_every_s=config.log.every_s
+        )
+    with backend.agree("opening the ledger and the curves"):
+        ledger = ledger_of(run, step)
+        stack.callback(ledger.close)
+        curves = None
+        if backend.rank == 0:
+            curves = Curves(run.directory.metrics, step, tensorboard=config.log.tensorboard)
+        reporter = Reporter(ledger, curves, display)
+        stack.callback(reporter.close)
+    stragglers = stragglers_of(run, reporter)
+    losses = LossLog(
+        backend,
+        run.optimizer,
+        samples_per_step=config.global_batch_size,
+        update=run.updates.take,
+        bad_steps=run.bad_steps,
+        fetched=reporter.fetched,
+        passenger=stragglers,
+    )
+    saving = stack.enter_context(Saving(run, reporter.sync, console))
+    compilations = Compilations(backend)
+    validation = None
+    if (evaluation := run.evaluation) is not None:
+        validation = Validation(run, evaluation, preemption, watchdog, compilations, reporter)
+    step_end = StepEnd(
+        losses,
+        preemption,
+        save=saving,
+        validate=validation,
+        total_steps=run.total_steps,
+        log_every_steps=config.log.every_steps,
+        save_every_steps=config.checkpoint.every_steps,
+        validate_every_steps=config.validate.every_steps,
+        pass_ends=None if run.epoch_length else lambda: run.loader.step == 0,
+        best=run.best,
+    )
+    step_end.resumed_at(step)
+    # Handlers of an event run in this order, after those of the config.
+    order = (
+        watchdog,  # before anything that may hang
+        display,
+        stragglers,  # measures the step before anything waits for other ranks
+        saving,  # looks after a save that is under way
+        losses,  # collects the step's losses, which the ledger and StepEnd need
+        ledger,  # hashes the state before it is saved
+        step_end,  # fetches, validates, saves, stops
+        compilations,  # counts after everything else that computes
+    )
+    for part in order:
+        if part is not None:
+            part.attach(run.trainer)
+    return Services(step_end, saving, compilations)
+
+
+def watchdog_of(run: Run) -> Watchdog:
+    """Return the watchdog of this rank, which is told how far the gradients have met."""
+    progress = run.gradients.progress
+    return Watchdog(
+        run.backend,
+        run.config.timeout_s,
+        run.directory.logs,
+        meeting=None if progress is None else progress.__str__,
+    )
+
+
+def ledger_of(run: Run, step: int) -> Ledger:
+    """Return the ledger of the run, which continues after `step`."""
+    loader = run.loader
+    return Ledger(
+        run.directory.ledger_jsonl,
+        step or -1,  # a new run does not keep the line of step 0 that an unsaved run may have left
+        backend=run.backend,
+        every_steps=run.config.ledger.every_steps,
+        state=run.state_tensors,
+        whole=run.layout.whole,
+        # A stream's samples have no indices; the hashes of the slots' microbatches tell them apart.
+        order=loader.sampler.samples if isinstance(loader, SlotLoader) else None,
+    )
+
+
+def stragglers_of(run: Run, reporter: Reporter) -> Stragglers | None:
+    """Return the straggler detector; None on one rank."""
+    if run.backend.world_size == 1:
+        return None
+    progress = run.gradients.progress
+    waited_s = None
+    if progress is not None and progress.waited_s is not None:
+        waited_s = lambda: progress.waited_s or 0.0  # noqa: E731
+    return Stragglers(
+        run.backend.rank,
+        len(run.slots.mine),
+        loading_s=lambda: run.loader.loading_s,
+        waited_s=waited_s,
+        window_s=run.config.log.every_s,
+        tell=reporter.warn,
+    )
+
+
+def outcome(run: Run, end: StepEnd, attempts: Attempts) -> dict[str, Any]:
+    """Check that all ranks hold the same weights, and return the content of result.json."""
+    backend, step = run.backend, run.trainer.state.iteration
+    digests = backend.all_gather(params_sha256(run.model, run.layout.whole))
+    if len(set(digests)) > 1:
+        listing = ", ".join(f"rank {rank}: {digest[:12]}" for rank, digest in enumerate(digests))
+        raise DisttrainError(f"the ranks ended with different weights ({listing}), expected the same on each")
+    trained, wall_s = (step - attempts.first_step) * run.config.global_batch_size, attempts.wall_s
+    return {
+        "status": "interrupted" if end.interrupted else "completed",
+        "step": step,
+        "epoch": run.epochs_begun,
+        "metrics": end.metrics,
+        "params_sha256": digests[0],
+        "world_size": backend.world_size,
+        "num_slots": run.slots.num_slots,
+        "checkpoint": checkpoint_name(end.saved_at),
+        **best_entry(run, end.saved_at),
+        "skipped_steps": run.skipped_steps,
+        "rollbacks": len(run.left_out),
+        "samples_per_second": round(trained / max(wall_s, 1e-9), 1),
+        "wall_s": round(wall_s, 3),
+        "disttrain": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": str(backend.device),
+        "precision": run.precision.name,
+    }
+
+
+def best_entry(run: Run, saved_at: int) -> Mapping[str, Any]:
+    """Return the entry of result.json about the best evaluation; empty if none is wanted, found or saved."""
+    found = None if run.best is None else run.best.found
+    if found is None or found.step > saved_at:
+        return {}
+    return {"best": {**found._asdict(), "checkpoint": checkpoint_name(found.step)}}

@@ -1,0 +1,95 @@
+"""The update of each step: gradient norm, clipping, the schedule, and the updates that are left out.
+
+*Contract*: `before_step` and `after_step` are what the step body calls around the optimizer. The gradient is the same
+on every rank, so every rank clips, skips and counts alike. The schedule steps exactly when the optimizer does.
+
+*Cost*: one pass over the gradients for the norm; with on_nan="skip" the host waits for it.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from disttrain.engine import Engine, Events
+from disttrain.handlers.losses import Update
+from disttrain.parallel import Layout
+
+logger = logging.getLogger(__name__)
+
+
+class Updates:
+    """The updates of a run's optimizer."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        schedule: Any,
+        *,
+        on_nan: Literal["stop", "skip", "rollback"],
+        grad_clip_norm: float | None,
+        left_out: dict[int, str],
+    ) -> None:
+        self.grad_norm: Tensor | None = None
+        """2-norm of the newest step's gradient before clipping, 0-dimensional, on the device; None if unknown."""
+        self.num_skipped = 0
+        """Steps over the whole run whose update was left out."""
+        self.left_out = left_out
+        """Steps, done or still to come, that on_nan="rollback" leaves out whole, and the reason for each."""
+        self.before_update: list[Callable[[], None]] = []
+        """Called right before the optimizer steps, such as the wait for a copy of the optimizer's state."""
+        self._model = model
+        self._layout = layout
+        self._schedule = schedule
+        self._skips = on_nan == "skip"
+        self._grad_clip_norm = grad_clip_norm
+        self._reason: str | None = None
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._count)
+
+    def leaves_out(self, step: int) -> bool:
+        """Return whether the whole step is left out."""
+        return step in self.left_out
+
+    def before_step(self) -> bool | None:
+        """Measure and clip the reduced gradient; return False to leave the update out."""
+        parameters = [parameter for parameter in self._model.parameters() if parameter.grad is not None]
+        norm = self._layout.total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        self.grad_norm = norm
+        if self._grad_clip_norm is not None:
+            self._layout.clip(parameters, self._grad_clip_norm, norm)
+        for call in self.before_update:
+            call()
+        return False if self._skips and not math.isfinite(norm) else None
+
+    def after_step(self, stepped: bool) -> None:
+        """Step the schedule if the optimizer stepped; else note why it did not.
+
+        Not in a hook of the optimizer: a fused one calls its hook also when it then finds an overflow and does nothing.
+        """
+        if not stepped:
+            norm = math.nan if self.grad_norm is None else float(self.grad_norm)
+            self._reason = f"its gradient's norm is {norm}"
+        elif self._schedule is not None:
+            self._schedule.step()
+
+    def _count(self, engine: Engine) -> None:
+        """Count a step whose update was left out, and log it."""
+        step = engine.state.iteration
+        if (bad_before := self.left_out.get(step)) is not None:
+            self._reason = bad_before
+            logger.warning("step %d is left out: %s when it was first done", step, bad_before)
+        elif self._reason is not None:
+            logger.warning("step %d is left out: %s", step, self._reason)
+        if self._reason is not None:
+            self.num_skipped += 1
+
+    def take(self) -> Update:
+        """Return the norm of the newest step's gradient, and why its update was left out; once a step."""
+        update = self.grad_norm, self._reason
+        self.grad_norm = self._reason = None
+        return update

@@ -1,0 +1,96 @@
+"""`disttrain compare` over run directories: its exit code and its lines, whichever run is named first."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from disttrain.commands.compare import compare_command
+from disttrain.commands.exit_codes import DIFFERENT, SAME, USAGE
+from disttrain.run.directory import RunDirectory
+
+NUM_STEPS = 6
+
+
+def write_run(
+    path: Path, *, num_steps: int = NUM_STEPS, bad_step: int | None = None, seed: int = 0, **result: Any
+) -> Path:
+    """Write the files of a run that `compare` reads; at `bad_step` its loss is another one."""
+    path.mkdir()
+    run = RunDirectory(path)
+    lines: list[dict[str, Any]] = [{"step": 0, "epoch": 0, "state": {"model.a": "0"}}]
+    for step in range(1, num_steps + 1):
+        loss = (2.0 if step == bad_step else 1 / step).hex()
+        lines.append({"step": step, "epoch": 1, "order": f"o{step}", "loss": loss, "grad_norm": None})
+        lines[-1] |= {"learning_rate": (0.1).hex(), "slots": {"batch": ["x"], "loss": [loss]}}
+        lines[-1]["state"] = {"model.a": str(step)}
+    run.ledger_jsonl.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run.config_json.write_text(json.dumps({"fields": {"name": path.name, "seed": seed}, "hash": "", "folder": None}))
+    if result:
+        run.result_json.write_text(json.dumps(result))
+    return path
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "one", step=NUM_STEPS, params_sha256="abc", metrics={"loss": 0.5, "hits": 3})
+
+
+def compare(*runs: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    code = compare_command(*runs)
+    return (code, *capsys.readouterr())
+
+
+def test_runs_without_a_difference(one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    two = write_run(tmp_path / "two", step=NUM_STEPS, params_sha256="abc", metrics={"loss": 0.5, "hits": 3})
+    for runs in ((one, two), (two, one), (one, one)):
+        code, out, err = compare(*runs, capsys=capsys)
+        assert (code, err) == (SAME, "")
+        assert out == f"the same bits: {NUM_STEPS} steps, the whole state at {NUM_STEPS + 1} of them\n"
+
+
+@pytest.mark.parametrize("bad_step", [1, 4, NUM_STEPS])
+def test_the_first_step_that_differs(
+    one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], bad_step: int
+) -> None:
+    two = write_run(tmp_path / "two", bad_step=bad_step, seed=5)
+    for runs, seeds in (((one, two), "0 and 5"), ((two, one), "5 and 0")):
+        code, out, _ = compare(*runs, capsys=capsys)
+        assert code == DIFFERENT
+        first, second, third = out.splitlines()
+        assert first == f"the configs differ in seed: {seeds}"
+        assert second.startswith(f"first difference at step {bad_step}: the loss (slot 0): ")
+        assert f"The state was the same after step {bad_step - 1}." in third
+
+
+def test_weights_that_differ_after_the_last_step(one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    two = write_run(tmp_path / "two", step=NUM_STEPS, params_sha256="xyz", metrics={"loss": 0.5, "hits": 4})
+    code, out, _ = compare(one, two, capsys=capsys)
+    assert code == DIFFERENT
+    assert f"all {NUM_STEPS} steps are the same in the ledgers, but the weights at the end are abc and xyz" in out
+    assert out.endswith("validation hits: 3 and 4\n")
+
+
+def test_only_common_steps_are_compared(one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    longer = write_run(tmp_path / "longer", num_steps=NUM_STEPS + 3, bad_step=NUM_STEPS + 2)
+    code, out, _ = compare(one, longer, capsys=capsys)
+    assert code == SAME
+    assert f"{one} has {NUM_STEPS} steps, {longer} has {NUM_STEPS + 3}; the common steps are compared\n" in out
+    assert f"the same bits: {NUM_STEPS} steps" in out
+
+
+def test_folders_that_cannot_be_compared(one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begun = write_run(tmp_path / "begun", num_steps=0)
+    no_config = write_run(tmp_path / "no_config")
+    (no_config / "config.json").unlink()
+    for other, words in (
+        (tmp_path / "none", "expected a run's ledger at "),
+        (begun, "have no step in common; let both runs do the same steps"),
+        (no_config, f"expected a run directory, got {no_config}, whose config.json cannot be read"),
+    ):
+        for runs in ((one, other), (other, one)):
+            code, out, err = compare(*runs, capsys=capsys)
+            assert (code, out) == (USAGE, "")
+            assert err.startswith("ConfigError: ")
+            assert words in err

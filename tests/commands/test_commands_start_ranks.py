@@ -1,0 +1,107 @@
+"""`disttrain launch --ranks N`: its options become words that torchrun's own parser and the ranks understand."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.run import parse_args
+
+from disttrain.commands import start_ranks as module
+from disttrain.commands.launch import launch_parser
+from disttrain.commands.start_ranks import start_ranks
+from disttrain.errors import ConfigError
+
+CFG = """
+from functools import partial
+from torch import nn, optim
+from disttrain import Config
+config = Config(
+    name="tiny", model=nn.Identity, train_data=list, loss=nn.MSELoss(), optimizer=partial(optim.SGD, lr=0.1),
+    global_batch_size=8, num_slots=8, max_epochs=1, metrics={"mine": nn.Identity},
+)
+"""
+
+
+class Torchrun:
+    """In the place of `run_torchrun`: keeps its arguments, starts nothing, and returns an exit code."""
+
+    def __call__(self, words: list[str], name: str, arguments: list[str], *rest: Any, grace_s: int | None) -> int:
+        self.options, self.arguments, self.grace_s = parse_args([*words, "-m", name, *arguments]), arguments, grace_s
+        self.variables, self.preload = rest
+        return 75
+
+
+@pytest.fixture
+def torchrun(monkeypatch: pytest.MonkeyPatch) -> Torchrun:
+    torchrun = Torchrun()
+    monkeypatch.setattr(module, "run_torchrun", torchrun)
+    return torchrun
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("start_ranks") / "cfg.py"
+    path.write_text(CFG)
+    return str(path)
+
+
+def typed(*words: str) -> int:
+    return start_ranks(launch_parser().parse_intermixed_args(words))
+
+
+def test_one_host(cfg: str, torchrun: Torchrun) -> None:
+    assert typed(cfg, "--ranks", "3", "cpu_threads=2") == 75
+    assert torchrun.options.standalone
+    assert (torchrun.options.nproc_per_node, torchrun.options.max_restarts) == ("3", 3)
+    assert (torchrun.options.module, torchrun.options.training_script) == (True, "disttrain.launch")
+    assert torchrun.variables["OMP_NUM_THREADS"] == "2"
+    assert torchrun.grace_s is None
+    assert "torchmetrics" in torchrun.preload  # the config has a metric
+
+
+def test_several_hosts(cfg: str, torchrun: Torchrun) -> None:
+    rendezvous = ("--nodes", "2:4", "--rdzv", "node-1:29500", "--max-restarts", "7", "--grace", "60")
+    for words, is_host in ((rendezvous, True), ((*rendezvous, "--no-rdzv-host"), False)):
+        typed(cfg, "--ranks", "8", *words)
+        options = torchrun.options
+        assert (options.nnodes, options.nproc_per_node, options.max_restarts) == ("2:4", "8", 7)
+        assert (options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id) == ("c10d", "node-1:29500", "tiny")
+        assert ("is_host=false" in options.rdzv_conf) != is_host
+        assert torchrun.grace_s == 60
+
+
+OVERRIDES = st.lists(st.sampled_from(["seed=3", "grad_clip_norm=none", "optimizer.lr=3e-4"]), unique=True)
+
+
+@settings(max_examples=15)
+@given(OVERRIDES, st.booleans(), st.booleans(), st.sampled_from(["runs", "/data/my runs"]))
+def test_the_ranks_get_the_config_the_overrides_and_the_options(
+    cfg: str, overrides: list[str], fresh: bool, traceback: bool, runs: str
+) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        torchrun = Torchrun()
+        monkeypatch.setattr(module, "run_torchrun", torchrun)
+        words = ["--fresh"] * fresh + ["--traceback"] * traceback
+        typed(cfg, "--ranks", "2", *words, "--runs", runs, *overrides)
+        got = launch_parser().parse_intermixed_args(torchrun.arguments)
+        assert (got.config, got.overrides, got.runs) == (cfg, overrides, Path(runs))
+        assert (got.fresh, got.traceback, got.ranks, got.grace) == (fresh, traceback, None, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ranks", "0"], "expected --ranks to be at least 1, got 0"),
+        (["--ranks", "2", "--nodes", "2"], "expected --nodes and --rdzv together, got --nodes 2 and --rdzv None"),
+        (["--ranks", "2", "--rdzv", "a:1"], "expected --nodes and --rdzv together, got --nodes 1 and --rdzv a:1"),
+        (["--ranks", "2", "max_epoch=3"], "max_epochs"),
+    ],
+)
+def test_a_mistake_is_an_error_before_anything_starts(
+    cfg: str, torchrun: Torchrun, words: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        typed(cfg, *words)
+    assert not hasattr(torchrun, "options")

@@ -1,0 +1,143 @@
+"""`disttrain verify` without its processes: options, the outcome of runs that are there, and what it prints of them."""
+
+import argparse
+import json
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from disttrain.commands.exit_codes import DIFFERENT, SAME, USAGE
+from disttrain.commands.scenarios import Life, Scenario, plan
+from disttrain.commands.verify import (
+    NUM_QUOTED_LINES,
+    CannotRun,
+    list_from,
+    number_from,
+    quoted_output,
+    run_scenarios,
+    scenario_cells,
+)
+from disttrain.run.directory import RunDirectory
+
+NUM_STEPS = 5
+
+
+def write_run(path: Path, *, num_steps: int = NUM_STEPS, bad_step: int | None = None, every_steps: int = 1) -> None:
+    """Write a run directory whose loss is another one at `bad_step`, with hashes every `every_steps` steps."""
+    path.mkdir(parents=True)
+    lines: list[dict[str, Any]] = [{"step": 0, "epoch": 0, "state": {"model.a": "0"}}]
+    for step in range(1, num_steps + 1):
+        loss = (2.0 if step == bad_step else 1 / step).hex()
+        lines.append({"step": step, "epoch": 1, "loss": loss, "grad_norm": None, "learning_rate": (0.1).hex()})
+        if step % every_steps == 0:
+            lines[-1]["state"] = {"model.a": str(step)}
+    run = RunDirectory(path)
+    run.ledger_jsonl.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run.config_json.write_text(json.dumps({"fields": {"name": "x"}, "hash": "", "folder": None}))
+    run.result_json.write_text(json.dumps({"step": num_steps, "params_sha256": "0123456789abcdef"}))
+
+
+class Prepared:
+    """In the place of a `Verification`: its runs have been written before; a missing one cannot be run."""
+
+    num_steps = NUM_STEPS
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.done: list[str] = []
+
+    def run(self, scenario: Scenario) -> RunDirectory:
+        path = self.folder / scenario.name
+        if not path.exists():
+            raise CannotRun(f"{scenario.name}: the ranks ended with 1, expected 0")
+        self.done.append(scenario.name)
+        return RunDirectory(path)
+
+
+SCENARIOS = plan([1, 2], [0], 1, NUM_STEPS)
+WHOLE = ["reference", "again", "2 ranks", "killed", "killed, resized"]
+
+
+def verified(
+    folder: Path, changes: dict[str, dict[str, Any] | None], *, first_only: bool = False
+) -> tuple[int, str, list[str]]:
+    """Verify runs that are alike but for `changes`; return the exit code, the output and the runs done."""
+    for name in WHOLE:
+        change = changes.get(name, {})
+        if change is not None:
+            write_run(folder / name, **change)
+    screen, prepared = StringIO(), Prepared(folder)
+    console = Console(file=screen, width=200)
+    code = run_scenarios(prepared, SCENARIOS, console, first_only=first_only)  # type: ignore[arg-type]
+    return code, screen.getvalue(), prepared.done
+
+
+def test_all_runs_are_the_same(tmp_path: Path) -> None:
+    assert [scenario.name for scenario in SCENARIOS] == WHOLE
+    code, out, done = verified(tmp_path, {})
+    assert (code, done) == (SAME, WHOLE)
+    assert f"the same bits in all 5 runs: at each of {NUM_STEPS} steps" in out
+    assert [line.split()[-1] for line in out.splitlines() if "0123456789ab" in line] == ["-", *["yes"] * 4]
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+def test_the_first_run_that_differs_is_described_and_the_others_named(tmp_path: Path, first_only: bool) -> None:
+    changes: dict[str, Any] = {"2 ranks": {"bad_step": 3}, "killed, resized": {"bad_step": 1}}
+    code, out, done = verified(tmp_path, changes, first_only=first_only)
+    assert code == DIFFERENT
+    assert done == (WHOLE[:3] if first_only else WHOLE)
+    assert "not the same bits: 2 ranks\n" in out
+    assert "first difference at step 3: the loss" in out
+    assert ("also not the same bits: killed, resized" in out) != first_only
+
+
+@pytest.mark.parametrize("change", [{"num_steps": NUM_STEPS - 1}, {"every_steps": 2}])
+def test_steps_that_were_not_compared_are_not_the_same(tmp_path: Path, change: dict[str, Any]) -> None:
+    code, out, _ = verified(tmp_path, {"killed": change})
+    assert code == DIFFERENT
+    assert "not the same bits: killed\n" in out
+
+
+@pytest.mark.parametrize(("missing", "code"), [("reference", USAGE), ("killed", DIFFERENT)])
+def test_a_run_that_fails(tmp_path: Path, missing: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    got, _, done = verified(tmp_path, {missing: None})
+    assert (got, done) == (code, WHOLE[: WHOLE.index(missing)])
+    assert capsys.readouterr().err == f"\n{missing}: the ranks ended with 1, expected 0\n"
+
+
+def test_the_cells_of_a_scenario() -> None:
+    assert scenario_cells(Scenario("a", (Life(2, 0),))) == ("a", "2", "0", "-")
+    lives = (Life(3, 1, killed_at=4), Life(2, 1, killed_at=9), Life(3, 1))
+    assert scenario_cells(Scenario("b", lives)) == ("b", "3, 2, 3", "1", "4, 9")
+
+
+def test_the_output_of_the_first_rank_with_an_error_is_quoted(tmp_path: Path) -> None:
+    logs = [tmp_path / f"rank-{rank}.txt" for rank in range(3)]
+    assert quoted_output(logs) == ""
+    logs[0].write_text("rank 0 is fine\n")
+    assert quoted_output(logs) == "  rank 0 is fine"
+    logs[2].write_text("".join(f"line {number}\n" for number in range(99)) + "ValueError: no\n")
+    quoted = quoted_output(logs).splitlines()
+    assert len(quoted) == NUM_QUOTED_LINES
+    assert quoted[-2:] == ["  line 98", "  ValueError: no"]
+
+
+@given(st.lists(st.integers(0, 99), min_size=1), st.integers(0, 9))
+def test_lists_of_numbers_are_read_as_they_are_typed(numbers: list[int], low: int) -> None:
+    text = ", ".join(map(str, numbers))
+    if min(numbers) < low:
+        with pytest.raises(argparse.ArgumentTypeError, match=f"expected a whole number from {low} on"):
+            list_from(low)(text)
+    else:
+        assert list_from(low)(text) == sorted(set(numbers), key=numbers.index)
+
+
+@given(st.text(max_size=3).filter(lambda text: not text.isdecimal()))
+def test_other_words_are_no_numbers(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a whole number from 0 on"):
+        number_from(0)(text)

@@ -1,0 +1,55 @@
+"""An average that a handler keeps has the same bits in a run that is killed and resized as in an uninterrupted one.
+
+If a handler does not keep its average, `disttrain verify` finds it and names it.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from commands import environment
+
+from disttrain.commands.compare import compare_runs
+from disttrain.commands.scenarios import Life, Scenario
+from disttrain.commands.start_ranks import PRELOAD
+from disttrain.commands.verify import PRELOAD_FSDP, Verification
+from disttrain.config import load_config
+
+CFG = Path(__file__).parent / "matrix" / "averaged.py"
+NUM_STEPS = 8
+FSDP = ("strategy=fsdp", "checkpoint.asynchronous=true")
+SCENARIOS = [
+    Scenario("reference", (Life(1, 0),)),
+    Scenario("resized", (Life(2, 0, 3), Life(3, 1))),
+    Scenario("sharded", (Life(2, 0, 3, FSDP), Life(1, 0, 6), Life(3, 0, None, FSDP))),
+]
+
+
+def test_a_kept_average_has_the_bits_of_an_uninterrupted_run(tmp_path: Path) -> None:
+    preload = (*PRELOAD, *PRELOAD_FSDP)
+    verification = Verification(CFG, load_config(CFG), [], tmp_path, num_slots=4, num_steps=NUM_STEPS, preload=preload)
+    reference, *others = (verification.run(scenario) for scenario in SCENARIOS)
+    last = json.loads(reference.ledger_jsonl.read_text().splitlines()[-1])["state"]
+    names = ("0.weight", "0.bias", "2.weight", "2.bias")
+    assert {f"kept.average.tensors.{name}" for name in names} | {"kept.average.num_updates"} <= set(last)
+    for run in others:
+        compared = compare_runs(reference, run)
+        assert compared.same, compared.difference
+        assert (compared.num_steps, compared.num_hashed) == (NUM_STEPS, NUM_STEPS + 1)
+
+
+def test_verify_finds_an_average_that_is_not_kept_and_names_it(tmp_path: Path) -> None:
+    words = ["verify", CFG, "--worlds", "1", "--workers", "0", "--kills", "1", "--steps", "6", "num_slots=4"]
+    done = subprocess.run(
+        [sys.executable, "-m", "disttrain", *map(str, words)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=170,
+        env={**environment(), "KEPT": "0"},
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "a kill loses the state of a handler: average.averaged.tensors['0.weight']" in done.stdout
+    assert "Save the object by run.keep(NAME, OBJECT) in the handler" in done.stdout

@@ -1,0 +1,154 @@
+"""A forward that changes parameters, and an unfinished loop, are refused on one rank as on several."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks
+from slot_models import slots_of
+from torch import Tensor, nn
+
+from disttrain.backend.base import Backend
+from disttrain.errors import ConfigError
+from disttrain.parallel import SlotGradients, Slots, World, strategy_for
+from disttrain.parallel.slot_checks import CHECKED_STEPS
+
+
+class Teacher(nn.Module):
+    """A frozen copy that the forward moves towards the student."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = nn.Linear(2, 1)
+        self.teacher = nn.Linear(2, 1).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.teacher.weight.lerp_(self.student.weight, 0.1)
+        return self.student(x) - self.teacher(x)
+
+
+class Clipped(nn.Linear):
+    """A trained parameter that the forward clips."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.clamp_(-1, 1)
+        return super().forward(x)
+
+
+class Growing(nn.Module):
+    """A buffer that grows with each forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+        self.register_buffer("seen", torch.zeros(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = torch.cat([self.seen, x.detach().mean().view(1)])
+        return self.layer(x)
+
+
+class Moved(nn.Module):
+    """Buffers of one shape, moved in place and replaced: both are allowed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+        self.register_buffer("mean", torch.zeros(2))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = self.mean.lerp(x.detach().mean(0), 0.1)
+        self.count += 1
+        return self.layer(x - self.mean)
+
+
+MODELS: dict[str, Any] = {
+    "teacher": Teacher,
+    "clipped": lambda: Clipped(2, 1),
+    "growing": Growing,
+    "moved": Moved,
+}
+
+
+def steps(backend: Backend, name: str, num_slots: int, strategy: Any) -> str:
+    """Run some steps; return the message of the error, or an empty string."""
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    slots = slots_of(backend, num_slots)
+    world = World(slots=slots, device=torch.device("cpu"), process_group=backend.process_group)
+    gradients = strategy_for(strategy, model, world).gradients(model, seed=1)
+    try:
+        for iteration in range(1, 4):
+            batch = [torch.full((4, 2), float(slot)) for slot in slots.mine]
+            for x in gradients.microbatches(batch, iteration):
+                gradients.module(x).mean().backward()
+    except ConfigError as error:
+        backend.fail(error)  # as the launcher does, so that ranks which wait for this one wake
+        return str(error)
+    except RuntimeError:
+        first = backend.first_failure()
+        assert first is not None
+        return first.message.removeprefix("ConfigError: ")
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("teacher", "the model's forward changes its parameter"),
+        ("clipped", "the model's forward changes its parameter weight"),
+        ("growing", "the forward of Growing changes its buffer seen from torch.float32 [0] to torch.float32 [1]"),
+        ("moved", ""),
+    ],
+)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_what_a_forward_may_not_change_is_named_on_any_number_of_ranks(
+    ranks: Ranks, name: str, told: str, world_size: int, strategy: str
+) -> None:
+    for message in ranks(world_size, steps, name, 3, strategy):
+        assert message.startswith(told)
+        assert bool(message) == bool(told)
+
+
+def gradients_of(model: nn.Module, num_slots: int = 3) -> SlotGradients:
+    return SlotGradients(model, Slots(num_slots), seed=1)
+
+
+BATCH = [torch.ones(1, 2), torch.ones(1, 2), torch.ones(1, 2)]
+
+
+@pytest.mark.parametrize("how", ["break", "zip"])
+def test_a_loop_that_is_left_raises_at_the_next_step(how: str) -> None:
+    model = nn.Linear(2, 1)
+    gradients = gradients_of(model)
+    microbatches = gradients.microbatches(BATCH, 1)
+    for i, x in enumerate(microbatches) if how == "break" else zip(range(3), microbatches, strict=False):
+        gradients.module(x).sum().backward()  # type: ignore[arg-type]
+        if how == "break" and i == 2:
+            break
+    with pytest.raises(RuntimeError, match="microbatches of step 1 to run to its end, but it was left before"):
+        list(gradients.microbatches(BATCH, 2))
+
+
+def test_a_loop_that_ends_may_stand_in_a_zip() -> None:
+    gradients = gradients_of(nn.Linear(2, 1))
+    for iteration in (1, 2):
+        for x, _ in zip(gradients.microbatches(BATCH, iteration), itertools.count(), strict=False):
+            gradients.module(x).sum().backward()
+
+
+def test_a_change_after_the_first_steps_is_not_checked() -> None:
+    """Parameters are checked in the first steps only, because a check costs time."""
+    model = nn.Linear(2, 1)
+    gradients = gradients_of(model)
+    for iteration in range(1, CHECKED_STEPS + 3):
+        for x in gradients.microbatches(BATCH, iteration):
+            gradients.module(x).sum().backward()
+            if iteration > CHECKED_STEPS:
+                with torch.no_grad():
+                    model.weight.add_(0.0)

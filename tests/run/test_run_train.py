@@ -1,0 +1,99 @@
+"""A whole training in this process: its result, its files, and the order of the parts at the end of a step."""
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_run import console, printed, single, small_run, trained
+
+from disttrain.engine import Engine, Events
+from disttrain.errors import DisttrainError
+from disttrain.handlers.preemption import Preemption
+from disttrain.handlers.step_end import StepEnd
+from disttrain.run.rollback import Attempts
+from disttrain.run.state import Run
+from disttrain.run.train import attach, best_entry, outcome
+
+
+def test_the_result_describes_the_end_of_the_run(tmp_path: Path) -> None:
+    result = trained(tmp_path, max_epochs=2, checkpoint={"monitor": "loss"})
+    written = json.loads((tmp_path / "small" / "result.json").read_text())
+    assert written == json.loads(json.dumps(result))
+    assert (result["status"], result["step"], result["epoch"]) == ("completed", 8, 2)
+    assert (result["world_size"], result["num_slots"], result["checkpoint"]) == (1, 2, "step-00000008")
+    assert result["best"]["value"] == min(valid_losses(tmp_path))
+    assert len((tmp_path / "small" / "metrics" / "train.jsonl").read_text().splitlines()) == 8
+
+
+def valid_losses(folder: Path) -> list[float]:
+    lines = (folder / "small" / "metrics" / "valid.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def test_parts_act_at_a_steps_end_in_one_order_after_the_configs_handlers(tmp_path: Path) -> None:
+    run = small_run(tmp_path, handlers=[lambda trainer, run: None])
+    add, order = run.trainer.add_event_handler, list[str]()
+
+    def noted(event: Any, handler: Any, *args: Any, **kwargs: Any) -> Any:
+        if event == Events.ITERATION_COMPLETED:
+            order.append(type(handler.__self__).__name__)
+        return add(event, handler, *args, **kwargs)
+
+    run.trainer.add_event_handler = noted  # type: ignore[method-assign]
+    run.directory.open()
+    with ExitStack() as stack, Preemption() as preemption:
+        attach(run, preemption, console(), 0, stack)
+    run.directory.close()
+    assert order == ["Watchdog", "ProgressDisplay", "LossLog", "Ledger", "StepEnd"]
+
+
+def test_ranks_with_different_weights_are_an_error(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+
+    class Differing:
+        """A backend whose other rank has other weights."""
+
+        world_size = 2
+
+        def all_gather(self, digest: str) -> list[str]:
+            return [digest, "0" * 64]
+
+    run.backend = Differing()  # type: ignore[assignment]
+    end = StepEnd.__new__(StepEnd)
+    with pytest.raises(DisttrainError, match=r"the ranks ended with different weights \(rank 0: \w{12}, rank 1: 0{12}"):
+        outcome(run, end, Attempts())
+
+
+def test_a_best_evaluation_that_is_not_saved_is_not_in_the_result(tmp_path: Path) -> None:
+    run = small_run(tmp_path, checkpoint={"monitor": "loss"})
+    assert run.best is not None
+    assert best_entry(run, 8) == {}
+    run.best.improved(8, {"loss": 0.5})
+    assert best_entry(run, 4) == {}
+    assert best_entry(run, 8)["best"] == {
+        "step": 8,
+        "monitor": "loss",
+        "value": 0.5,
+        "checkpoint": "step-00000008",
+    }
+    assert best_entry(small_run(tmp_path), 8) == {}
+
+
+def test_a_run_whose_bits_are_not_promised_gives_a_warning(tmp_path: Path) -> None:
+    to = console()
+    trained(tmp_path, to, max_epochs=1, deterministic=False)
+    assert "WARNING: deterministic=false: the same bits are not promised" in printed(to)
+
+
+def test_an_error_leaves_the_directory_free_for_the_next_launch(tmp_path: Path) -> None:
+    def broken(trainer: Engine, run: Run) -> None:
+        @trainer.on(Events.ITERATION_COMPLETED(once=3))
+        def fail() -> None:
+            raise ValueError("on purpose")
+
+    with pytest.raises(ValueError, match="on purpose"):
+        trained(tmp_path, handlers=[broken], checkpoint={"every_steps": 2})
+    assert trained(tmp_path)["params_sha256"] == trained(tmp_path / "whole")["params_sha256"]
+    assert single().rank == 0
