@@ -32,13 +32,16 @@ class SlotChecks:
         self._open_step: int | None = None
 
     def step_starts(self, iteration: int) -> None:
-        """Note that the loop of a step begins; RuntimeError if the loop of an earlier step did not run to its end."""
+        """Note that the loop of a step begins; RuntimeError if the loop of an earlier step did not run to its end.
+
+        A step that an exception has ended may be tried again.
+        """
         left, self._open_step = self._open_step, iteration
-        if left is not None:
+        if left not in (None, iteration):
             raise RuntimeError(
                 f"expected the loop over the microbatches of step {left} to run to its end, but it was left before, so "
-                "the gradients of its slots were not summed. Do not leave it by `break` or by an exception that is "
-                "caught; in zip(...) let the microbatches come first"
+                "the gradients of its slots were not summed. Do not leave it by `break`; in zip(...) let the "
+                "microbatches come first; after an exception try the same step again"
             )
 
     def step_ends(self) -> None:
