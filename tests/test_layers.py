@@ -26,13 +26,13 @@ ALLOWED = {
     "torch.distributed": {"backend", "parallel", "checkpoint", "launching"},
     "torch_xla": {"backend/xla_spmd.py", "backend/xla.py", "precision/xla.py", "parallel"},
     "signal": {
-        "handlers/preemption.py",
-        "data/fetching.py",
-        "launching/end_with_launcher.py",
-        "launching/torchrun.py",
-        "commands/scenarios.py",
-        "commands/verify.py",
-    },  # the others install no handler in a rank
+        "handlers/preemption.py",  # the signal handlers of a rank
+        "data/fetching.py",  # a worker ignores what is meant for its rank
+        "launching/end_with_launcher.py",  # asks the kernel for SIGKILL when the launcher dies
+        "launching/torchrun.py",  # the launcher's own signals, in a process that is no rank
+        "commands/scenarios.py",  # sends SIGKILL
+        "commands/verify.py",  # knows a death by its SIGKILL
+    },
 }
 
 
