@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -14,6 +15,10 @@ from disttrain.parallel import SlotGradients, Slots
 
 STEPS = 6
 SAMPLES = 5
+
+NEEDS_FSDP = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason='strategy="fsdp" needs torch 2.13'
+)
 
 
 def mlp() -> nn.Module:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import Ranks
-from slot_models import slots_of
+from slot_models import NEEDS_FSDP, slots_of
 from torch import Tensor, nn
 
 from disttrain.backend.base import Backend
@@ -105,8 +105,10 @@ def steps(backend: Backend, name: str, num_slots: int, strategy: Any) -> str:
         ("moved", ""),
     ],
 )
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("world_size", "strategy"),
+    [(1, "ddp"), (2, "ddp"), (1, "fsdp"), *(pytest.param(size, "fsdp", marks=NEEDS_FSDP) for size in (2, 3))],
+)
 def test_what_a_forward_may_not_change_is_named_on_any_number_of_ranks(
     ranks: Ranks, name: str, told: str, world_size: int, strategy: str
 ) -> None:

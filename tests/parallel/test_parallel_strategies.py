@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import Ranks
+from slot_models import NEEDS_FSDP
 from torch import nn
 
 from disttrain.backend.base import Backend
@@ -31,7 +32,7 @@ def names(backend: Backend, strategy: Any) -> tuple[str, str]:
         (1, "ddp", ("ReplicatedLayout", "SlotGradients")),
         (2, "ddp", ("ReplicatedLayout", "SlotGradients")),
         (1, "fsdp", ("UncutLayout", "SlotGradients")),
-        (2, "fsdp", ("FsdpLayout", "FsdpGradients")),
+        pytest.param(2, "fsdp", ("FsdpLayout", "FsdpGradients"), marks=NEEDS_FSDP),
     ],
 )
 def test_a_strategy_makes_its_layout_and_its_gradients(
