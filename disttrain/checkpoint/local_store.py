@@ -19,14 +19,7 @@ from torch import Tensor
 
 from disttrain.checkpoint import storage
 from disttrain.checkpoint.check import verify
-from disttrain.checkpoint.manifest import (
-    MANIFEST,
-    SUMS,
-    FileRecord,
-    Manifest,
-    manifest_bytes,
-    sums_bytes,
-)
+from disttrain.checkpoint.manifest import MANIFEST, SUMS, FileRecord, Manifest, manifest_bytes, sums_bytes
 from disttrain.checkpoint.storage import (
     checkpoint_name,
     fsync_directory,

@@ -30,14 +30,7 @@ from typing import Any
 from torch import Tensor
 
 from disttrain.checkpoint.check import check_size, check_small, read_manifest
-from disttrain.checkpoint.manifest import (
-    MANIFEST,
-    SUMS,
-    FileRecord,
-    Manifest,
-    manifest_bytes,
-    sums_bytes,
-)
+from disttrain.checkpoint.manifest import MANIFEST, SUMS, FileRecord, Manifest, manifest_bytes, sums_bytes
 from disttrain.checkpoint.storage import checkpoint_name, note_name, note_number, step_of
 from disttrain.checkpoint.tensor_writer import send_tensors
 from disttrain.errors import CheckpointError, DamagedError, DisttrainError

@@ -102,6 +102,11 @@ class ProgressDisplay:
         return f"loss {self._pace.loss:.4f}  {self._pace.samples_per_second:,.0f} samples/s"
 
 
+def warn(console: Console, text: str) -> None:
+    """Print a warning; the console of rank 0 alone prints."""
+    console.print(f"WARNING: {text}", style="bold yellow", soft_wrap=True)
+
+
 @contextmanager
 def dropping(console: Console, *, line_every_s: float) -> Iterator[Callable[[int, int], None]]:
     """Show the progress of reading and dropping data up to the step of a resumed run.
@@ -115,11 +120,10 @@ def dropping(console: Console, *, line_every_s: float) -> Iterator[Callable[[int
         nonlocal bar, last_line
         now = time.monotonic()
         if done == 0:
-            console.print(
-                f"WARNING: {total} steps of the training data are read and dropped to get to the position of the run; "
+            warn(
+                console,
+                f"{total} steps of the training data are read and dropped to get to the position of the run; "
                 "data with state_dict() and load_state_dict(state) continues there at once (docs/streams.md)",
-                style="bold yellow",
-                soft_wrap=True,
             )
             if console.is_terminal:
                 columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -22,10 +22,7 @@ from torch.utils.data import Dataset
 
 from disttrain.backend import Backend
 from disttrain.config import Config, check_devices
-from disttrain.data import (
-    check_dataset,
-    evaluation_loader,
-)
+from disttrain.data import check_dataset, evaluation_loader
 from disttrain.devices import device_row
 from disttrain.engine import create_supervised_trainer
 from disttrain.engine.step_defaults import prepare_batch, to_device

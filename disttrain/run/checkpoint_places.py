@@ -26,6 +26,7 @@ from disttrain.checkpoint import (
 from disttrain.config import Config
 from disttrain.errors import ConfigError
 from disttrain.files import write_text
+from disttrain.handlers.progress import warn
 from disttrain.run.directory import RunDirectory
 from disttrain.run.state import Run
 
@@ -86,11 +87,10 @@ def check_best(run: Run, console: Console) -> None:
         return any(step in map(step_in, store_at(each).committed()) for each in folders)
 
     if not on_one_rank(run.backend, is_there):
-        console.print(
-            f"WARNING: the checkpoint of step {step}, which had the best {best.monitor}, is in no place of this run: "
+        warn(
+            console,
+            f"the checkpoint of step {step}, which had the best {best.monitor}, is in no place of this run: "
             "the next evaluation counts as the best",
-            style="bold yellow",
-            soft_wrap=True,
         )
         best.found = None
 

@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from disttrain.backend import Backend
 from disttrain.engine.step_defaults import to_device
 from disttrain.errors import DisttrainError
+from disttrain.parallel.slot_checks import Versions, versions
 from disttrain.precision import Precision
 from disttrain.seeding import keep_random_state, seed_for
 
@@ -171,31 +172,29 @@ class UnchangedModel:
             if buffer is not None
         ]
         self._before = [buffer.clone() for buffer in self._buffers()]
-        self._buffer_versions = self._versions(self._buffers())
-        self._parameters = dict(model.named_parameters())
-        self._parameter_versions = self._versions(self._parameters.values())
+        self._buffer_versions = self._versions_of_buffers()
+        self._model = model
+        self._parameter_versions = versions(model.named_parameters())
 
     def _buffers(self) -> list[Tensor]:
         return [module._buffers[name] for module, name in self._owners]  # type: ignore[misc]
 
-    @staticmethod
-    def _versions(tensors: Iterable[Tensor]) -> list[tuple[int, int | None]]:
-        """Return numbers that differ if a tensor was replaced or changed in place."""
-        return [(id(tensor), None if tensor.is_inference() else tensor._version) for tensor in tensors]
+    def _versions_of_buffers(self) -> Versions:
+        return versions((str(number), buffer) for number, buffer in enumerate(self._buffers()))
 
     def restore(self) -> None:
         """Put the buffers back, if a batch changed them; DisttrainError if it changed a parameter."""
-        now = self._versions(self._parameters.values())
-        for name, before, after in zip(self._parameters, self._parameter_versions, now, strict=True):
-            if before != after:
+        now = versions(self._model.named_parameters())
+        for name, before in self._parameter_versions.items():
+            if now.get(name) != before:
                 raise DisttrainError(
                     f"the model changed its parameter {name} while it was evaluated; expected an evaluation that "
                     "changes nothing: change it `if self.training`, or make it a buffer"
                 )
-        if self._versions(self._buffers()) != self._buffer_versions:
+        if self._versions_of_buffers() != self._buffer_versions:
             for (module, name), value in zip(self._owners, self._before, strict=True):
                 module._buffers[name] = value.clone()
-            self._buffer_versions = self._versions(self._buffers())
+            self._buffer_versions = self._versions_of_buffers()
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from disttrain.config import to_json
 from disttrain.data import StreamLoader
 from disttrain.errors import CheckpointError, ConfigError, DataError
 from disttrain.handlers.checkpoint import Checkpoint
-from disttrain.handlers.progress import dropping
+from disttrain.handlers.progress import dropping, warn
 from disttrain.parallel.counterparts import Counterparts
 from disttrain.parallel.optimizer_state import load_optimizer
 from disttrain.run import checkpoint_places
@@ -168,11 +168,6 @@ def with_user_keys(run: Run, trainer: dict[str, Any], console: Console) -> dict[
     for key in missing:
         warn(console, f"the checkpoint holds no state.{key}, which is one of state_dict_user_keys: it begins anew")
     return {**trainer, **{key: getattr(run.trainer.state, key, None) for key in missing}}
-
-
-def warn(console: Console, text: str) -> None:
-    """Print a warning; the console of rank 0 alone prints."""
-    console.print(f"WARNING: {text}", style="bold yellow", soft_wrap=True)
 
 
 def warn_of_kernels(run: Run, saved: Mapping[str, Any], console: Console) -> None:

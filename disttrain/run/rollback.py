@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 
 from disttrain.errors import NonFiniteError
+from disttrain.handlers.progress import warn
 from disttrain.run.state import Run
 
 logger = logging.getLogger(__name__)
@@ -61,4 +62,4 @@ def go_back(run: Run, error: NonFiniteError, saved_at: int, console: Console) ->
         )
     message = f"{error.reason} at step {error.step}: going back to {start}, to run without that step"
     logger.warning("%s", message)
-    console.print(f"WARNING: {message}", style="bold yellow", soft_wrap=True)
+    warn(console, message)

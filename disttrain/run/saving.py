@@ -22,6 +22,7 @@ from disttrain.checkpoint import AsynchronousSaver, DirectorySaver, on_one_rank
 from disttrain.engine import Engine, Events
 from disttrain.errors import CheckpointError
 from disttrain.handlers.checkpoint import Checkpoint
+from disttrain.handlers.progress import warn
 from disttrain.run import checkpoint_places
 from disttrain.run.resume import to_save
 from disttrain.run.state import Run
@@ -97,7 +98,7 @@ class Saving:
         try:
             self._into(saver)(engine)
         except CheckpointError as error:  # the same on every rank
-            self._console.print(f"WARNING: that failed: {error}", style="bold yellow", soft_wrap=True)
+            warn(self._console, f"that failed: {error}")
             return False
         left_s = end - time.monotonic()
         self.saver.abandon(left_s - max(TO_END_S, (1 - 1 / MARGIN) * left_s))
@@ -115,7 +116,7 @@ class Saving:
             SaveChoice.ONLY_THE_ONE_UNDER_WAY: f"step {step} is not saved, so that the save under way can end",
         }
         why = f"{max(0.0, left_s):.0f} s are left, and a save takes {self.saver.expected_s() or 0.0:.0f} s"
-        self._console.print(f"WARNING: {why}: {done[choice]}", style="bold yellow", soft_wrap=True)
+        warn(self._console, f"{why}: {done[choice]}")
 
 
 def choose_save(saver: DirectorySaver, left_s: float, has_target: bool) -> SaveChoice:

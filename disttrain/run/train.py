@@ -26,7 +26,7 @@ from disttrain.handlers.compilations import Compilations
 from disttrain.handlers.curves import Curves
 from disttrain.handlers.losses import LossLog
 from disttrain.handlers.preemption import Preemption
-from disttrain.handlers.progress import ProgressDisplay
+from disttrain.handlers.progress import ProgressDisplay, warn
 from disttrain.handlers.step_end import StepEnd
 from disttrain.handlers.stragglers import Stragglers
 from disttrain.handlers.watchdog import Watchdog
@@ -36,7 +36,7 @@ from disttrain.run.directory import RunDirectory
 from disttrain.run.handler_state import unkept_objects
 from disttrain.run.rank_log import RankLog
 from disttrain.run.reporter import Reporter
-from disttrain.run.resume import restore, warn
+from disttrain.run.resume import restore
 from disttrain.run.rollback import Attempts, go_back
 from disttrain.run.saving import Saving
 from disttrain.run.state import Run

@@ -303,15 +303,23 @@ def test_the_number_of_samples_is_that_of_the_sampler() -> None:
         assert evaluation.run() == {"loss": (0 * 4 + 1 * 4 + 2 * 3) / 11}
 
 
-def test_a_model_that_changes_a_parameter_while_it_is_evaluated_is_named() -> None:
-    class Moving(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            self.bias.add_(1.0)
-            return super().forward(x)
+class Moving(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        self.bias.add_(1.0)
+        return super().forward(x)
 
+
+class Replacing(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        self.bias = nn.Parameter(self.bias + 1.0)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Moving, Replacing])
+def test_a_model_that_changes_a_parameter_while_it_is_evaluated_is_named(kind: type[nn.Linear]) -> None:
     with connect("single") as backend:
         data = [(0, torch.ones(1, 2))]
-        evaluation = evaluation_of(Moving(2, 1), lambda: data, lambda m, b: (m(b).mean(), b), {}, backend)
+        evaluation = evaluation_of(kind(2, 1), lambda: data, lambda m, b: (m(b).mean(), b), {}, backend)
         with pytest.raises(DisttrainError, match="the model changed its parameter bias while it was evaluated"):
             evaluation.run()
 
