@@ -1,47 +1,9 @@
 """`interrupt`: a run pauses, and the next `run` continues at that point."""
 
 import pytest
+from recorded import INSIDE, at, log_of, recording
 
 from disttrain.engine import Engine, Events
-
-IN_AN_ITERATION = [
-    Events.GET_BATCH_STARTED,
-    Events.GET_BATCH_COMPLETED,
-    Events.ITERATION_STARTED,
-    Events.ITERATION_COMPLETED,
-]
-INSIDE = [Events.STARTED, Events.EPOCH_STARTED, *IN_AN_ITERATION, Events.EPOCH_COMPLETED]
-RECORDED = [*INSIDE, *(e for e in Events if e not in INSIDE and e is not Events.EXCEPTION_RAISED)]
-
-
-def recording():
-    """Return an engine and the list of the events it fires and the batches it processes."""
-    log = []
-
-    engine = Engine(lambda engine, batch: log.append(batch))
-    for event in RECORDED:
-        engine.add_event_handler(event, lambda engine, name=event.name, iter_counter=None: log.append(name))
-    return engine, log
-
-
-def at(engine, event, number, action):
-    """Call `action(engine)` at the firing of the event with this number, from 1."""
-    num_fired = 0
-
-    def count(engine, iter_counter=None):
-        nonlocal num_fired
-        num_fired += 1
-        if num_fired == number:
-            action(engine)
-
-    engine.add_event_handler(event, count)
-
-
-def log_of(run):
-    """Return the log of a run without a stop."""
-    engine, log = recording()
-    run(engine)
-    return log
 
 
 @pytest.mark.parametrize("event", [*INSIDE, Events.DATALOADER_STOP_ITERATION])

@@ -11,25 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stateful_objects import Number
 from torch import nn
 
 from disttrain.checkpoint import CheckpointInfo, DirectorySaver, DiskSaver, committed, load, save, store_at
 from disttrain.engine import Engine, Events
 from disttrain.errors import CheckpointError
 from disttrain.handlers.checkpoint import Checkpoint
-
-
-class Number:
-    """The smallest object with a state."""
-
-    def __init__(self, value: int = 0) -> None:
-        self.value = value
-
-    def state_dict(self) -> dict[str, int]:
-        return {"value": self.value}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self.value = state["value"]
 
 
 class Memory:

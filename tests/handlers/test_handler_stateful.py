@@ -2,33 +2,20 @@
 
 import copy
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stateful_objects import Number
 from torch import nn
 
 from disttrain.checkpoint import save
 from disttrain.engine import Engine
 from disttrain.errors import CheckpointError
 from disttrain.handlers.stateful import bare, load_objects, map_objects, strongly, weakly
-
-
-class Number:
-    """The smallest object with a state."""
-
-    def __init__(self, value: int = 0) -> None:
-        self.value = value
-
-    def state_dict(self) -> dict[str, int]:
-        return {"value": self.value}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self.value = state["value"]
-
 
 NAMES = st.text("abc", min_size=1, max_size=2)
 TREES = st.recursive(
