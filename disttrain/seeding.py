@@ -3,15 +3,16 @@
 *Contract*: nothing random depends on earlier draws. Each use of randomness has a purpose and a position, and its seed
 is a hash of the run's seed and these two. So a resumed run computes its seeds instead of restoring generators:
 
-| purpose  | position                   | seeds                                                    |
-|----------|----------------------------|----------------------------------------------------------|
-| "init"   | -                          | building the model, the same on every rank               |
-| "order"  | epoch                      | the order of the samples                                 |
-| "batch"  | epoch, step in epoch, slot | python, numpy and torch in the process that loads it     |
-| "stream" | epoch, slot                | as "batch", in the process that opens the slot's stream  |
-| "step"   | step, slot                 | torch's generators before that slot's forward: dropout   |
-| "valid"  | number of the batch        | as "batch", for validation data                          |
-| "data"   | -                          | building the datasets, the same on every rank            |
+| purpose      | position                   | seeds                                                    |
+|--------------|----------------------------|----------------------------------------------------------|
+| "init"       | -                          | building the model, the same on every rank               |
+| "order"      | epoch                      | the order of the samples                                 |
+| "batch"      | epoch, step in epoch, slot | python, numpy and torch in the process that loads it     |
+| "stream"     | epoch, slot                | as "batch", in the process that opens the slot's stream  |
+| "step"       | step, slot                 | torch's generators before that slot's forward: dropout   |
+| "valid"      | number of the batch        | as "batch", for validation data                          |
+| "data"       | -                          | building the datasets, the same on every rank            |
+| "evaluation" | number of the batch        | python, numpy and torch before that batch's forward      |
 
 A seed is never `seed + i`, because such seeds coincide: seed 0 in epoch 1 is seed 1 in epoch 0.
 """

@@ -166,9 +166,9 @@ def encode_state(
     if numpy and isinstance(value, np.generic) and value.dtype.name in NUMPY_DTYPES:
         return {"$numpy": value.dtype.name, "value": inside("value", value.item())}
     if numpy and kind is np.ndarray and value.dtype.name in NUMPY_DTYPES and value.dtype.isnative:
-        # A copy only where torch cannot share the memory: it takes no negative strides and nothing read-only.
-        plain = value if value.flags.writeable and min(value.strides, default=0) >= 0 else value.copy()
-        return {"$array": on_tensor(torch.from_numpy(plain), name, path)}
+        # A copy only where torch cannot share the memory: it takes nothing read-only, and strides of whole items only.
+        shareable = value.flags.writeable and all(step >= 0 and step % value.itemsize == 0 for step in value.strides)
+        return {"$array": on_tensor(torch.from_numpy(value if shareable else value.copy()), name, path)}
     hint = "; convert it with .item()" if kind.__module__ == "numpy" and hasattr(value, "item") else ""
     raise CheckpointError(f"{path} is a {type_name(value)}, which a checkpoint cannot hold; expected {_CAN_HOLD}{hint}")
 
@@ -207,14 +207,10 @@ def _restore_tagged(tree: dict[str, Json], fetch: Fetch, depth: int, path: str) 
             if all(type(size) is int and 0 <= size < 2**63 for size in shape):
                 return fetch(name, dtype, tuple(shape), path)
         case {"$numpy": str(name), "value": value, **rest} if not rest and name in NUMPY_DTYPES:
-            number = restore_state(value, fetch, depth, path)
-            try:
-                return np.dtype(name).type(number)
-            except (TypeError, ValueError, OverflowError) as error:
-                raise DamagedError(f"the state holds {str(number)[:40]!r} where a {name} belongs") from error
-        case {"$array": {"$tensor": _} as inner, **rest} if not rest:
+            return _numpy_number(name, restore_state(value, fetch, depth, path))
+        case {"$array": {"$tensor": _, "dtype": str(name)} as inner, **rest} if not rest and name in NUMPY_DTYPES:
             tensor = restore_state(inner, fetch, depth, path)
-            return tensor.numpy() if isinstance(tensor, Tensor) else tensor
+            return tensor if tensor.is_meta else tensor.numpy()  # an export describes tensors before it reads them
         case {"$int": str(text), **rest} if not rest:
             try:
                 return int(text, 16)
@@ -240,6 +236,17 @@ def _restore_tagged(tree: dict[str, Json], fetch: Fetch, depth: int, path: str) 
                 ordered._metadata = metadata  # type: ignore[attr-defined]
             return ordered
     raise DamagedError(f"the state holds an object with the keys {sorted(tree)}; no release writes such an object")
+
+
+def _numpy_number(name: str, number: Any) -> Any:
+    """Return a number as numpy's type `name`; DamagedError unless it is what `item()` of that type returns."""
+    kind: Any = np.dtype(name).type
+    try:
+        if type(number) is type(kind().item()):
+            return kind(number)
+    except OverflowError:
+        pass
+    raise DamagedError(f"the state holds {str(number)[:40]!r} where a {name} belongs")
 
 
 def _restore_dict(tree: Json, fetch: Fetch, depth: int, path: str) -> dict[Any, Any]:

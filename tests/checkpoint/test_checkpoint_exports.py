@@ -5,6 +5,7 @@ import resource
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -57,6 +58,7 @@ def test_a_checkpoint_of_two_ranks_is_exported_whole(tmp_path: Path) -> None:
     ("state", "names"),
     [
         ({"a": torch.ones(1), "b": [torch.ones(2)]}, ["a", "b.0"]),  # no "model": all tensors
+        ({"model": {"w": torch.ones(3), "extra": {"counts": np.zeros(2)}}}, ["extra.counts", "w"]),
         (torch.ones(3), ["tensor"]),  # the name that a tensor alone has in the checkpoint
     ],
 )

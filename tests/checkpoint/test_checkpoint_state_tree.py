@@ -134,10 +134,13 @@ NUMBERS = st.sampled_from(sorted(NUMPY_DTYPES)).flatmap(
 )
 
 
-@given(NUMBERS, st.sampled_from(["plain", "transposed", "reversed", "read-only", "scalar"]))
+@given(NUMBERS, st.sampled_from(["plain", "transposed", "reversed", "read-only", "packed", "scalar"]))
 @settings(deadline=None)
 def test_numpys_numbers_and_arrays_come_back_as_they_were(folder: Path, array: Any, form: str) -> None:
     value = {"transposed": array.T, "reversed": array[::-1] if array.ndim else array}.get(form, array)
+    if form == "packed":  # its steps are of no whole items
+        value = np.zeros(array.shape, [("before", "i1"), ("value", array.dtype)])["value"]
+        value[...] = array
     if form == "read-only":
         value.flags.writeable = False
     if form == "scalar":
@@ -153,6 +156,10 @@ def test_numpys_numbers_and_arrays_come_back_as_they_were(folder: Path, array: A
         {"$numpy": "int8", "value": 300},
         {"$numpy": "float64", "value": "x"},
         {"$numpy": "object", "value": 1},
+        {"$numpy": "float64", "value": [1, 2]},
+        {"$numpy": "bool", "value": "x"},
+        {"$numpy": "int64", "value": 2.5},
+        {"$array": {"$tensor": "a", "dtype": "bfloat16", "shape": [1]}},
         {"$array": 3},
         {"$array": {"$tuple": []}},
     ],
