@@ -1,9 +1,9 @@
 """Check that the parts of a run hold what their checkpoint holds, to the last bit.
 
-*Contract*: after every restore the state of each part is read back and compared with the state that was loaded: names,
-types, dtypes, shapes and values. A `load_state_dict` that rounds, forgets or ignores something stops the run here, by
-the name of what differs, and not later by other bits. A part may have more than the checkpoint: an option that a newer
-library added.
+*Contract*: after every restore the states of model, optimizer, precision, schedule and kept objects are read back and
+compared with the states that were loaded: names, types, dtypes, shapes and values. A `load_state_dict` that rounds,
+forgets or ignores something stops the run here, by the name of what differs, and not later by other bits. A part may
+have more than the checkpoint: an option that a newer library added.
 
 *Errors*: CheckpointError with the path, the saved and the restored value.
 
@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from disttrain.errors import CheckpointError
+from disttrain.handlers.stateful import bare
 
 
 def check_restored(name: str, saved: Any, part: Any) -> None:
     """Raise CheckpointError unless the state of `part` is the saved one."""
+    part = bare(part)  # a checkpoint holds the state of the model inside torch.compile
     difference = state_difference(saved, part.state_dict(), name)
     if difference is not None:
         path, expected, got = difference

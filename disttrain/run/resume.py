@@ -21,7 +21,6 @@ from disttrain.errors import CheckpointError, ConfigError, DataError
 from disttrain.handlers.checkpoint import Checkpoint
 from disttrain.handlers.progress import dropping, warn
 from disttrain.parallel.counterparts import Counterparts
-from disttrain.parallel.optimizer_state import load_optimizer
 from disttrain.run import checkpoint_places
 from disttrain.run.restored import check_restored
 from disttrain.run.state import Run
@@ -126,21 +125,13 @@ def load_parts(run: Run, saved: Mapping[str, Any], console: Console) -> None:
             if not isinstance(run.kept[name], nn.Module | Optimizer):  # these two copy to their own devices
                 saved_state = on_devices(saved_state, counterparts, f"{KEPT}.{name}")
             try:
-                load_kept(run.kept[name], kept[name], saved_state)
+                Checkpoint.load_objects({name: kept[name]}, {name: saved_state})
             except Exception as error:
                 raise ConfigError(
                     f"run.keep({name!r}, ...): {type(error).__name__} while its state was loaded: {error}; its "
                     "load_state_dict must take what its state_dict returned when the checkpoint was saved"
                 ) from error
             check_restored(f"{KEPT}.{name}", saved_state, kept[name])
-
-
-def load_kept(kept_object: Any, stateful: Any, state: Any) -> None:
-    """Load a kept object's state; `stateful` is the object as its layout saves and loads it."""
-    if isinstance(kept_object, Optimizer) and stateful is kept_object:
-        load_optimizer(kept_object, state)
-    else:
-        stateful.load_state_dict(state)
 
 
 def on_devices(state: Any, counterparts: Counterparts, path: str) -> Any:

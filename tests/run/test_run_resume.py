@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_run import console, points, printed, small_run, trained
+from small_run import console, net, points, printed, small_run, trained
 from torch import Tensor
 
 from disttrain.engine import Engine, Events
@@ -68,6 +68,22 @@ def test_a_kept_average_is_that_of_an_uninterrupted_run(tmp_path: Path) -> None:
     assert "resuming from step 4" in printed(to)
     assert "WARNING" not in printed(to)
     assert hexes(resumed.average) == hexes(whole.average) != hexes(stopped.average)
+
+
+def test_a_compiled_model_and_a_compiled_kept_object_are_resumed(tmp_path: Path) -> None:
+    def compiled_net() -> Any:
+        return torch.compile(net(), backend="eager")
+
+    def keeping(trainer: Engine, run: Run) -> None:
+        copy = run.keep("copy", compiled_net())
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: copy.load_state_dict(run.model.state_dict()))
+
+    whole = trained(tmp_path / "whole", model=compiled_net, max_epochs=2, handlers=[keeping])
+    trained(tmp_path / "cut", model=compiled_net, max_epochs=1, handlers=[keeping])
+    to = console()
+    resumed = trained(tmp_path / "cut", to, model=compiled_net, max_epochs=2, handlers=[keeping])
+    assert "resuming from step 4" in printed(to)
+    assert resumed["params_sha256"] == whole["params_sha256"]
 
 
 def test_an_object_that_is_not_kept_gives_a_warning_before_the_first_step(tmp_path: Path) -> None:
