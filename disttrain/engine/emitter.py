@@ -128,6 +128,11 @@ class Emitter:
             for registration in self._handler_lists[event_name].registrations
         )
 
+    def registrations(self) -> list[Registration]:
+        """Return the handlers with their arguments: event by event, in the order in which they run."""
+        lists = self._handler_lists.values()
+        return [each for handler_list in lists for each in handler_list.registrations if each.due != REMOVED]
+
     def remove_event_handler(self, handler: Callable[..., Any], event_name: Event) -> None:
         """Remove every copy of `handler` from the event; ValueError if there is none."""
         handler_list = self._handler_list(event_name)

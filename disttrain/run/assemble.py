@@ -112,21 +112,13 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out
 
 def call_handlers(run: Run) -> None:
     """Call the config's handlers, and note which functions they attach to the trainer."""
-    trainer = run.trainer
-    add_event_handler = trainer.add_event_handler
-
-    def add_and_note(event: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        run.attached.append((name, partial(function, *args, **kwargs)))
-        return add_event_handler(event, function, *args, **kwargs)
-
     for handler in run.config.handlers:
         name = str(getattr(handler, "__name__", type(handler).__name__))
+        before = run.trainer.registrations()
+        build(f"handler {name}", handler, run.trainer, run)
+        added = [each for each in run.trainer.registrations() if each not in before]
         run.attached.append((name, handler))
-        trainer.add_event_handler = add_and_note  # type: ignore[method-assign,assignment]
-        try:
-            build(f"handler {name}", handler, trainer, run)
-        finally:
-            del trainer.add_event_handler
+        run.attached.extend((name, partial(each.function, *each.args, **each.kwargs)) for each in added)
 
 
 def build_model(config: Config, backend: Backend) -> nn.Module:

@@ -97,7 +97,18 @@ def test_the_functions_that_a_handler_attaches_are_noted_by_its_name(tmp_path: P
     run = small_run(tmp_path, handlers=[first, lambda trainer, run: None])
     assert [name for name, _ in run.attached] == ["first", "first", "first", "<lambda>"]
     assert run.trainer.has_event_handler(act, Events.STARTED)
-    assert "add_event_handler" not in vars(run.trainer)  # the wrapper that notes the functions is gone
+
+
+def test_a_handler_calls_the_trainer_as_it_calls_any_engine(tmp_path: Path) -> None:
+    def act(engine: Engine, number: int) -> None:
+        return
+
+    def by_keyword(trainer: Engine, run: Run) -> None:
+        trainer.add_event_handler(event_name=Events.STARTED, handler=act, number=3)
+
+    ((_, handler), (name, attached)) = small_run(tmp_path, handlers=[by_keyword]).attached
+    assert (handler, name) == (by_keyword, "by_keyword")
+    assert (attached.func, attached.keywords) == (act, {"number": 3})
 
 
 def test_best_uses_the_direction_of_the_metric(tmp_path: Path) -> None:
