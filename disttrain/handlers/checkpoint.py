@@ -252,20 +252,7 @@ class Checkpoint:
         score = ("_{score_name}={score}" if with_score_name else "_{score}") if with_score else ""
         return f"{'{filename_prefix}_' * with_prefix}{{name}}{'_{global_step}' * with_global_step}{score}.{{ext}}"
 
-    @staticmethod
-    def load_objects(
-        to_load: Mapping[str, Any],
-        checkpoint: Mapping[str, Any] | str | Path,
-        strict: bool = True,
-        allow_missing: bool = False,
-    ) -> None:
-        """Load objects from a checkpoint: a dict, a file, a checkpoint directory, or a directory of those.
-
-        Nothing is loaded if one of them is missing, unless `allow_missing`: then such an object stays as it is, and a
-        state that no object takes is dropped, each with a warning. `strict` is passed to modules: False lets their keys
-        differ.
-        """
-        load_objects(to_load, checkpoint, strict, allow_missing)
+    load_objects = staticmethod(load_objects)
 
 
 def _own_state(saved: list[SavedCheckpoint]) -> dict[str, Any]:

@@ -28,8 +28,9 @@ def load_objects(
 ) -> None:
     """Load objects from a checkpoint: a dict, a file, a checkpoint directory, or a directory of those.
 
-    `strict` is passed to modules: with False their keys may differ from the checkpoint's. `allow_missing`: an object
-    that the checkpoint lacks stays as it is, and a state that no object takes is dropped, each with a warning.
+    Nothing is loaded if one of them is missing, unless `allow_missing`: then such an object stays as it is, and a
+    state that no object takes is dropped, each with a warning. `strict` is passed to modules: False lets their keys
+    differ.
     """
     if not isinstance(to_load, Mapping):
         raise TypeError(f"expected to_load to be a dict of objects, got {type(to_load).__name__}")
@@ -40,9 +41,9 @@ def load_objects(
         state = dict.fromkeys(to_load, state)  # the checkpoint of a single object is its state, without a name
     if allow_missing:
         for name in [name for name in to_load if name not in state]:
-            warnings.warn(f"the checkpoint holds no {name!r}: it begins anew", UserWarning, stacklevel=3)
+            warnings.warn(f"the checkpoint holds no {name!r}: it begins anew", UserWarning, stacklevel=2)
         for name in [name for name in state if name not in to_load]:
-            warnings.warn(f"the checkpoint holds {name!r}, which no object takes", UserWarning, stacklevel=3)
+            warnings.warn(f"the checkpoint holds {name!r}, which no object takes", UserWarning, stacklevel=2)
         to_load = {name: each for name, each in to_load.items() if name in state}
     if missing := [name for name in to_load if name not in state]:
         raise ValueError(f"{missing[0]!r} from `to_load` is not found in the checkpoint; it holds {list(state)}")
