@@ -15,6 +15,7 @@ consists of, is left out. Nothing is changed, and no property is read.
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -44,13 +45,18 @@ def unkept_objects(handlers: Iterable[tuple[str, Any]], run: Run) -> dict[str, A
 
 def unkept_values(handlers: Iterable[tuple[str, Any]], run: Run) -> dict[str, Any]:
     """Return by path the tensors, arrays, numbers and texts that `handlers` reach and no checkpoint holds."""
-    found = {path: value for path, value in _reached(handlers, run) if isinstance(value, (Tensor, np.ndarray, *_PLAIN))}
-    return {} if len(found) >= MAX_VALUES else found
+    reached = list(_reached(handlers, run))
+    if len(reached) >= MAX_VALUES:
+        return {}
+    return {path: value for path, value in reached if isinstance(value, (Tensor, np.ndarray, *_PLAIN))}
 
 
 def _has_state(value: Any) -> bool:
     """Return whether an object has the two methods, and a state that is not empty."""
-    if not all(callable(getattr(value, method, None)) for method in ("state_dict", "load_state_dict")):
+    try:
+        if not all(callable(getattr(value, method, None)) for method in ("state_dict", "load_state_dict")):
+            return False
+    except Exception:  # noqa: BLE001 - a proxy whose __getattr__ raises
         return False
     try:
         return bool(value.state_dict())
@@ -87,7 +93,16 @@ def _reached(handlers: Iterable[tuple[str, Any]], run: Run) -> Iterator[tuple[st
         count += 1
         yield path, value
         if not plain and depth < FOLLOWED_DEPTH:
-            pending += [(below, inner, depth + 1) for below, inner in reversed(list(_inside(path, value)))]
+            inside = _first_inside(path, value, MAX_VALUES - count)
+            pending += [(below, inner, depth + 1) for below, inner in reversed(inside)]
+
+
+def _first_inside(path: str, value: Any, num: int) -> list[tuple[str, Any]]:
+    """Return the first `num` (path, value) that one object holds; none if it cannot be looked into now."""
+    try:
+        return list(islice(_inside(path, value), num))
+    except Exception:  # noqa: BLE001 - the user's own code: a state_dict, or a dict that reads its values
+        return []
 
 
 def _inside(path: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -103,7 +118,7 @@ def _inside(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, types.FunctionType):
         yield from _of_function(path, value)
     elif isinstance(value, Mapping):
-        yield from ((f"{path}[{key!r}]", item) for key, item in list(value.items()))
+        yield from ((f"{path}[{key!r}]", item) for key, item in value.items())
     elif isinstance(value, list | tuple | set | frozenset):
         yield from ((f"{path}[{index}]", item) for index, item in enumerate(value))
     elif isinstance(value, nn.Module | Optimizer):

@@ -1,6 +1,7 @@
 """State that a handler holds and no checkpoint saves is found in every place; saved state is not reported."""
 
 from collections import deque
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from disttrain.engine import Engine, Events
-from disttrain.run.handler_state import unkept_objects, unkept_values
+from disttrain.run.handler_state import MAX_VALUES, unkept_objects, unkept_values
 from disttrain.run.state import Run
 
 GLOBAL: dict[str, Any] = {}
@@ -176,3 +177,44 @@ def test_an_object_whose_state_dict_raises_is_reported_without_an_error(tmp_path
 
     run = small_run(tmp_path, handlers=[early])
     assert list(unkept_objects(run.attached, run)) == ["early.average"]
+
+
+def test_a_proxy_that_raises_for_every_attribute_is_passed_over(tmp_path: Path) -> None:
+    class Lazy:
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError("not connected yet")
+
+    def connected(trainer: Engine, run: Run) -> None:
+        service = Lazy()
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: service)
+
+    run = small_run(tmp_path, handlers=[connected])
+    assert unkept_objects(run.attached, run) == {}
+    assert unkept_values(run.attached, run) == {}
+
+
+class Rows(Mapping[int, int]):
+    """A table of many rows, which counts the rows that are read."""
+
+    num_read = 0
+
+    def __getitem__(self, key: int) -> int:
+        self.num_read += 1
+        return key
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(10 * MAX_VALUES))
+
+    def __len__(self) -> int:
+        return 10 * MAX_VALUES
+
+
+def test_data_is_not_read_to_its_end_and_is_no_state(tmp_path: Path) -> None:
+    rows = Rows()
+
+    def table(trainer: Engine, run: Run) -> None:
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: rows)
+
+    run = small_run(tmp_path, handlers=[table])
+    assert unkept_values(run.attached, run) == {}
+    assert 0 < rows.num_read <= MAX_VALUES
