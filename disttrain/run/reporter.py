@@ -5,6 +5,7 @@ the same lines in the same order, so what is shown is what is written.
 """
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from disttrain.evidence import Ledger
@@ -48,9 +49,8 @@ class Reporter:
             self._curves.sync()
 
     def close(self) -> None:
-        """Close the files and remove the display; any number of times."""
-        self._ledger.close()
-        if self._curves is not None:
-            self._curves.close()
-        if self._display is not None:
-            self._display.close()
+        """Remove the display and close the files, each even if another cannot be closed; any number of times."""
+        with ExitStack() as stack:
+            for part in (self._ledger, self._curves, self._display):
+                if part is not None:
+                    stack.callback(part.close)

@@ -66,7 +66,6 @@ def check_kept(run: Run) -> None:
 
 def restore(run: Run, console: Console) -> int:
     """Load the newest good checkpoint, if there is one; return its step, or 0. Print a warning for damaged ones."""
-    check_kept(run)
     found = checkpoint_places.load_newest_checkpoint(run)
     warn_of_kernels(run, {} if found is None else found.manifest.position, console)
     step = 0

@@ -69,13 +69,13 @@ def small_run(folder: Path, left_out: dict[int, str] | None = None, **changes: A
     return assemble(small_config(**changes), single(), directory, {} if left_out is None else left_out)
 
 
-def trained(folder: Path, to: Console | None = None, **changes: Any) -> dict[str, Any]:
+def trained(folder: Path, to: Console | None = None, *, fresh: bool = False, **changes: Any) -> dict[str, Any]:
     """Train in `folder`, from its newest checkpoint on; return the content of result.json."""
     threads, fill = torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     try:
         with single() as backend, Preemption() as preemption:
             directory = RunDirectory(folder / "small")
-            return train(small_config(**changes), backend, directory, to or console(), preemption)
+            return train(small_config(**changes), backend, directory, to or console(), preemption, fresh=fresh)
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pytest
+
 from disttrain.handlers.losses import Pace
 from disttrain.run.reporter import Reporter
 
@@ -31,6 +33,17 @@ def test_every_call_is_passed_on() -> None:
     assert curves.calls == [("trained", LINES, PACE), ("validated", 2, 1, {"loss": 0.25}), ("sync",), ("close",)]
     validated = ("validated", 2, 1, {"loss": 0.25})
     assert display.calls == [("pace", PACE), validated, ("line", "WARNING: rank 1 is slow"), ("close",)]
+
+
+def test_a_full_disk_does_not_leave_the_display_on_the_screen() -> None:
+    class Full(Recorder):
+        def close(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    curves, display = Recorder(), Recorder()
+    with pytest.raises(OSError, match="No space left"):
+        Reporter(Full(), curves, display).close()  # type: ignore[arg-type]
+    assert curves.calls == display.calls == [("close",)]
 
 
 def test_the_other_ranks_write_only_a_ledger() -> None:

@@ -119,7 +119,19 @@ def test_a_state_that_cannot_be_saved_is_a_config_error_before_the_first_step(tm
     broken.average.shadow = {"rate": object()}  # type: ignore[dict-item]
     with pytest.raises(ConfigError, match=r"^run.keep\('average', ...\): its state cannot be saved: .*rate"):
         trained(tmp_path, handlers=[broken])
-    assert not any((tmp_path / "small" / "checkpoints").iterdir())
+    assert not (tmp_path / "small").exists()
+
+
+def test_an_object_that_cannot_be_saved_leaves_the_old_run_in_its_place(tmp_path: Path) -> None:
+    trained(tmp_path, max_epochs=1)
+    broken = Averaging()
+    broken.average.shadow = {"rate": object()}  # type: ignore[dict-item]
+    with pytest.raises(ConfigError, match="its state cannot be saved"):
+        trained(tmp_path, fresh=True, handlers=[broken])
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+    to = console()
+    trained(tmp_path, to, max_epochs=2)
+    assert "resuming from step 4" in printed(to)
 
 
 def test_user_keys_that_a_checkpoint_lacks_begin_anew(tmp_path: Path) -> None:
