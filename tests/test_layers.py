@@ -106,15 +106,15 @@ def test_a_planted_import_is_found(tmp_path: Path, name: str, line: str, expecte
     assert any(violation.startswith(expected) for violation in violations(tmp_path / "disttrain"))
 
 
-def test_the_package_has_at_most_8_floors() -> None:
-    assert len(FLOORS) <= 8
+def test_the_package_has_8_floors() -> None:
+    assert len(FLOORS) == 8
 
 
-def test_environment_variables_are_read_in_one_place() -> None:
+def test_environment_variables_are_read_in_two_files() -> None:
     readers = {
-        room_of(path, PACKAGE)
+        path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "putenv")
     }
-    assert readers <= {"environment", "launching"}
+    assert readers == {"environment.py", "launching/torchrun.py"}

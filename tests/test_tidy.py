@@ -101,6 +101,16 @@ VIOLATIONS: list[tuple[Rule, Tree, str]] = [
     ),
     (untested_modules, {"disttrain/room/a.py": "", "tests/test_room_a.py": ""}, "disttrain/room/a.py:1: no test file"),
     (untested_modules, {"disttrain/a.py": "", "tests/room/test_a.py": ""}, "disttrain/a.py:1: no test file"),
+    (
+        untested_modules,  # a longer name
+        {"disttrain/run/state.py": "", "tests/run/test_run_handler_state.py": ""},
+        "disttrain/run/state.py:1: no test file",
+    ),
+    (
+        untested_modules,  # the name of another module that begins alike
+        {"disttrain/room/a.py": "", "disttrain/room/a_b.py": "", "tests/room/test_room_a_b.py": ""},
+        "disttrain/room/a.py:1: no test file",
+    ),
     (untested_modules, {"disttrain/a.py": "", "tests/test_room_a.py": ""}, "disttrain/a.py:1: no test file"),
     (
         untested_modules,
@@ -128,6 +138,11 @@ VIOLATIONS: list[tuple[Rule, Tree, str]] = [
         missing_paths,
         {"docs/extending.md": "See `gone/NAME.py`.\n"},
         "docs/extending.md:1: `gone/NAME.py` does not exist",
+    ),
+    (
+        missing_paths,  # after a fence, which is not read
+        {"docs/extending.md": "```\nx\n```\n`gone.py`\n"},
+        "docs/extending.md:4: `gone.py` does not exist",
     ),
     (missing_paths, {"docs/page.md": ""}, "docs/extending.md:1: the page is missing"),
 ]

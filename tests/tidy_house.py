@@ -64,8 +64,6 @@ def read_tree(text: str) -> tuple[ast.Module, tuple[ast.stmt, ...]]:
         for field in ("annotation", "returns"):
             if isinstance(annotation := getattr(node, field, None), ast.expr):
                 setattr(node, field, _Unquoted().visit(annotation))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "cast":
-            node.args[0] = _Unquoted().visit(node.args[0])
     return tree, tuple(node for node in nodes if isinstance(node, ast.stmt))
 
 

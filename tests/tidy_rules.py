@@ -218,14 +218,26 @@ def untested_modules(root: Path) -> list[str]:
     for module in read_house(root).values():
         *room, name = Path(module.path).with_suffix("").parts[1:]
         folder = root.joinpath("tests", *room)
-        stems = [path.stem for path in folder.glob("test_*.py")] if room else []
-        tested = any(stem.endswith(f"_{name}") or f"_{name}_" in stem for stem in stems)
+        names = {path.stem for path in (root / PACKAGE).joinpath(*room).glob("*.py")}
+        tests = [_without_room(path.stem, room) for path in folder.glob("test_*.py")] if room else []
+        tested = any(_module_of(test, names) == name for test in tests)
+        tested |= [name] == room and any(_module_of(test, names) == "" for test in tests)  # engine/engine.py
         tested |= "xla" in name and any(name in path.stem for path in (root / "tests/xla").glob("test_*.py"))
         tested |= not room and (folder / f"test_{name}.py").exists()
         if not tested and name not in ("__init__", "__main__"):
             wanted = "/".join(["tests", *room, f"test_{'_'.join([*room, name])}.py"])
             found.append(f"{module.path}:1: no test file has its name; write {wanted}")
     return found
+
+
+def _without_room(stem: str, room: list[str]) -> str:
+    """Return the stem of a test file without `test_` and the name of its room, in the plural or the singular."""
+    return re.sub(rf"^({'|'.join(room)}|{'|'.join(room).removesuffix('s')})_", "", stem.removeprefix("test_"))
+
+
+def _module_of(test: str, names: set[str]) -> str:
+    """Return the longest name of a module with which the name of a test file begins; "" if there is none."""
+    return max((name for name in names if f"{test}_".startswith(f"{name}_")), key=len, default="")
 
 
 def repeated_test_files(root: Path) -> list[str]:

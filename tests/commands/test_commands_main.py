@@ -42,6 +42,12 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert usage.startswith("usage: ")
 
 
+def test_doctor_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0
+    assert re.search(rf"(?m)^disttrain +{re.escape(__version__)} *$", out), out
+
+
 @pytest.mark.parametrize("words", [(), ("fly",), ("doctor", "fly")])
 def test_an_unknown_word_is_refused(capsys: pytest.CaptureFixture[str], words: tuple[str, ...]) -> None:
     code, out, err = run(capsys, *words)

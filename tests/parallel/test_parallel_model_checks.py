@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.errors import ConfigError
 from disttrain.parallel.model_checks import check_model
@@ -25,6 +26,14 @@ def test_models_that_cannot_give_the_same_bits_are_refused(model: nn.Module, exp
         check_model(model, torch.device("cpu"))
 
 
-def test_a_model_in_a_wrapper_is_refused_and_a_bare_one_is_taken() -> None:
+def test_a_model_in_a_wrapper_is_refused() -> None:
+    wrapped = DistributedDataParallel.__new__(DistributedDataParallel)  # a real one needs a process group
+    nn.Module.__init__(wrapped)
+    wrapped.module = nn.Linear(1, 1)
+    with pytest.raises(ConfigError, match="expected a bare model, got DistributedDataParallel"):
+        check_model(wrapped, None)
+
+
+def test_bare_models_are_taken() -> None:
     check_model(nn.Sequential(nn.Embedding(4, 2), nn.BatchNorm1d(2)), torch.device("cpu"))
     check_model(nn.Linear(1, 1), None)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_run import small_run, trained
+from small_run import console, printed, trained
 from torch import nn
 
 from disttrain.engine import Engine
@@ -90,5 +90,7 @@ def test_every_part_of_a_small_run_is_accepted(tmp_path: Path) -> None:
 
     changes: dict[str, Any] = {"schedule": schedule, "precision": "fp16", "max_epochs": None}
     trained(tmp_path, max_steps=4, checkpoint={"every_steps": 2}, **changes)
-    run = small_run(tmp_path, max_steps=4, **changes)
-    assert run.schedule is not None
+    to = console()
+    result = trained(tmp_path, to, max_steps=6, **changes)
+    assert "resuming from step 4" in printed(to)
+    assert result["step"] == 6
