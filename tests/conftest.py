@@ -4,6 +4,7 @@ No test depends on the speed of the machine or on chance. Laws are tested on the
 tests them on new examples (`--hypothesis-profile explore`).
 """
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -21,3 +22,11 @@ def ranks() -> Iterator[Ranks]:
     pool = Ranks()
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Free objects by reference counting alone."""
+    gc.disable()
+    yield  # a fixture goes on here also after a test that failed
+    gc.enable()

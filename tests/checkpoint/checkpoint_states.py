@@ -23,6 +23,13 @@ COMMON_DTYPES = [dtype for dtype in DTYPES if dtype_name(dtype) not in AS_BYTES]
 """The dtypes that the safetensors format has."""
 
 
+def flip(path: Path, position: int) -> None:
+    """Change one bit of the byte at `position` of a file."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << (position % 8)
+    path.write_bytes(content)
+
+
 def tensor_of(dtype: torch.dtype, shape: list[int], seed: int = 0) -> torch.Tensor:
     """Return a tensor of random bits; a bool tensor has random truth values."""
     numbers = torch.Generator().manual_seed(seed)

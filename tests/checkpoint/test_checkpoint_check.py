@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_states import flip
 from checkpoint_strangers import victim_in_two, write_manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,12 +22,6 @@ from disttrain.errors import CheckpointError
 def good(tmp_path: Path) -> Path:
     """A checkpoint of step 30, with two tensors."""
     return save(tmp_path / "c", 30, {"a": torch.arange(5), "b": torch.ones(2, 2)})
-
-
-def flip(path: Path, position: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1 << (position % 8)
-    path.write_bytes(content)
 
 
 @given(data=st.data())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from checkpoint_children import fork, wait
-from checkpoint_states import mark_of, marked
+from checkpoint_states import flip, mark_of, marked
 from checkpoint_strangers import rewrite
 
 from disttrain.checkpoint import DamagedError, clean, committed, load, load_newest, save, verify
@@ -23,12 +23,6 @@ def root(tmp_path: Path) -> Path:
     for step in (10, 20, 30):
         save(tmp_path / "c", step, marked(step))
     return tmp_path / "c"
-
-
-def flip(path: Path, position: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1 << (position % 8)
-    path.write_bytes(content)
 
 
 DAMAGE: dict[str, Callable[[Path], Any]] = {

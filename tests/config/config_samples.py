@@ -4,7 +4,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
+
 from disttrain.config import Config
+from disttrain.errors import ConfigError
 
 CFG = """\
 from functools import partial
@@ -86,6 +89,13 @@ def sample(**changes: Any) -> Config:
         "max_epochs": 20,
     }
     return Config(**{**values, **changes})
+
+
+def refused(**changes: object) -> str:
+    """Return the message with which a Config with these changes is refused."""
+    with pytest.raises(ConfigError) as caught:
+        sample(**changes)
+    return str(caught.value)
 
 
 def write_cfg(folder: Path, name: str = "digits.py", text: str = CFG) -> Path:

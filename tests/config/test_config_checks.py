@@ -4,17 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from config_samples import loss, net, sample
+from config_samples import loss, net, refused, sample
 from torch import nn
 
 from disttrain.config import check_devices, check_slots
 from disttrain.errors import ConfigError
-
-
-def refused(**changes: object) -> str:
-    with pytest.raises(ConfigError) as caught:
-        sample(**changes)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "a\\b", ".hidden", "", "..", " a", "a\n", "x" * 201])

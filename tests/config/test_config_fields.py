@@ -6,16 +6,10 @@ import sys
 from functools import partial
 
 import pytest
-from config_samples import accuracy, data, net, sample
+from config_samples import accuracy, data, net, refused, sample
 
 from disttrain.config import CheckpointConfig, Config, LogConfig, ValidateConfig, replace, with_num_slots
 from disttrain.errors import ConfigError
-
-
-def refused(**changes: object) -> str:
-    with pytest.raises(ConfigError) as caught:
-        sample(**changes)
-    return str(caught.value)
 
 
 def test_defaults_are_those_of_the_table() -> None:

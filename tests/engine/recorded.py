@@ -26,6 +26,12 @@ def recording(process=lambda engine, batch: None):
     return engine, log
 
 
+def recording_batches():
+    """Return an engine and the list of (epoch, iteration, batch) it processes."""
+    log = []
+    return Engine(lambda engine, batch: log.append((engine.state.epoch, engine.state.iteration, batch))), log
+
+
 def at(engine, event, number, action):
     """Call `action(engine)` at the firing of the event with this number, from 1."""
     num_fired = 0

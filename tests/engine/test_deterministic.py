@@ -1,6 +1,5 @@
 """DeterministicEngine: a resumed run gets the batches of the uninterrupted run, from any kind of data."""
 
-import gc
 import inspect
 import io
 import pickle
@@ -648,18 +647,15 @@ def nothing(engine: DeterministicEngine, batch: Any) -> None:
     return None
 
 
+@pytest.mark.usefixtures("no_collector")
 def test_an_engine_is_freed_at_once_and_can_be_pickled() -> None:
     engine = DeterministicEngine(nothing)
     engine.run(MAP_STYLE["shuffled"]())
     copy = pickle.loads(pickle.dumps(DeterministicEngine(nothing)))
     assert copy.run([1, 2]).iteration == 2
     reference = weakref.ref(engine)
-    gc.disable()
-    try:
-        del engine
-        assert reference() is None
-    finally:
-        gc.enable()
+    del engine
+    assert reference() is None
 
 
 def test_signature() -> None:

@@ -3,18 +3,13 @@
 from types import MappingProxyType
 
 import pytest
+from recorded import recording_batches
 
-from disttrain.engine import Engine, Events
-
-
-def recording():
-    """Return an engine and the list of (epoch, iteration, batch) it processes."""
-    log = []
-    return Engine(lambda engine, batch: log.append((engine.state.epoch, engine.state.iteration, batch))), log
+from disttrain.engine import Events
 
 
 def test_state_dict_of_a_fresh_engine_loads():
-    engine, log = recording()
+    engine, log = recording_batches()
     assert engine.state_dict() == {"epoch_length": None, "iteration": 0, "max_epochs": None}
     engine.load_state_dict(engine.state_dict())
     engine.run("ab")
@@ -22,7 +17,7 @@ def test_state_dict_of_a_fresh_engine_loads():
 
 
 def test_state_dict_after_a_run():
-    engine, _ = recording()
+    engine, _ = recording_batches()
     engine.run("abc", max_epochs=2)
     assert engine.state_dict() == {"epoch_length": 3, "iteration": 6, "max_epochs": 2}
     engine.state.max_epochs = None
@@ -31,12 +26,12 @@ def test_state_dict_after_a_run():
 
 
 def test_state_dict_holds_the_user_keys():
-    engine, _ = recording()
+    engine, _ = recording_batches()
     engine.state_dict_user_keys.append("alpha")
     engine.state.alpha = 0.5
     saved = engine.state_dict()
     assert saved["alpha"] == 0.5
-    other, _ = recording()
+    other, _ = recording_batches()
     other.state_dict_user_keys.append("alpha")
     with pytest.raises(ValueError, match="alpha"):
         other.load_state_dict({"epoch_length": None, "iteration": 0, "max_epochs": None})
@@ -45,7 +40,7 @@ def test_state_dict_holds_the_user_keys():
 
 
 def test_loading_sets_iteration_epoch_and_limits():
-    engine, _ = recording()
+    engine, _ = recording_batches()
     engine.load_state_dict({"iteration": 7, "epoch_length": 3, "max_iters": 20})
     state = engine.state
     assert (state.iteration, state.epoch, state.epoch_length) == (7, 2, 3)
@@ -58,7 +53,7 @@ def test_loading_sets_iteration_epoch_and_limits():
 @pytest.mark.parametrize("wrong", [None, 3, "text", [("iteration", 0)]])
 def test_a_state_dict_must_be_a_mapping(wrong):
     with pytest.raises(TypeError, match="mapping"):
-        recording()[0].load_state_dict(wrong)
+        recording_batches()[0].load_state_dict(wrong)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +72,7 @@ def test_a_state_dict_must_be_a_mapping(wrong):
     ],
 )
 def test_a_state_dict_that_holds_too_little_or_too_much(wrong, message):
-    engine, _ = recording()
+    engine, _ = recording_batches()
     before = dict(vars(engine.state))
     with pytest.raises(ValueError, match=message):
         engine.load_state_dict(wrong)
@@ -85,12 +80,12 @@ def test_a_state_dict_that_holds_too_little_or_too_much(wrong, message):
 
 
 def test_saving_and_loading_at_every_iteration_gives_the_same_counters():
-    engine, log = recording()
+    engine, log = recording_batches()
     saved = []
     engine.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: saved.append(engine.state_dict()))
     engine.run("abc", max_epochs=3)
     for done, state_dict in enumerate(saved[:-1], start=1):
-        other, rest = recording()
+        other, rest = recording_batches()
         other.load_state_dict(state_dict)
         other.run("abc")
         assert [counters[:2] for counters in rest] == [counters[:2] for counters in log[done:]]

@@ -1,7 +1,6 @@
 """Handlers: how they are called, added and removed, also by a handle."""
 
 import functools
-import gc
 import weakref
 from unittest.mock import MagicMock
 
@@ -336,23 +335,20 @@ def test_handle_is_a_context_manager_that_removes_on_exit():
     assert not engine.has_event_handler(counter.count)
 
 
+@pytest.mark.usefixtures("no_collector")
 def test_handle_keeps_neither_engine_nor_handler_alive():
-    gc.disable()
-    try:
-        engine, counter = idle(), Counter()
-        handle = engine.add_event_handler(Events.STARTED, counter.count)
-        assert handle.handler() == counter.count
-        assert handle.engine() is engine
-        gone = weakref.ref(engine), weakref.ref(counter)
-        engine.remove_event_handler(counter.count, Events.STARTED)
-        del counter
-        assert gone[1]() is None
-        del engine
-        assert gone[0]() is None
-        handle.remove()
-        assert handle.handler() is handle.engine() is None
-    finally:
-        gc.enable()
+    engine, counter = idle(), Counter()
+    handle = engine.add_event_handler(Events.STARTED, counter.count)
+    assert handle.handler() == counter.count
+    assert handle.engine() is engine
+    gone = weakref.ref(engine), weakref.ref(counter)
+    engine.remove_event_handler(counter.count, Events.STARTED)
+    del counter
+    assert gone[1]() is None
+    del engine
+    assert gone[0]() is None
+    handle.remove()
+    assert handle.handler() is handle.engine() is None
 
 
 @pytest.mark.parametrize("handler", [print, [].append, len, str.upper])

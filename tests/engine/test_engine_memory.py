@@ -56,13 +56,6 @@ class Own(Engine):
         self.reacted = True
 
 
-@pytest.fixture
-def no_collector():
-    gc.disable()
-    yield
-    gc.enable()
-
-
 def everything(engine):
     for event in Events:
         if event is not Events.EXCEPTION_RAISED:

@@ -1,6 +1,5 @@
 """Handlers on an event: the list of them, how each is called, and when each is due."""
 
-import gc
 import pickle
 import weakref
 from typing import Any
@@ -137,6 +136,7 @@ def test_only_a_filter_of_numbers_gives_the_next_value() -> None:
     assert registered(first).following is None
 
 
+@pytest.mark.usefixtures("no_collector")
 def test_a_method_of_the_engine_itself_does_not_keep_it_alive() -> None:
     owner, other = Owner(), Owner()
     registration = registered(owner.handle, engine=owner)
@@ -149,12 +149,8 @@ def test_a_method_of_the_engine_itself_does_not_keep_it_alive() -> None:
     assert registration.function(3) == (owner, 3)
     assert registered(other.handle, engine=owner).function == other.handle
     reference = weakref.ref(owner)
-    gc.disable()
-    try:
-        del owner
-        assert reference() is None
-    finally:
-        gc.enable()
+    del owner
+    assert reference() is None
 
 
 def test_a_pickled_method_belongs_to_the_pickled_engine() -> None:

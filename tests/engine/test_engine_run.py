@@ -5,14 +5,9 @@ import json
 import logging
 
 import pytest
+from recorded import recording_batches
 
 from disttrain.engine import Engine, Events, State
-
-
-def recording():
-    """Return an engine and the list of (epoch, iteration, batch) it processes."""
-    log = []
-    return Engine(lambda engine, batch: log.append((engine.state.epoch, engine.state.iteration, batch))), log
 
 
 class Unsized:
@@ -57,7 +52,7 @@ def test_attributes_of_a_fresh_engine():
 @pytest.mark.parametrize("data", [3, object(), lambda: None])
 def test_data_that_is_not_iterable(data):
     with pytest.raises(TypeError, match="data must be iterable"):
-        recording()[0].run(data)
+        recording_batches()[0].run(data)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +69,7 @@ def test_data_that_is_not_iterable(data):
     ],
 )
 def test_wrong_arguments_are_refused(data, arguments, message):
-    engine, log = recording()
+    engine, log = recording_batches()
     with pytest.raises(ValueError, match=message):
         engine.run(data, **arguments)
     assert log == []
@@ -82,7 +77,7 @@ def test_wrong_arguments_are_refused(data, arguments, message):
 
 
 def test_a_refused_run_changes_nothing():
-    engine, _ = recording()
+    engine, _ = recording_batches()
     engine.load_state_dict({"iteration": 4, "epoch_length": 2, "max_epochs": 5})
     before = dict(vars(engine.state))
     for arguments in ({"max_epochs": 7, "epoch_length": 3}, {"max_iters": 7}, {"max_epochs": 1}):
@@ -92,14 +87,14 @@ def test_a_refused_run_changes_nothing():
 
 
 def test_defaults_of_a_new_state():
-    engine, log = recording()
+    engine, log = recording_batches()
     state = engine.run("abc")
     assert (state.max_epochs, state.max_iters, state.epoch_length) == (1, None, 3)
     assert log == [(1, 1, "a"), (1, 2, "b"), (1, 3, "c")]
 
 
 def test_epoch_length_is_the_argument_else_the_datas_else_the_previous():
-    engine, _ = recording()
+    engine, _ = recording_batches()
     assert engine.run("abc", epoch_length=2).epoch_length == 2
     assert engine.run("abc").epoch_length == 3
     assert engine.run(iter("abc")).epoch_length == 3
@@ -108,7 +103,7 @@ def test_epoch_length_is_the_argument_else_the_datas_else_the_previous():
 
 
 def test_a_done_run_starts_anew():
-    engine, log = recording()
+    engine, log = recording_batches()
     engine.run("ab", max_epochs=2)
     log.clear()
     engine.run("xyz")
@@ -117,7 +112,7 @@ def test_a_done_run_starts_anew():
 
 
 def test_a_done_run_of_iterations_starts_anew_from_0():
-    engine, log = recording()
+    engine, log = recording_batches()
     engine.run("abc", max_iters=4)
     log.clear()
     engine.run("abc", max_iters=4)
@@ -125,21 +120,21 @@ def test_a_done_run_of_iterations_starts_anew_from_0():
 
 
 def test_a_larger_maximum_goes_on():
-    engine, log = recording()
+    engine, log = recording_batches()
     engine.run("ab", max_epochs=1)
     engine.run("xy", max_epochs=3)
     assert log == [(1, 1, "a"), (1, 2, "b"), (2, 3, "x"), (2, 4, "y"), (3, 5, "x"), (3, 6, "y")]
 
 
 def test_a_larger_max_iters_goes_on_with_the_next_epoch():
-    engine, log = recording()
+    engine, log = recording_batches()
     engine.run("abc", max_iters=2)
     engine.run("xyz", max_iters=4)
     assert log == [(1, 1, "a"), (1, 2, "b"), (2, 3, "x"), (2, 4, "y")]
 
 
 def test_a_larger_maximum_after_a_shortened_epoch_runs_whole_epochs():
-    engine, log = recording()
+    engine, log = recording_batches()
     handle = engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda engine: engine.terminate_epoch())
     engine.run("abc", max_epochs=1)
     handle.remove()
@@ -148,11 +143,11 @@ def test_a_larger_maximum_after_a_shortened_epoch_runs_whole_epochs():
 
 
 def test_a_maximum_below_the_progress():
-    engine, _ = recording()
+    engine, _ = recording_batches()
     engine.run("ab", max_epochs=3)
     with pytest.raises(ValueError, match=r"max_epochs must be at least 3.*state.max_epochs = None"):
         engine.run("ab", max_epochs=2)
-    engine, _ = recording()
+    engine, _ = recording_batches()
     engine.run("ab", max_iters=5)
     with pytest.raises(ValueError, match=r"max_iters must be at least 5.*state.max_iters = None"):
         engine.run("ab", max_iters=4)
@@ -161,7 +156,7 @@ def test_a_maximum_below_the_progress():
 
 
 def test_another_epoch_length_on_resume():
-    engine, _ = recording()
+    engine, _ = recording_batches()
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda engine: engine.terminate())
     engine.run("ab", max_epochs=3)
     with pytest.raises(ValueError, match="epoch_length must stay 2 while a run continues, got 3"):
@@ -171,7 +166,7 @@ def test_another_epoch_length_on_resume():
 
 
 def test_switching_between_the_maxima():
-    engine, log = recording()
+    engine, log = recording_batches()
     engine.run("ab", max_epochs=2)
     with pytest.raises(ValueError, match=r"expected max_epochs.*state.max_epochs = None"):
         engine.run("ab", max_iters=8)
@@ -197,14 +192,14 @@ def test_switching_between_the_maxima():
     ],
 )
 def test_done(counters, done):
-    engine, log = recording()
+    engine, log = recording_batches()
     engine.state = State(**counters)
     engine.run("abc")
     assert (log[0][1] == 1) == done
 
 
 def test_max_epochs_none_forces_a_restart():
-    engine, log = recording()
+    engine, log = recording_batches()
     engine.load_state_dict({"iteration": 3, "epoch_length": 2, "max_epochs": 5})
     engine.state.max_epochs = None
     engine.run("ab")
@@ -212,7 +207,7 @@ def test_max_epochs_none_forces_a_restart():
 
 
 def test_after_terminate_the_next_run_goes_on_with_the_next_epoch():
-    engine, log = recording()
+    engine, log = recording_batches()
     handle = engine.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: engine.terminate())
     engine.run("abc", max_epochs=3)
     assert engine.should_terminate
@@ -223,7 +218,7 @@ def test_after_terminate_the_next_run_goes_on_with_the_next_epoch():
 
 
 def test_after_terminate_in_the_last_epoch_the_next_run_starts_anew():
-    engine, log = recording()
+    engine, log = recording_batches()
     handle = engine.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: engine.terminate())
     engine.run("abc")
     handle.remove()
@@ -232,7 +227,7 @@ def test_after_terminate_in_the_last_epoch_the_next_run_starts_anew():
 
 
 def test_from_a_loaded_state_it_goes_on_inside_the_epoch():
-    engine, log = recording()
+    engine, log = recording_batches()
     ends = []
     engine.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: ends.append(engine.state.iteration))
     engine.load_state_dict({"iteration": 7, "epoch_length": 5, "max_epochs": 3})
@@ -242,7 +237,7 @@ def test_from_a_loaded_state_it_goes_on_inside_the_epoch():
 
 
 def test_a_state_loaded_by_a_handler_of_started():
-    engine, log = recording()
+    engine, log = recording_batches()
 
     @engine.on(Events.STARTED)
     def load(engine):
@@ -253,7 +248,7 @@ def test_a_state_loaded_by_a_handler_of_started():
 
 
 def test_a_state_loaded_inside_an_iteration_moves_the_counters():
-    engine, log = recording()
+    engine, log = recording_batches()
     loads = [{"iteration": 8, "epoch_length": 5, "max_epochs": 2}]
     seen = []
     engine.add_event_handler(Events.ITERATION_STARTED(every=10), lambda engine: seen.append(engine.state.iteration))
@@ -268,7 +263,7 @@ def test_a_state_loaded_inside_an_iteration_moves_the_counters():
 
 
 def test_a_state_loaded_into_an_engine_that_ran():
-    engine, log = recording()
+    engine, log = recording_batches()
     engine.run("abcde")
     engine.load_state_dict({"iteration": 3, "epoch_length": 5, "max_epochs": 1})
     log.clear()
@@ -277,7 +272,7 @@ def test_a_state_loaded_into_an_engine_that_ran():
 
 
 def test_a_run_terminated_before_its_first_epoch_keeps_its_place():
-    engine, log = recording()
+    engine, log = recording_batches()
     handle = engine.add_event_handler(Events.STARTED, lambda engine: engine.terminate())
     engine.load_state_dict({"iteration": 3, "epoch_length": 5, "max_epochs": 1})
     engine.run("vwxyz")
@@ -287,7 +282,7 @@ def test_a_run_terminated_before_its_first_epoch_keeps_its_place():
 
 
 def test_a_loaded_state_of_unknown_length_takes_the_length_of_the_data():
-    engine, log = recording()
+    engine, log = recording_batches()
     engine.load_state_dict({"iteration": 1, "epoch_length": None, "max_epochs": 1})
     engine.run("abc")
     assert engine.state.epoch_length == 3
@@ -295,7 +290,7 @@ def test_a_loaded_state_of_unknown_length_takes_the_length_of_the_data():
 
 
 def test_a_run_that_goes_on_fires_started():
-    engine, _ = recording()
+    engine, _ = recording_batches()
     seen = []
     engine.add_event_handler(Events.STARTED, lambda engine: seen.append(engine.state.iteration))
     engine.load_state_dict({"iteration": 3, "epoch_length": 5, "max_epochs": 1})
@@ -313,7 +308,7 @@ def test_a_run_that_goes_on_fires_started():
     ],
 )
 def test_set_data_swaps_the_iterator_at_once(event, batches):
-    engine, log = recording()
+    engine, log = recording_batches()
     engine.add_event_handler(event(once=2), lambda engine: engine.set_data("wxyz"))
     engine.run("abcde")
     assert "".join(batch for _, _, batch in log) == batches
@@ -333,7 +328,7 @@ def test_set_data_from_the_process_function():
 
 
 def test_set_data_from_no_data_fires_the_data_events():
-    engine, log = recording()
+    engine, log = recording_batches()
     seen = []
     engine.add_event_handler(Events.GET_BATCH_COMPLETED, lambda engine: seen.append(engine.state.batch))
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda engine: engine.set_data("ab"))
@@ -343,7 +338,7 @@ def test_set_data_from_no_data_fires_the_data_events():
 
 
 def test_a_run_without_data_uses_data_that_was_set_before():
-    engine, log = recording()
+    engine, log = recording_batches()
     engine.set_data("ab")
     engine.run()
     engine.set_data("ab")
@@ -354,7 +349,7 @@ def test_a_run_without_data_uses_data_that_was_set_before():
 
 
 def test_times_are_set_before_their_events_fire():
-    engine, _ = recording()
+    engine, _ = recording_batches()
     seen = []
     assert engine.state.times[Events.COMPLETED] is None
 
@@ -371,7 +366,7 @@ def test_times_are_set_before_their_events_fire():
 
 
 def test_a_run_logs_where_it_starts_and_ends(caplog):
-    engine, _ = recording()
+    engine, _ = recording_batches()
     with caplog.at_level(logging.INFO, logger=engine.logger.name):
         engine.run("ab", max_epochs=2)
         engine.add_event_handler(Events.STARTED, lambda engine: engine.interrupt())

@@ -1,6 +1,5 @@
 """The Checkpoint handler, as programs for the reference API use it, and the points in which it is better."""
 
-import gc
 import os
 import weakref
 from collections import OrderedDict
@@ -380,18 +379,15 @@ def test_objects_may_be_nested() -> None:
 # ---- memory
 
 
+@pytest.mark.usefixtures("no_collector")
 def test_an_engine_that_saves_itself_is_freed_by_reference_counting() -> None:
-    gc.disable()
-    try:
-        trainer = Engine(lambda engine, batch: None)
-        handler = Checkpoint({"trainer": trainer, "model": Number()}, Memory())
-        trainer.add_event_handler(Events.EPOCH_COMPLETED, handler)
-        trainer.run(range(2), max_epochs=1)
-        reference = weakref.ref(trainer)
-        del trainer
-        assert reference() is None
-    finally:
-        gc.enable()
+    trainer = Engine(lambda engine, batch: None)
+    handler = Checkpoint({"trainer": trainer, "model": Number()}, Memory())
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, handler)
+    trainer.run(range(2), max_epochs=1)
+    reference = weakref.ref(trainer)
+    del trainer
+    assert reference() is None
     with pytest.raises(CheckpointError, match=r"the engine to_save\['trainer'\] is gone; keep a reference"):
         run(handler)
 
