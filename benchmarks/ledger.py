@@ -124,7 +124,7 @@ class Bench:
             -1,
             backend=self.backend,
             every_steps=self.every_steps,
-            state=lambda: state_tensors(self.model, self.optimizer),
+            state=lambda: state_tensors({"model": self.model}, self.optimizer),
             order=sampler.samples,
         )
 

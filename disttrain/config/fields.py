@@ -180,6 +180,10 @@ class Config(Declaration):
     strategy: Annotated[Literal["ddp", "fsdp"], FieldNote(may_change=True)] = "ddp"
     """The distribution of the model. "ddp": each rank holds all of it. "fsdp": each rank holds a shard of it
     (docs/fsdp.md). Both give the same bits."""
+    fsdp_gather: Annotated[Literal["step", "module"], FieldNote(may_change=True, harmless=True)] = "step"
+    """The time for which strategy="fsdp" gathers parameters. "step": all for a whole step, so a forward may use them as
+    it likes. "module": each module's for its own forward and backward, if every rank has one slot; this takes less
+    memory."""
     reduction: Annotated[Literal["invariant", "fast"], FieldNote()] = "invariant"
     """The sum of the gradients over the ranks. "invariant": it has the same bits on any number of ranks. "fast": one
     plain collective makes it, and the bits depend on the number of ranks."""

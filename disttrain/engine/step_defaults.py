@@ -6,9 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
-from disttrain.devices import device_row
+from disttrain.devices import INSTALL_TORCH_XLA, device_row, has_torch_xla
 from disttrain.engine.engine import Engine
+from disttrain.precision.amp import AMP
+from disttrain.precision.apex import Apex
+from disttrain.precision.base import FP32, Precision
+from disttrain.precision.xla import XLA
 
 Device = str | torch.device | None
 Step = Callable[[Engine, Any], Any]
@@ -109,3 +114,28 @@ def check_amp_mode(amp_mode: str | None, device: Device, modes: tuple[str, ...])
     if device is not None and not device_row(device).autocasts:
         kind = torch.device(device).type
         raise ValueError(f"amp_mode={amp_mode!r} cannot be used with a device of type {kind}; use amp_mode=None")
+
+
+def choose_precision_of(
+    model: nn.Module, device: Device, amp_mode: str | None, scaler: bool | GradScaler, accumulation_steps: int
+) -> Precision:
+    """Return the precision that belongs to `amp_mode`, `scaler` and the device."""
+    check_amp_mode(amp_mode, device, ("amp", "apex"))
+    if scaler and amp_mode != "amp":
+        raise ValueError(
+            f'expected amp_mode="amp" with a scaler, got amp_mode={amp_mode!r}; set amp_mode="amp" or scaler=False'
+        )
+    if device is not None and torch.device(device).type == "xla":
+        if not has_torch_xla():
+            raise RuntimeError(
+                f"expected torch_xla for device {str(device)!r}, got no such package; {INSTALL_TORCH_XLA}"
+            )
+        return XLA()
+    if amp_mode == "amp":
+        return AMP(device_kind(model, device), scaler=scaler)
+    return apex_of(model, accumulation_steps) if amp_mode == "apex" else FP32()
+
+
+def apex_of(model: nn.Module, accumulation_steps: int) -> Apex:
+    """Return apex. Under DDP gradients are reduced at the end of an accumulation window and stay scaled until then."""
+    return Apex(unscale_at_update=accumulation_steps > 1 and hasattr(model, "no_sync"))

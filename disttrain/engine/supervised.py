@@ -25,12 +25,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from disttrain.backend.base import Backend
-from disttrain.devices import INSTALL_TORCH_XLA, has_torch_xla
 from disttrain.engine.deterministic import DeterministicEngine
 from disttrain.engine.engine import Engine
 from disttrain.engine.step_defaults import (
@@ -41,8 +40,9 @@ from disttrain.engine.step_defaults import (
     PrepareBatch,
     Step,
     TrainOutput,
+    apex_of,
     call_model,
-    check_amp_mode,
+    choose_precision_of,
     device_kind,
     identity,
     loss_item,
@@ -51,7 +51,6 @@ from disttrain.engine.step_defaults import (
 from disttrain.engine.step_defaults import prepare_batch as default_prepare_batch
 from disttrain.parallel.gradients import Accumulation, Gradients
 from disttrain.precision.amp import AMP
-from disttrain.precision.apex import Apex
 from disttrain.precision.base import FP32, BeforeStep, Precision
 from disttrain.precision.xla import XLA
 
@@ -112,6 +111,29 @@ def _training_step(
         return outputs if several else output_transform(x, y, y_pred, loss)
 
     return step
+
+
+class StepFunction(nn.Module):
+    """The computation of a config for a batch on the device: `forward(batch) -> (loss, outputs)`.
+
+    *Contract*: the bare `model` is called by `step(model, batch)`, or as `loss(model(x), y)` for batches (x, y), with
+    the outputs (model(x), y). Model, loss and step are parts of one Module: if they have parameters or buffers, these
+    are trained, moved, put into evaluation mode and saved with those of the model.
+    """
+
+    def __init__(self, model: nn.Module, loss: LossFn | None, step: Callable[[Any, Any], tuple[Tensor, Any]] | None):
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.step = step
+
+    def forward(self, batch: Any) -> tuple[Tensor, Any]:
+        if self.step is not None:
+            return self.step(self.model, batch)
+        assert self.loss is not None, "a Config has loss or forward"
+        x, y = batch
+        y_pred = self.model(x)
+        return self.loss(y_pred, y), (y_pred, y)
 
 
 def _nothing() -> None:
@@ -183,7 +205,7 @@ def supervised_training_step_apex(
     """Return a process function that trains a model and an optimizer prepared by `apex.amp.initialize`."""
     parts = (device, non_blocking, prepare_batch, model_transform, output_transform, model_fn)
     gradients = Accumulation(model, gradient_accumulation_steps)
-    return _training_step(model, optimizer, loss_fn, *parts, _apex(model, gradient_accumulation_steps), gradients)
+    return _training_step(model, optimizer, loss_fn, *parts, apex_of(model, gradient_accumulation_steps), gradients)
 
 
 def supervised_training_step_tpu(
@@ -242,7 +264,7 @@ def create_supervised_trainer(
             "expected gradients alone or gradient_accumulation_steps, "
             f"got both (gradient_accumulation_steps={gradient_accumulation_steps})"
         )
-    precision = precision or _choose_precision(model, device, amp_mode, scaler, gradient_accumulation_steps)
+    precision = precision or choose_precision_of(model, device, amp_mode, scaler, gradient_accumulation_steps)
     gradients = gradients or Accumulation(model, gradient_accumulation_steps)
     parts = (device, non_blocking, prepare_batch, model_transform, output_transform, model_fn)
     step = _training_step(model, optimizer, loss_fn, *parts, precision, gradients, before_step, after_step)
@@ -250,28 +272,3 @@ def create_supervised_trainer(
     if scaler is True and isinstance(precision, AMP):
         trainer.state.scaler = precision.scaler
     return trainer
-
-
-def _choose_precision(
-    model: nn.Module, device: Device, amp_mode: str | None, scaler: bool | GradScaler, accumulation_steps: int
-) -> Precision:
-    """Return the precision that belongs to `amp_mode`, `scaler` and the device."""
-    check_amp_mode(amp_mode, device, ("amp", "apex"))
-    if scaler and amp_mode != "amp":
-        raise ValueError(
-            f'expected amp_mode="amp" with a scaler, got amp_mode={amp_mode!r}; set amp_mode="amp" or scaler=False'
-        )
-    if device is not None and torch.device(device).type == "xla":
-        if not has_torch_xla():
-            raise RuntimeError(
-                f"expected torch_xla for device {str(device)!r}, got no such package; {INSTALL_TORCH_XLA}"
-            )
-        return XLA()
-    if amp_mode == "amp":
-        return AMP(device_kind(model, device), scaler=scaler)
-    return _apex(model, accumulation_steps) if amp_mode == "apex" else FP32()
-
-
-def _apex(model: nn.Module, accumulation_steps: int) -> Apex:
-    """Return apex. Under DDP gradients are reduced at the end of an accumulation window and stay scaled until then."""
-    return Apex(unscale_at_update=accumulation_steps > 1 and hasattr(model, "no_sync"))

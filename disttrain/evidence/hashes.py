@@ -109,19 +109,21 @@ def _parts_of_batch(value: Any) -> Iterator[Tensor | str]:
 
 
 def state_tensors(
-    model: nn.Module, optimizer: Optimizer, kept: Mapping[str, Any] = MappingProxyType({})
+    parts: Mapping[str, nn.Module], optimizer: Optimizer, kept: Mapping[str, Any] = MappingProxyType({})
 ) -> dict[str, Tensor]:
     """Return the state on which the next step's result depends, by name: parameters, buffers, optimizer state.
 
-    The names are `model.NAME`, `optimizer.NAME.KEY` with the parameter's NAME, and `kept.OBJECT.PATH`. `kept` holds
-    objects with a `state_dict`. Their plain values become tensors of the bytes of their text.
+    `parts` are modules by name: "model", and "loss" if it has a state. The names of the tensors are `PART.NAME`,
+    `optimizer.NAME.KEY` with the parameter's NAME, and `kept.OBJECT.PATH`. `kept` holds objects with a `state_dict`.
+    Their plain values become tensors of the bytes of their text.
     """
     tensors: dict[str, Tensor] = {}
     names = {}
-    for name, parameter in model.named_parameters():
-        tensors[f"model.{name}"] = parameter
-        names[parameter] = name
-    tensors.update((f"model.{name}", buffer) for name, buffer in model.named_buffers())
+    for part, module in parts.items():
+        for name, parameter in module.named_parameters():
+            tensors[f"{part}.{name}"] = parameter
+            names[parameter] = name if part == "model" else f"{part}.{name}"
+        tensors.update((f"{part}.{name}", buffer) for name, buffer in module.named_buffers())
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for i, parameter in enumerate(parameters):
         for key, value in optimizer.state.get(parameter, {}).items():

@@ -71,12 +71,24 @@ class FsdpLayout:
         self._mesh = DeviceMesh.from_group(process_group, device.type)
         self.groups: list[Any] = groups_of(model)
         """The modules whose parameters are gathered together, each an FSDPModule."""
-        watches = [ForwardWatch(names) for names in own_parameters(self.groups)]
-        for group, watch in zip(self.groups, watches, strict=True):
-            group.register_forward_hook(_with_memory_of_its_own)
-            group.register_forward_hook(watch.forward_ends)
+        self.own = own_parameters(self.groups)
+        """For each group, the names in it of the parameters that no inner group has."""
+        places = {module: f"{name}." if name else "" for name, module in model.named_modules()}
+        self.prefixes = [places[group] for group in self.groups]
+        """For each group, what stands before those names in the model."""
+        self._has_forwards = False  # before the first one, FSDP2 has no record of them
+        model.register_forward_pre_hook(self._note_forward)
+        for group, names in zip(self.groups, self.own, strict=True):
+            watch = None if stays_gathered else ForwardWatch(names)
+            if watch is not None:
+                group.register_forward_hook(_with_memory_of_its_own)
+                group.register_forward_hook(watch.forward_ends)
             fully_shard(group, mesh=self._mesh, reshard_after_forward=self._reshards(group))
-            group.register_forward_pre_hook(watch.forward_starts)
+            if watch is not None:
+                group.register_forward_pre_hook(watch.forward_starts)
+
+    def _note_forward(self, model: nn.Module, inputs: Any) -> None:
+        self._has_forwards = True
 
     def _reshards(self, group: nn.Module) -> bool:
         """Return whether a group's parameters are freed between forward and backward; the root's are not."""
@@ -84,6 +96,36 @@ class FsdpLayout:
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         check_elementwise(optimizer)
+
+    def gathered_parameters(self) -> list[dict[str, Tensor]]:
+        """Return, for each group, its own parameters as autograd sees them, by their names in the group.
+
+        They take `requires_grad` from the cut parameters, which user code sees. A collective.
+        """
+        cut = dict(self.model.named_parameters())
+        by_group = []
+        for group, names, prefix in zip(self.groups, self.own, self.prefixes, strict=True):
+            group.unshard()
+            gathered: dict[str, Tensor] = {name: group.get_parameter(name) for name in names}
+            group.reshard()
+            for name, parameter in gathered.items():
+                parameter.requires_grad_(cut[prefix + name].requires_grad)
+            by_group.append(gathered)
+        return by_group
+
+    def like(self, parameter: Tensor, part: Tensor) -> Any:
+        """Return the DTensor of this rank's part of a gradient, cut as its parameter is."""
+        from torch.distributed.tensor import DTensor
+
+        placements = cast("Any", parameter).placements
+        return DTensor.from_local(
+            part, self._mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+        )
+
+    def chunk_numel(self, tensor: Tensor) -> int:
+        """Return the number of elements of a rank's rows of a whole tensor, filled up to those of the first rank."""
+        rows = -(-len(tensor) // self.process_group.size())
+        return rows * (tensor.numel() // max(1, len(tensor)))
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -98,7 +140,8 @@ class FsdpLayout:
         finally:
             # FSDP2 records each forward, and in the backward it gathers the groups in the reverse order. Forwards
             # without a backward must not stay in that record: their number differs between the ranks.
-            self.groups[-1].reset_iter_state()
+            if self._has_forwards:
+                self.groups[-1].reset_iter_state()
             for group in self.groups:
                 group.reshard()
                 group.set_reshard_after_forward(self._reshards(group), recurse=False)
@@ -177,9 +220,9 @@ class FsdpLayout:
     def stateful(self, part: Any) -> Any:
         return part  # its state consists of DTensors; each rank saves and loads its part of them
 
-    def cuts(self, model: nn.Module, optimizer: Optimizer, kept: Mapping[str, Any]) -> Cuts:
+    def cuts(self, parts: Mapping[str, nn.Module], optimizer: Optimizer, kept: Mapping[str, Any]) -> Cuts:
         """Return the cuts: a tensor of the checkpoint is cut like its counterpart in this run."""
-        counterparts = Counterparts(model, optimizer, kept)
+        counterparts = Counterparts(parts, optimizer, kept)
 
         def cut(path: str, shape: tuple[int, ...]) -> Any:
             tensor: Any = counterparts.of(path, shape)

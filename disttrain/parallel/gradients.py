@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from disttrain.errors import ConfigError
 from disttrain.parallel.buffers import SlotBuffers
 from disttrain.parallel.slot_checks import SlotChecks
 from disttrain.parallel.slots import Slots
@@ -129,3 +131,15 @@ class Accumulation:
 
     def close(self) -> None:
         self._no_sync = nullcontext
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """Return a parameter's gradient in one slot, which is zero if the slot did not use it."""
+    if parameter.grad is None:
+        return torch.zeros_like(parameter)
+    if parameter.grad.layout != torch.strided:
+        raise ConfigError(
+            f"the gradient of a parameter of shape {list(parameter.shape)} is sparse, and cannot be summed in a fixed "
+            "order; use sparse=False"
+        )
+    return parameter.grad

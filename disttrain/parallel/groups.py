@@ -16,11 +16,13 @@ import torch
 from torch import nn
 
 from disttrain.errors import ConfigError
+from disttrain.parallel.shard_checks import check_no_hooks
 
 CONTAINERS = (nn.Sequential, nn.ModuleList)
 WITHOUT_FORWARD = (nn.ModuleList, nn.ModuleDict)
-ACROSS_PARAMETERS = {"LBFGS", "Muon", "Adafactor", "LAMB", "Lamb", "LARS", "Lars", "Shampoo", "SOAP", "KFAC"}
-"""The names of optimizers whose step on one element of a parameter depends on its other elements."""
+ACROSS_PARAMETERS = {"LBFGS", "Muon", "Adafactor", "Rprop"}
+"""The names of torch's optimizers that do not step a part of a parameter as that part of the whole: they look at its
+other elements, or (Rprop) use operations that its parts do not have."""
 
 
 def groups_of(model: nn.Module) -> list[nn.Module]:
@@ -62,7 +64,13 @@ def check_shardable(model: nn.Module) -> None:
             raise ConfigError(
                 f'{name or "the model"} is sharded already; strategy="fsdp" takes the bare model and shards it here'
             )
+    check_no_hooks(dict(model.named_parameters()))
     for name, parameter in model.named_parameters():
+        if parameter.is_complex():
+            raise ConfigError(
+                f'strategy="fsdp" cannot train the parameter {name} of {parameter.dtype}: optimizers that read the two '
+                'halves of a complex number do not see those of its parts; store real numbers, or use strategy="ddp"'
+            )
         if parameter.ndim == 0:
             raise ConfigError(f'strategy="fsdp" cannot cut the parameter {name} of shape (); give it the shape (1,)')
         if not parameter.is_contiguous():
@@ -84,6 +92,13 @@ def check_shardable(model: nn.Module) -> None:
 
 def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
     """Raise ConfigError unless the optimizer's step on a part of a parameter equals that part of the whole step."""
+    own = not type(optimizer).__module__.startswith("torch.optim.")
+    if own and getattr(optimizer, "elementwise", None) is not True:
+        raise ConfigError(
+            f'strategy="fsdp": each rank steps its own part of each parameter, and {type(optimizer).__name__} is not '
+            "one of torch's optimizers; if its step treats each element by itself, say so with the attribute "
+            'elementwise = True, or use strategy="ddp"'
+        )
     for kind in type(optimizer).__mro__:
         if kind.__name__ in ACROSS_PARAMETERS:
             raise ConfigError(

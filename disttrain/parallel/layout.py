@@ -45,10 +45,10 @@ class Layout(Protocol):
     def stateful(self, part: Any) -> Any:
         """Return a model, an optimizer or a kept object in the form that a checkpoint saves and loads."""
 
-    def cuts(self, model: nn.Module, optimizer: Optimizer, kept: Mapping[str, Any]) -> Cuts | None:
+    def cuts(self, parts: Mapping[str, nn.Module], optimizer: Optimizer, kept: Mapping[str, Any]) -> Cuts | None:
         """Return the cut of each tensor that a checkpoint loads as a DTensor; None if there are no such tensors.
 
-        `kept`: the further objects of a run by name (`Run.keep`).
+        `parts` and `kept`: the modules (`Run.parts`) and the further objects (`Run.keep`) of a run, by name.
         """
 
 
@@ -79,7 +79,7 @@ class ReplicatedLayout:
     def stateful(self, part: Any) -> Any:
         return part
 
-    def cuts(self, model: nn.Module, optimizer: Optimizer, kept: Mapping[str, Any]) -> Cuts | None:
+    def cuts(self, parts: Mapping[str, nn.Module], optimizer: Optimizer, kept: Mapping[str, Any]) -> Cuts | None:
         return None
 
 

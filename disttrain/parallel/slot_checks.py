@@ -1,34 +1,51 @@
 """Refuses user code that would give other bits on another number of ranks, while a step runs its slots.
 
-*Contract*: the forward of a model may change buffers, because every slot begins with those of the step. It may not
-change parameters: the change would reach only the later slots of the same rank. The loop over the microbatches must run
-to its end, because the gradients of the slots are summed there. One rank checks both, as several ranks do.
+*Contract*: the forward of a model may change buffers and frozen parameters, because every slot begins with those of
+the step (`buffers.py`). It may not change trained parameters: the change would reach only the later slots of the same
+rank. The loop over the microbatches must run to its end, because the gradients of the slots are summed there. One rank
+checks both, as several ranks do.
 
 *Errors*: ConfigError that names the parameter, in the first steps. RuntimeError at the step after an unfinished loop.
 
-*Cost*: reads the version counters of all parameters, before and after each slot of the first `CHECKED_STEPS` steps.
+*Cost*: in the first `CHECKED_STEPS` steps, one pass over all trained parameters before and after each slot.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from disttrain.errors import ConfigError
 
 CHECKED_STEPS = 2
 CHECKED_CALLS = 8
+MOVES_BY_MODULE = (
+    'fsdp_gather="module": the model\'s forward changes its frozen parameter {}, of which each rank holds a part: make '
+    "it a buffer, change it in a handler after the step (Events.ITERATION_COMPLETED), or use "
+    'fsdp_gather="step"'
+)
 
 Versions = dict[str, tuple[int, int | None]]
+Fingerprints = dict[str, tuple[int, int | None, int]]
+
+
+class FurtherChecks(Protocol):
+    """The checks of a strategy, which run beside those of every run."""
+
+    def slot_starts(self) -> None: ...
+    def slot_ends(self) -> None: ...
+    def step_ends(self) -> None: ...
 
 
 class SlotChecks:
     """The checks of one rank; `model` is the bare model."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, further: Sequence[FurtherChecks] = ()) -> None:
         self._model = model
+        self._further = further
         self._steps_left = CHECKED_STEPS
-        self._before: Versions = {}
+        self._before: Fingerprints = {}
         self._open_step: int | None = None
 
     def step_starts(self, iteration: int) -> None:
@@ -48,15 +65,24 @@ class SlotChecks:
         """Note that the loop has run to its end."""
         self._open_step = None
         self._steps_left = max(0, self._steps_left - 1)
+        for checks in self._further:
+            checks.step_ends()
 
     def slot_starts(self) -> None:
         if self._steps_left:
-            self._before = versions(self._model.named_parameters())
+            self._before = self._fingerprints()
+        for checks in self._further:
+            checks.slot_starts()
 
     def slot_ends(self) -> None:
-        """Raise ConfigError if the slot has changed a parameter."""
+        """Raise ConfigError if the slot has changed a trained parameter."""
         if self._steps_left:
-            check_unchanged(self._before, versions(self._model.named_parameters()))
+            check_unchanged(self._before, self._fingerprints())
+        for checks in self._further:
+            checks.slot_ends()
+
+    def _fingerprints(self) -> Fingerprints:
+        return fingerprints((name, each) for name, each in self._model.named_parameters() if each.requires_grad)
 
 
 class ForwardWatch:
@@ -68,18 +94,22 @@ class ForwardWatch:
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
         self._calls_left = CHECKED_CALLS
-        self._before: Versions = {}
+        self._before: Fingerprints = {}
 
     def forward_starts(self, module: nn.Module, inputs: Any) -> None:
         """Run after FSDP2 has gathered the parameters."""
         if self._calls_left:
-            self._before = versions((name, module.get_parameter(name)) for name in self._names)
+            self._before = fingerprints((name, module.get_parameter(name)) for name in self._names)
 
     def forward_ends(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Run before FSDP2 frees the parameters; ConfigError if the forward has changed one."""
         if self._calls_left:
             self._calls_left -= 1
-            check_unchanged(self._before, versions((name, module.get_parameter(name)) for name in self._names))
+            for name in self._names:
+                parameter = module.get_parameter(name)
+                if not parameter.requires_grad and fingerprints([(name, parameter)])[name] != self._before[name]:
+                    raise ConfigError(MOVES_BY_MODULE.format(name))
+            check_unchanged(self._before, fingerprints((name, module.get_parameter(name)) for name in self._names))
 
 
 def versions(named: Iterable[tuple[str, Tensor]]) -> Versions:
@@ -87,7 +117,40 @@ def versions(named: Iterable[tuple[str, Tensor]]) -> Versions:
     return {name: (id(tensor), None if tensor.is_inference() else tensor._version) for name, tensor in named}
 
 
-def check_unchanged(before: Versions, after: Versions) -> None:
+def fingerprints(named: Iterable[tuple[str, Tensor]]) -> Fingerprints:
+    """Return, by name, numbers that differ after a change of a tensor, also one by `.data`, which no version counts.
+
+    *Cost*: one pass over the tensors where they lie, and one wait for the device. On XLA the version counters alone.
+    """
+    tensors = dict(named)
+    on_xla = any(tensor.device.type == "xla" for tensor in tensors.values())
+    sums = [] if on_xla else [_sum_of_bits(tensor.detach()) for tensor in tensors.values()]
+    values = torch.stack([each.to(sums[0].device) for each in sums]).tolist() if sums else [0] * len(tensors)
+    return {
+        name: (*version, value)
+        for (name, version), value in zip(versions(tensors.items()).items(), values, strict=True)
+    }
+
+
+def _sum_of_bits(tensor: Any) -> Tensor:
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    values = local.contiguous().view(-1).view(torch.uint8)
+    words = values.numel() % 4 == 0 and values.storage_offset() % 4 == 0
+    return (values.view(torch.int32) if words else values).sum(dtype=torch.int64)
+
+
+def check_frozen(before: Versions, after: Versions) -> None:
+    """Raise ConfigError for a frozen parameter that moves now, but did not in the first steps."""
+    for name, version in before.items():
+        if name in after and after[name] != version:
+            raise ConfigError(
+                f"the model's forward changes its frozen parameter {name}, but did not in the first steps, in which a "
+                "run finds out what moves; let it move from the first step on, register it as a buffer, or change it "
+                "in a handler after the step (Events.ITERATION_COMPLETED)"
+            )
+
+
+def check_unchanged(before: Fingerprints, after: Fingerprints) -> None:
     """Raise ConfigError for a parameter that the forward has changed."""
     for name, version in before.items():
         if after.get(name) != version:

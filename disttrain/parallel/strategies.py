@@ -19,7 +19,11 @@ from disttrain.errors import ConfigError
 from disttrain.parallel.ddp import SlotGradients
 from disttrain.parallel.fsdp import FsdpGradients
 from disttrain.parallel.fsdp_layout import FsdpLayout, UncutLayout
+from disttrain.parallel.fsdp_modules import FsdpModuleGradients
+from disttrain.parallel.groups import groups_of, own_parameters
 from disttrain.parallel.layout import Layout, ReplicatedLayout
+from disttrain.parallel.shard_checks import HookChecks, ShardChecks
+from disttrain.parallel.slot_checks import FurtherChecks
 from disttrain.parallel.slots import Slots
 from disttrain.parallel.spmd_layout import SpmdLayout
 from disttrain.parallel.xla_gradients import XlaSlotGradients
@@ -39,6 +43,8 @@ class World:
     gather: Callable[[Tensor], Tensor] | None = None
     num_devices: int = 1
     reduction: Literal["invariant", "fast"] = "invariant"
+    fsdp_gather: Literal["step", "module"] = "step"
+    """The time for which fsdp gathers parameters: all for a step, or each module's for its forward and backward."""
 
 
 class Strategy(Protocol):
@@ -46,12 +52,14 @@ class Strategy(Protocol):
 
     layout: Layout
 
-    def gradients(self, model: nn.Module, *, seed: int) -> SlotGradients | FsdpGradients | XlaSlotGradients:
+    def gradients(
+        self, model: nn.Module, *, seed: int
+    ) -> SlotGradients | FsdpGradients | FsdpModuleGradients | XlaSlotGradients:
         """Return the gradients of `model`, which the precision may have wrapped since the layout was made."""
 
 
 class DdpStrategy:
-    """Every rank holds the whole model; DistributedDataParallel's buckets are summed along the slots' tree."""
+    """Every rank holds the whole model; its gradients are summed in buckets along the slots' tree."""
 
     def __init__(self, world: World, layout: Layout | None = None) -> None:
         self.layout = ReplicatedLayout() if layout is None else layout
@@ -59,6 +67,11 @@ class DdpStrategy:
 
     def gradients(self, model: nn.Module, *, seed: int) -> SlotGradients:
         world = self._world
+        uncut = isinstance(self.layout, UncutLayout)
+        by_module = uncut and world.fsdp_gather == "module"
+        further: list[FurtherChecks] = [HookChecks(dict(model.named_parameters()))] if uncut else []
+        if by_module:
+            further.append(shard_checks_of(model))
         return SlotGradients(
             model,
             world.slots,
@@ -66,6 +79,8 @@ class DdpStrategy:
             process_group=world.process_group,
             reduction=world.reduction,
             device=world.device,
+            further=further,
+            by_module=by_module,
         )
 
 
@@ -87,16 +102,29 @@ class XlaStrategy:
 
 
 class FsdpStrategy:
-    """Every rank holds its rows of each parameter: FSDP2, with a sum along the slots' tree as its reduce-scatter."""
+    """Every rank holds its rows of each parameter, by FSDP2; its gradients are summed along the slots' tree."""
 
     def __init__(self, world: World, layout: FsdpLayout) -> None:
         self.layout: Layout = layout
         self._cut = layout
         self._world = world
 
-    def gradients(self, model: nn.Module, *, seed: int) -> FsdpGradients:
+    def gradients(self, model: nn.Module, *, seed: int) -> FsdpGradients | FsdpModuleGradients:
         world = self._world
-        return FsdpGradients(model, world.slots, self._cut, seed=seed, reduction=world.reduction, device=world.device)
+        if self._cut.stays_gathered:
+            by_module = world.fsdp_gather == "module"
+            return FsdpGradients(
+                model, world.slots, self._cut, seed=seed, reduction=world.reduction, by_module=by_module
+            )
+        return FsdpModuleGradients(model, world.slots, self._cut, seed=seed, reduction=world.reduction)
+
+
+def shard_checks_of(model: nn.Module) -> ShardChecks:
+    """Return the checks of a gather by module for a model whose parameters are whole."""
+    groups = groups_of(model)
+    own = own_parameters(groups)
+    by_group = [{n: group.get_parameter(n) for n in names} for group, names in zip(groups, own, strict=True)]
+    return ShardChecks(groups, by_group)
 
 
 def strategy_for(name: Literal["ddp", "fsdp"], model: nn.Module, world: World) -> Strategy:
@@ -119,6 +147,6 @@ def strategy_for(name: Literal["ddp", "fsdp"], model: nn.Module, world: World) -
         world.process_group,
         device=world.device,
         reduction=world.reduction,
-        stays_gathered=max(world.slots.counts) > 1,
+        stays_gathered=world.fsdp_gather == "step" or max(world.slots.counts) > 1,
     )
     return FsdpStrategy(world, layout)

@@ -90,6 +90,8 @@ class XlaSlotGradients:
     def microbatches(self, batch: Sequence[Any], iteration: int) -> Iterator[Any]:
         """Yield the microbatches of this replica's slots; `batch` holds one for each, in slot order."""
         self.slots.check_batch(batch)
+        if self._trained.changed():
+            self._parameters = self._trained.tensors
         self._unused = set(range(len(self._parameters)))
         gradients = _Sums(self.slots.num_slots, merges=self._meets_whole)
         for slot, microbatch in slots_in_turn(
@@ -184,7 +186,8 @@ class XlaSlotBuffers(SlotBuffers):
 
     def slot_ends(self, slot: int) -> None:
         self._check_forms()
-        if self._places and self._restores and slot == self._first:
+        self._take_moved(self._frozen.moved_by_slot())
+        if self._restores and slot == self._first:
             self._after_first = self._copies()
 
     def _copies(self) -> list[Tensor]:
@@ -203,13 +206,14 @@ class XlaSlotBuffers(SlotBuffers):
 
     @torch.no_grad()
     def step_ends(self) -> None:
+        self._take_moved(self._frozen.moved_on_any_rank(None))
         if not self._places:
             return
-        if self._restores:
+        if self._after_first is not None:
             self._set(self._after_first)
         if self._num_replicas > 1:
             self._set(self._of_first_replica(self._now()))
-        self._at_start = self._after_first = []
+        self._at_start = self._after_first = None
 
     def _of_first_replica(self, buffers: list[Tensor]) -> list[Tensor]:
         """Return rank 0's values, all of one dtype in one message."""

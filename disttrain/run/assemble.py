@@ -11,6 +11,7 @@ are called last, with the complete run.
 *Errors*: ConfigError, with the file and line, for anything that a factory of the config raises.
 """
 
+import copy
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +26,8 @@ from disttrain.config import Config, check_devices
 from disttrain.data import check_dataset, evaluation_loader
 from disttrain.devices import device_row
 from disttrain.engine import create_supervised_trainer
-from disttrain.engine.step_defaults import prepare_batch, to_device
+from disttrain.engine.step_defaults import to_device
+from disttrain.engine.supervised import StepFunction
 from disttrain.errors import ConfigError
 from disttrain.handlers.bad_steps import BadSteps
 from disttrain.handlers.best import Best, mode_of
@@ -53,23 +55,25 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out
     with backend.agree("building the data"):
         data = build_data(config, slots, backend)
     with backend.agree("building the model"):
-        model = build_model(config, backend)
+        step_function = build_step_function(config, build_model(config, backend), backend)
+        model = step_function.model
     with backend.agree("spreading the model over the ranks"):
-        strategy = strategy_for(config.strategy, model, world_of(config, slots, backend))
+        strategy = strategy_for(config.strategy, step_function, world_of(config, slots, backend))
         layout = strategy.layout
     with backend.agree("building the optimizer and the schedule"):
-        optimizer = build_optimizer(config, model, layout)
+        optimizer = build_optimizer(config, step_function, layout)
         model, optimizer = precision.prepare(model, optimizer)
         schedule = build_schedule(config, optimizer, total_steps(config, data.identity))
     # Not inside `agree`: making the gradients talks to the other ranks itself.
-    gradients = strategy.gradients(model, seed=config.seed)
+    gradients = strategy.gradients(step_function, seed=config.seed)
     updates = Updates(
-        model, layout, schedule, on_nan=config.on_nan, grad_clip_norm=config.grad_clip_norm, left_out=left_out
+        step_function, layout, schedule, on_nan=config.on_nan, grad_clip_norm=config.grad_clip_norm, left_out=left_out
     )
     trainer = create_supervised_trainer(
         gradients.module,
         optimizer,
-        **step_functions(config, backend.device, layout),
+        loss_fn=lambda result, _: result[0],
+        prepare_batch=lambda batch, device, non_blocking: (layout.cut(to_device(batch, device, non_blocking)), None),
         device=backend.device,
         non_blocking=device_row(backend.device).copies_ahead,
         output_transform=lambda x, y, y_pred, loss: loss.detach(),
@@ -84,14 +88,16 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out
     with backend.agree("building the metrics"):
         evaluation = best = None
         if data.valid is not None:
-            evaluation = build_evaluation(config, data.valid, model, optimizer, slots, layout, precision, backend)
+            evaluation = build_evaluation(
+                config, data.valid, step_function, optimizer, slots, layout, precision, backend
+            )
             best = build_best(config, evaluation, backend)
     run = Run(
         config=config,
         backend=backend,
         directory=directory,
         slots=slots,
-        model=model,
+        step_function=step_function,
         layout=layout,
         optimizer=optimizer,
         schedule=schedule,
@@ -127,13 +133,24 @@ def build_model(config: Config, backend: Backend) -> nn.Module:
     model: nn.Module = backend.move(build("model", config.model))
     if config.compile:
         backend.compile(model)
-    check_model(model, backend.device)
     return model
 
 
-def build_optimizer(config: Config, model: nn.Module, layout: Layout) -> torch.optim.Optimizer:
-    """Build the optimizer over the parameters that are trained."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def build_step_function(config: Config, model: nn.Module, backend: Backend) -> StepFunction:
+    """Put the model and the config's loss or forward together, on this rank's device.
+
+    A loss or a forward that is a Module is copied, because a Config may be run several times.
+    """
+    given: list[Any] = [config.loss, config.forward]
+    loss, step = (copy.deepcopy(part) if isinstance(part, nn.Module) else part for part in given)
+    step_function: StepFunction = backend.move(StepFunction(model, loss, step))
+    check_model(step_function, backend.device)
+    return step_function
+
+
+def build_optimizer(config: Config, step_function: StepFunction, layout: Layout) -> torch.optim.Optimizer:
+    """Build the optimizer over the parameters that are trained: the model's, then those of a loss."""
+    trained = [parameter for parameter in step_function.parameters() if parameter.requires_grad]
     optimizer = build("optimizer", config.optimizer, trained)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(
@@ -145,6 +162,14 @@ def build_optimizer(config: Config, model: nn.Module, layout: Layout) -> torch.o
             f"optimizer: {type(optimizer).__name__}.step needs {', '.join(needed)}, and computes a step's loss several "
             "times; a run computes it once: use an optimizer that steps from the gradients alone"
         )
+    known = set(step_function.parameters())
+    for parameter in (each for group in optimizer.param_groups for each in group["params"]):
+        if parameter not in known:
+            raise ConfigError(
+                f"optimizer: {type(optimizer).__name__} has a parameter of shape {list(parameter.shape)} that belongs "
+                "neither to the model nor to the config's loss or forward: it would not be saved, nor be the same on "
+                "every rank; make it part of the model, or give the Module that holds it as `loss` or `forward`"
+            )
     layout.check_optimizer(optimizer)
     return optimizer
 
@@ -185,42 +210,16 @@ def world_of(config: Config, slots: Slots, backend: Backend) -> World:
         gather=backend.gather_recorded,
         num_devices=backend.num_devices,
         reduction=config.reduction,
+        fsdp_gather=config.fsdp_gather,
     )
 
 
-def step_functions(config: Config, device: torch.device, layout: Layout) -> dict[str, Any]:
-    """Return the step body's functions: for (x, y) batches and `loss`, or for the config's own `forward`."""
-    if config.forward is None:
-        return {
-            "loss_fn": loss_of(config, device),
-            "prepare_batch": lambda *args, **options: layout.cut(prepare_batch(*args, **options)),
-        }
-    return {
-        "prepare_batch": lambda batch, device, non_blocking: (layout.cut(to_device(batch, device, non_blocking)), None),
-        "model_fn": config.forward,
-        "loss_fn": lambda y_pred, y: y_pred[0],
-    }
+def compute_of(device: torch.device, layout: Layout) -> Callable[[nn.Module, Any], tuple[Tensor, Any]]:
+    """Return (step function, batch) -> (loss, outputs) for the validation data; metrics take the outputs."""
 
-
-def loss_of(config: Config, device: torch.device) -> Callable[..., Tensor]:
-    """Return the config's loss; a module's weights are on the device."""
-    assert config.loss is not None, "a Config has loss or forward"
-    return config.loss.to(device) if isinstance(config.loss, nn.Module) else config.loss
-
-
-def compute_of(config: Config, device: torch.device, layout: Layout) -> Callable[[nn.Module, Any], tuple[Tensor, Any]]:
-    """Return (model, batch) -> (loss, outputs) for the validation data; metrics take the outputs."""
-    forward, loss = config.forward, None if config.loss is None else loss_of(config, device)
-    brought_together: Callable[[Any], tuple[Tensor, Any]] = layout.bring_together
-
-    def compute(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
-        moved = layout.cut(to_device(batch, device))
-        if forward is not None:
-            return brought_together(forward(model, moved))
-        assert loss is not None, "a Config has loss or forward"
-        x, y = moved
-        y_pred = model(x)
-        return brought_together((loss(y_pred, y), (y_pred, y)))
+    def compute(step_function: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        result: tuple[Tensor, Any] = layout.bring_together(step_function(layout.cut(to_device(batch, device))))
+        return result
 
     return compute
 
@@ -228,7 +227,7 @@ def compute_of(config: Config, device: torch.device, layout: Layout) -> Callable
 def build_evaluation(
     config: Config,
     dataset: Dataset[Any],
-    model: nn.Module,
+    step_function: StepFunction,
     optimizer: torch.optim.Optimizer,
     slots: Slots,
     layout: Layout,
@@ -240,7 +239,7 @@ def build_evaluation(
     batch_size = config.global_batch_size // slots.num_slots
     metrics = {name: build(f"metric {name}", make).to(backend.metrics_device) for name, make in config.metrics.items()}
     return Evaluation(
-        model,
+        step_function,
         lambda: evaluation_loader(
             dataset,
             batch_size,
@@ -251,7 +250,7 @@ def build_evaluation(
             collate_fn=config.collate,
             pin_memory=device_row(backend.device).copies_ahead,
         ),
-        compute_of(config, backend.device, layout),
+        compute_of(backend.device, layout),
         metrics,
         num_samples=lambda number: min(batch_size, num_samples - number * batch_size),
         seed=config.seed,

@@ -55,7 +55,7 @@ def refuse_fresh(config: Config, directory: RunDirectory, backend: Backend) -> N
 
 def load_newest_checkpoint(run: Run) -> Loaded | None:
     """Load the newest good checkpoint of all places that the run may have written to; None if there is none."""
-    cuts = run.layout.cuts(run.model, run.optimizer, run.kept)
+    cuts = run.layout.cuts(run.parts, run.optimizer, run.kept)
     written_to = folder_of(run.config, run.directory)
     folders = on_one_rank(run.backend, lambda: folders_of(run.directory.checkpoints, written_to))
     with run.backend.agree("opening the checkpoints"):

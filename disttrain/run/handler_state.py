@@ -69,7 +69,7 @@ def _known(run: Run) -> dict[int, Any]:
     parts: list[Any] = [run, run.config, run.backend, run.directory, run.layout, run.slots, run.precision, run.loader]
     parts += [run.trainer, run.trainer.state, run.evaluation, run.updates, run.gradients, run.best, run.bad_steps]
     parts += [run.optimizer, run.optimizer.state, run.schedule, run.data, run.kept, *run.kept.values()]
-    modules = [run.model, *(kept for kept in run.kept.values() if isinstance(kept, nn.Module))]
+    modules = [run.step_function, *(kept for kept in run.kept.values() if isinstance(kept, nn.Module))]
     for module in modules:
         parts += [*module.modules(), *module.parameters(), *module.buffers()]
     return {id(part): part for part in parts}

@@ -20,27 +20,20 @@ from disttrain.data import StreamLoader
 from disttrain.errors import CheckpointError, ConfigError, DataError
 from disttrain.handlers.checkpoint import Checkpoint
 from disttrain.handlers.progress import dropping, warn
+from disttrain.handlers.stateful import bare
 from disttrain.parallel.counterparts import Counterparts
 from disttrain.run import checkpoint_places
 from disttrain.run.restored import check_restored
 from disttrain.run.state import Run
 
-MODEL, OPTIMIZER, TRAINER, PRECISION, SCHEDULE, DATA, KEPT = (
-    "model",
-    "optimizer",
-    "trainer",
-    "precision",
-    "schedule",
-    "data",
-    "kept",
-)
-"""The parts of a checkpoint's state, by name."""
+OPTIMIZER, TRAINER, PRECISION, SCHEDULE, DATA, KEPT = "optimizer", "trainer", "precision", "schedule", "data", "kept"
+"""The parts of a checkpoint's state, by name, beside those of `Run.parts`."""
 
 
 def to_save(run: Run) -> dict[str, Any]:
     """Return the objects whose states a checkpoint holds, by name."""
     parts: dict[str, Any] = {
-        MODEL: run.layout.stateful(run.model),
+        **{name: run.layout.stateful(part) for name, part in run.parts.items()},
         OPTIMIZER: run.layout.stateful(run.optimizer),
         TRAINER: run.trainer,
         PRECISION: run.precision,
@@ -54,14 +47,17 @@ def to_save(run: Run) -> dict[str, Any]:
     return parts
 
 
-def check_kept(run: Run) -> None:
-    """Encode the kept objects' states once; ConfigError on every rank for one that a checkpoint cannot hold."""
-    with run.backend.agree("encoding the kept objects"):
-        for name, kept_object in run.kept.items():
+def check_state(run: Run) -> None:
+    """Encode the state that checkpoints will hold once; ConfigError on every rank for a value that they cannot hold."""
+    with run.backend.agree("encoding the state"):
+        parts = to_save(run)
+        kept = parts.pop(KEPT, {})
+        named = {**parts, **{f"run.keep({name!r}, ...)": kept_object for name, kept_object in kept.items()}}
+        for name, part in named.items():
             try:
-                flatten(run.layout.stateful(kept_object).state_dict())
+                flatten(bare(part).state_dict())
             except CheckpointError as error:
-                raise ConfigError(f"run.keep({name!r}, ...): its state cannot be saved: {error}") from error
+                raise ConfigError(f"{name}: its state cannot be saved: {error}") from error
 
 
 def restore(run: Run, console: Console) -> int:
@@ -106,17 +102,23 @@ def load_parts(run: Run, saved: Mapping[str, Any], console: Console) -> None:
     parts, state = to_save(run), dict(saved)
     if DATA not in state:
         parts.pop(DATA, None)  # other data, which is accepted: the run began over samples with indices
+    modules = [name for name in run.parts if name in state]
+    for name in sorted(set(run.parts) - set(modules)):
+        parts.pop(name)
+        warn(
+            console, f"the checkpoint holds no state of the {name}, which has one now: it begins as the config makes it"
+        )
     state[TRAINER] = with_user_keys(run, with_present_length(run, state[TRAINER]), console)
     kept, saved_kept = parts.pop(KEPT, {}), state.pop(KEPT, {})
     for name in sorted(set(kept) - set(saved_kept)):
         warn(console, f"the checkpoint holds no {name!r}, which a handler keeps: it begins anew")
     for name in sorted(set(saved_kept) - set(kept)):
         warn(console, f"the checkpoint holds {name!r}, which no handler keeps now: its state is dropped")
-    counterparts = Counterparts(run.model, run.optimizer, run.kept)
+    counterparts = Counterparts(run.parts, run.optimizer, run.kept)
     both = [name for name in kept if name in saved_kept]
     with run.backend.agree("loading the checkpoint"):
         Checkpoint.load_objects(parts, state)
-        for name in (MODEL, OPTIMIZER, PRECISION, SCHEDULE):
+        for name in (*modules, OPTIMIZER, PRECISION, SCHEDULE):
             if name in parts:
                 check_restored(name, state[name], parts[name])
         for name in both:

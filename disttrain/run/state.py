@@ -12,6 +12,7 @@ from disttrain.checkpoint import CheckpointInfo
 from disttrain.config import Config, config_hash
 from disttrain.data import SlotLoader, StreamLoader
 from disttrain.engine import Engine
+from disttrain.engine.supervised import StepFunction
 from disttrain.errors import ConfigError
 from disttrain.evidence import state_tensors
 from disttrain.handlers.bad_steps import BadSteps
@@ -33,7 +34,8 @@ class Run:
     backend: Backend
     directory: RunDirectory
     slots: Slots
-    model: nn.Module
+    step_function: StepFunction
+    """The model, and the loss or the forward that calls it, as the step calls them."""
     layout: Layout
     """How the model lies over ranks and devices."""
     optimizer: torch.optim.Optimizer
@@ -90,6 +92,17 @@ class Run:
         return obj
 
     @property
+    def model(self) -> nn.Module:
+        """The config's model; the step calls it inside `step_function`."""
+        return self.step_function.model
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The modules whose states a checkpoint holds, by name: the model, and a loss or a forward with a state."""
+        parts = dict(self.step_function.named_children())
+        return {name: part for name, part in parts.items() if name == "model" or part.state_dict()}
+
+    @property
     def grad_norm(self) -> Tensor | None:
         """2-norm of the newest step's gradient before clipping, 0-dimensional, on the device; None if unknown."""
         return self.updates.grad_norm
@@ -134,7 +147,7 @@ class Run:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return the whole state by name: parameters, buffers, optimizer state, kept objects."""
-        return state_tensors(self.model, self.optimizer, self.kept)
+        return state_tensors(self.parts, self.optimizer, self.kept)
 
     def close(self) -> None:
         """Stop the loader's workers and release the model."""

@@ -36,7 +36,7 @@ from disttrain.run.directory import RunDirectory
 from disttrain.run.handler_state import unkept_objects
 from disttrain.run.rank_log import RankLog
 from disttrain.run.reporter import Reporter
-from disttrain.run.resume import check_kept, restore
+from disttrain.run.resume import check_state, restore
 from disttrain.run.rollback import Attempts, go_back
 from disttrain.run.saving import Saving
 from disttrain.run.state import Run
@@ -85,7 +85,7 @@ def attempt(
     with ExitStack() as stack:
         run = assemble(config, backend, directory, attempts.left_out)
         stack.callback(run.close)
-        check_kept(run)
+        check_state(run)
         if fresh:
             checkpoint_places.refuse_fresh(config, directory, backend)
         open_directory(directory, backend, console, fresh=fresh, stack=stack)

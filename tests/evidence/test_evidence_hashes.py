@@ -128,12 +128,12 @@ def test_the_state_is_named_after_the_models_parameters() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     frozen = model[0].bias.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    before = state_tensors(model, optimizer)
+    before = state_tensors({"model": model}, optimizer)
     names = ["0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked"]
     assert list(before) == [f"model.{name}" for name in names]
     model(torch.randn(4, 3)).sum().backward()
     optimizer.step()
-    added = set(state_tensors(model, optimizer)) - set(before)
+    added = set(state_tensors({"model": model}, optimizer)) - set(before)
     assert added == {
         f"optimizer.{name}.{key}"
         for name in ("0.weight", "1.weight", "1.bias")
@@ -157,7 +157,7 @@ def test_the_state_of_kept_objects_is_named_by_its_path_and_every_value_counts()
     optimizer = torch.optim.SGD(model.parameters())
 
     def hashes(**changes: Any) -> dict[str, str]:
-        return tensor_hashes(state_tensors(model, optimizer, {"ema": Kept(**changes)}))
+        return tensor_hashes(state_tensors({"model": model}, optimizer, {"ema": Kept(**changes)}))
 
     plain = hashes()
     paths = ["learned", "count", "names", "inner.rate"]

@@ -22,7 +22,7 @@ def test_each_path_has_its_counterpart() -> None:
     optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
     average = Average(weight=torch.zeros(2, 2))
     other = torch.optim.SGD([first], lr=0.1)
-    counterparts = Counterparts(model, optimizer, {"average": average, "other": other})
+    counterparts = Counterparts({"model": model}, optimizer, {"average": average, "other": other})
     assert counterparts.of("model.0.weight", (3, 4)) is first
     assert counterparts.of("optimizer.state.0.momentum_buffer", (4, 3)) is second
     assert counterparts.of("kept.other.state.0.momentum_buffer", (3, 4)) is first

@@ -175,21 +175,6 @@ def test_a_step_that_failed_leaves_nothing_for_the_next(ranks: Ranks) -> None:
     assert ranks(3, step_after_a_failure) == alone * 3
 
 
-def use_the_bare_model(backend: Backend) -> str:
-    model = slot_models.mlp()
-    gradients = SlotGradients(model, slots_of(backend, 4), seed=0, process_group=backend.process_group)
-    with pytest.raises(RuntimeError) as caught:
-        for x, y in gradients.microbatches([microbatch("mlp", 0, slot) for slot in gradients.slots.mine], 1):
-            cross_entropy(model(x), y).backward()
-    return str(caught.value)
-
-
-def test_calling_the_bare_model_is_an_error_that_says_what_to_call(ranks: Ranks) -> None:
-    for message in ranks(2, use_the_bare_model):
-        assert message.startswith("expected the gradients of 6 parameters to meet, got 0")
-        assert "call `SlotGradients.module`" in message
-
-
 def backward_without_a_peer(backend: Backend) -> None:
     gradients = SlotGradients(slot_models.wide(), slots_of(backend, 2), seed=0, process_group=backend.process_group)
     for step in range(3):

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import weakref
 from functools import lru_cache
 from typing import Any
 
@@ -103,17 +102,14 @@ MODELS = {"odd": Odd, "inplace": Inplace, "recomputed": Recomputed, "stack": sta
 def strategy_of(
     model: nn.Module, slots: Slots, backend: Backend, strategy: Any = "fsdp", reduction: Any = "invariant"
 ) -> Strategy:
-    world = World(slots=slots, device=CPU, process_group=backend.process_group, reduction=reduction)
-    return strategy_for(strategy, model, world)
+    name, gather = ("fsdp", "module") if strategy == "by module" else (strategy, "step")
+    group: Any = backend.process_group
+    world = World(slots=slots, device=CPU, process_group=group, reduction=reduction, fsdp_gather=gather)
+    return strategy_for(name, model, world)
 
 
 def layout_of(model: nn.Module, slots: Slots, backend: Backend) -> Layout:
     return strategy_of(model, slots, backend).layout
-
-
-def sharded_gradients(model: nn.Module, slots: Slots, backend: Backend) -> Any:
-    """Shard a model in place and return its gradients."""
-    return strategy_of(model, slots, backend).gradients(model, seed=0)
 
 
 def bits(tensor: Tensor) -> str:
@@ -168,16 +164,23 @@ def of_one_process(ranks: Ranks, names: tuple[str, ...], num_slots: int) -> list
     return by_model
 
 
-# 3 of 3: one slot per rank, so parameters are gathered twice per step; 3 of 8: some ranks run 2 slots, others 3.
+# 3 of 8: some ranks run 2 slots, others 3.
 @pytest.mark.parametrize(
-    ("world_size", "num_slots"),
-    [(1, 8), (2, 8), (3, 8), (3, 3), *(pytest.param(size, 8, marks=pytest.mark.slow) for size in (4, 5, 8))],
+    ("world_size", "num_slots", "strategy"),
+    [
+        *((size, 8, "fsdp") for size in (1, 2, 3)),
+        *(pytest.param(size, 8, "fsdp", marks=pytest.mark.slow) for size in (4, 5, 8)),
+        (3, 3, "fsdp"),
+        (3, 3, "by module"),
+    ],
 )
-def test_every_bit_is_that_of_one_process_without_shards(ranks: Ranks, world_size: int, num_slots: int) -> None:
+def test_every_bit_is_that_of_one_process_without_shards(
+    ranks: Ranks, world_size: int, num_slots: int, strategy: str
+) -> None:
     names = ("odd", "inplace", "recomputed", "stack", "bf16")
     alone = of_one_process(ranks, names, num_slots)
     assert len({one["1 norm"] for one in alone}) == len(names)
-    for by_model in ranks(world_size, trained, names, num_slots, "fsdp"):
+    for by_model in ranks(world_size, trained, names, num_slots, strategy):
         for name, expected, got in zip(names, alone, by_model, strict=True):
             assert {key: got[key] for key in expected} == expected, name
             assert got.keys() == expected.keys()
@@ -192,31 +195,6 @@ def test_the_fast_reduction_agrees_and_repeats(ranks: Ranks) -> None:
             expected, got = (float.fromhex(results[f"{step} norm"]) for results in (alone, by_rank[0]))
             assert math.isclose(got, expected, rel_tol=1e-4)
     assert ranks(3, trained, ("fast",), 4, "fsdp")[0][0] == by_rank[0]
-
-
-def whole_gradients(backend: Backend, num_slots: int) -> int:
-    """Return the largest number of groups' whole gradients that were in memory at once during a step."""
-    model = nn.Sequential(*[nn.Linear(12, 12) for _ in range(5)])
-    slots = slots_of(backend, num_slots)
-    gradients = sharded_gradients(model, slots, backend)
-    arrived, seen, most = gradients.arrived, [], 0
-
-    def watched(index: int, gradient: Tensor, out: Tensor) -> None:
-        nonlocal most
-        seen.append(weakref.ref(gradient))
-        most = max(most, sum(one() is not None for one in seen))
-        arrived(index, gradient, out)
-
-    gradients.arrived = watched
-    for x, y in gradients.microbatches([microbatch("mlp", 0, slot) for slot in slots.mine], 1):
-        cross_entropy(gradients.module(x), y).backward()
-    assert len(seen) == 5 * len(slots.mine)
-    return most
-
-
-def test_whole_gradients_are_freed_as_soon_as_they_are_sent(ranks: Ranks) -> None:
-    assert max(ranks(2, whole_gradients, 2)) <= 2  # FSDP2 keeps one while it sends the next
-    assert ranks(2, whole_gradients, 4) == [10, 10]  # those of the previous slot wait for their sum
 
 
 def overflow(backend: Backend, bad_rank: int) -> list[Any]:
@@ -242,20 +220,3 @@ def overflow(backend: Backend, bad_rank: int) -> list[Any]:
 @pytest.mark.parametrize("bad_rank", [0, 1])
 def test_an_overflow_in_one_shard_skips_the_update_on_all_ranks(ranks: Ranks, bad_rank: int) -> None:
     assert ranks(2, overflow, bad_rank) == [[(False, True), (True, False)]] * 2
-
-
-def without_backward(backend: Backend) -> str:
-    model = stack()
-    slots = slots_of(backend, 2)
-    gradients = sharded_gradients(model, slots, backend)
-    assert str(gradients.progress) == "no gradients yet"
-    with pytest.raises(RuntimeError) as caught:
-        for x, _ in gradients.microbatches([microbatch("mlp", 0, slots.rank)], 1):
-            gradients.module(x)
-    assert "of step 1 are on their way" in str(gradients.progress)
-    return str(caught.value)
-
-
-def test_a_step_without_a_backward_raises_an_error_that_says_so(ranks: Ranks) -> None:
-    for message in ranks(2, without_backward):
-        assert "expected the gradients of 3 groups of parameters, got 0" in message

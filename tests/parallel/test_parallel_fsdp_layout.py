@@ -1,5 +1,6 @@
 """Parameters cut over ranks: the part of each rank, the times when they are whole, and the cuts of a checkpoint."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -43,11 +44,12 @@ def test_a_rank_holds_its_part_of_parameters_and_optimizer_states(ranks: Ranks) 
     assert ranks(2, sizes) == [(whole // 2, whole, [(64, 16), (64,), (16, 64), (16,)])] * 2
 
 
-def whole_parameters(backend: Backend, num_slots: int) -> list[list[bool]]:
+def whole_parameters(backend: Backend, gather: Any) -> list[list[bool]]:
     """Return, by layer, whether the weight is whole: before, within and after each forward, and after the step."""
     model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 10))
-    slots = slots_of(backend, num_slots)
-    gradients = strategy_for("fsdp", model, world(backend, slots)).gradients(model, seed=0)
+    slots = slots_of(backend, 2)
+    spread = dataclasses.replace(world(backend, slots), fsdp_gather=gather)
+    gradients = strategy_for("fsdp", model, spread).gradients(model, seed=0)
     whole: list[list[bool]] = []
 
     def record(*_: Any) -> None:
@@ -64,10 +66,10 @@ def whole_parameters(backend: Backend, num_slots: int) -> list[list[bool]]:
     return whole
 
 
-def test_parameters_are_gathered_group_by_group_or_for_a_step_of_several_slots(ranks: Ranks) -> None:
+def test_parameters_are_gathered_module_by_module_or_for_a_step(ranks: Ranks) -> None:
     none, every = [False] * 3, [True] * 3
-    assert ranks(2, whole_parameters, 2) == [[none, none, none, none]] * 2
-    assert ranks(2, whole_parameters, 4) == [[none, *[every] * 4, none]] * 2
+    assert ranks(2, whole_parameters, "module") == [[none, none, none, none]] * 2
+    assert ranks(2, whole_parameters, "step") == [[none, every, every, none]] * 2
 
 
 class Shadow:
@@ -86,7 +88,7 @@ def cut_as(backend: Backend) -> dict[str, bool]:
     layout = strategy_for("fsdp", model, world(backend, slots_of(backend, 2))).layout
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     kept = {"ema": Shadow(model), "second": torch.optim.Adam(model.parameters())}
-    cut = layout.cuts(model, optimizer, kept)
+    cut = layout.cuts({"model": model}, optimizer, kept)
     assert cut is not None
     paths = {
         "model.0.weight": (6, 4),
@@ -121,6 +123,6 @@ def test_the_tensors_of_a_checkpoint_are_cut_like_their_counterparts(ranks: Rank
 def test_one_rank_refuses_an_optimizer_that_several_would_refuse() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     layout = strategy_for("fsdp", model, World(slots=Slots(1), device=CPU)).layout
-    assert layout.cuts(model, torch.optim.SGD(model.parameters(), lr=0.1), {}) is None
+    assert layout.cuts({"model": model}, torch.optim.SGD(model.parameters(), lr=0.1), {}) is None
     with pytest.raises(ConfigError, match="LBFGS needs whole parameters"):
         layout.check_optimizer(torch.optim.LBFGS(model.parameters()))

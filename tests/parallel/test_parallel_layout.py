@@ -52,7 +52,7 @@ def test_whole_parameters_need_no_change() -> None:
     assert layout.cut(batch) is batch
     assert layout.bring_together(batch) is batch
     assert layout.stateful(model) is model
-    assert layout.cuts(model, optimizer, {}) is None
+    assert layout.cuts({"model": model}, optimizer, {}) is None
     layout.check_optimizer(optimizer)
     with layout.gathered():
         assert model(torch.ones(1, 2)).shape == (1, 2)

@@ -29,6 +29,14 @@ class Teacher(nn.Module):
         return self.student(x) - self.teacher(x)
 
 
+class Replaced(nn.Linear):
+    """A trained parameter whose values the forward replaces; no version counter sees it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = self.weight.data * 0.9
+        return super().forward(x)
+
+
 class Clipped(nn.Linear):
     """A trained parameter that the forward clips."""
 
@@ -69,6 +77,7 @@ class Moved(nn.Module):
 MODELS: dict[str, Any] = {
     "teacher": Teacher,
     "clipped": lambda: Clipped(2, 1),
+    "replaced": lambda: Replaced(2, 1),
     "growing": Growing,
     "moved": Moved,
 }
@@ -99,8 +108,9 @@ def steps(backend: Backend, name: str, num_slots: int, strategy: Any) -> str:
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("teacher", "the model's forward changes its parameter"),
+        ("teacher", ""),  # it moves as buffers do: see test_parallel_buffers.py
         ("clipped", "the model's forward changes its parameter weight"),
+        ("replaced", "the model's forward changes its parameter weight"),
         ("growing", "the forward of Growing changes its buffer seen from torch.float32 [0] to torch.float32 [1]"),
         ("moved", ""),
     ],

@@ -178,7 +178,7 @@ def test_loaded_tensors_move_to_the_device_of_their_counterparts(tmp_path: Path)
     average = Average()
     average.shadow = {"0.weight": torch.empty(4, 3, device="meta")}
     run.keep("average", average)
-    counterparts = Counterparts(run.model, run.optimizer, run.kept)
+    counterparts = Counterparts(run.parts, run.optimizer, run.kept)
     saved = {"shadow": {"0.weight": torch.ones(4, 3), "0.bias": torch.ones(4)}, "rates": [torch.ones(2), 0.5]}
     moved = on_devices(saved, counterparts, "kept.average")
     assert moved["shadow"]["0.weight"].device.type == "meta"  # the device of the present state

@@ -1,0 +1,181 @@
+"""Gradients that meet over ranks of one slot each, sharded: FSDP2 gathers the parameters module by module.
+
+*Contract*: that of `FsdpGradients` (`fsdp`), for ranks with one slot each and `gather="module"`: a group's parameters
+are gathered for its forward and again for its backward, and its gradients are sent as soon as they are computed. This
+takes the least memory, and refuses programs that need a parameter at another time (`shard_checks`).
+
+*Errors*: RuntimeError from forward or backward if a peer has gone, or has been silent for the group's timeout.
+ConfigError in the first steps for a forward that uses parameters outside their modules, or if ranks call other modules.
+
+*Cost*: that of plain FSDP2.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from disttrain.parallel.buffers import SlotBuffers
+from disttrain.parallel.fsdp_layout import FsdpLayout
+from disttrain.parallel.gradients import GradientProgress, slots_in_turn
+from disttrain.parallel.shard_checks import HookChecks, ShardChecks
+from disttrain.parallel.slot_checks import SlotChecks
+from disttrain.parallel.slots import Node, Slots
+from disttrain.parallel.trained_parameters import TrainedParameters
+from disttrain.parallel.tree import Reduction, TreeReduce
+
+logger = logging.getLogger(__name__)
+
+
+def _adding(total: Tensor) -> Tensor:
+    """Turn the zeros of `total` into -0.0, the neutral element of addition: 0.0 + -0.0 would lose the sign of -0.0."""
+    return total.masked_fill_(total == 0, -0.0)
+
+
+class GroupGradients:
+    """The replacement of FSDP2's reduce-scatter; it gets the gradients of one group in one flat tensor."""
+
+    def __init__(self, owner: "FsdpModuleGradients", index: int) -> None:
+        self._owner = owner
+        self._index = index
+
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
+    ) -> dist.Work | None:
+        self._owner.arrived(self._index, input_tensor, output_tensor)
+        return None
+
+
+class FsdpModuleGradients:
+    """The gradients of ranks with one slot each, of a model that is cut over the ranks; `module` is the model.
+
+    `reduction="fast"` makes one reduce-scatter per group: the bits are the same only for the same number of ranks.
+    Every rank makes this object at the same point.
+
+    *Contract*, *Errors*: as `FsdpGradients`. *Cost*: this module's docstring.
+    *Source*: FSDP2's `set_custom_reduce_scatter`; `parallel.tree` for the sum.
+    """
+
+    several = True
+    divisor = 1
+
+    def __init__(
+        self,
+        model: nn.Module,
+        slots: Slots,
+        layout: FsdpLayout,
+        *,
+        seed: int,
+        reduction: Literal["invariant", "fast"] = "invariant",
+    ) -> None:
+        self.slots = slots
+        self.module = model
+        self.progress = GradientProgress(waited_s=None)  # FSDP2 itself waits for parameters
+        self._layout = layout
+        self._seed = seed
+        self._invariant = reduction == "invariant"
+        self._trained = TrainedParameters(model, layout.process_group)
+        self._tree = TreeReduce(slots, layout.process_group)
+        self._buffers = SlotBuffers(model, slots, layout.process_group, frozen_may_move=False)
+        self._hooks: list[Any] = []
+        seen = dict(model.named_parameters())
+        self._shard_checks = ShardChecks(layout.groups, self._watch_use(), layout.process_group)
+        self._checks = SlotChecks(model, [HookChecks(seen), self._shard_checks])
+        for index, group in enumerate(layout.groups):
+            group.set_custom_reduce_scatter(GroupGradients(self, index))
+            group.set_gradient_divide_factor(1.0)
+            group.set_force_sum_reduction_for_comms(True)
+            group.set_reduce_scatter_unused_params(True, recurse=False)
+        self._begin()
+
+    def close(self) -> None:
+        """Release the model: its parameters refer to this object in C++, unseen by Python's garbage collector."""
+        self._shard_checks.close()
+        for hook in self._hooks:
+            hook.remove()
+        self.module = nn.Identity()
+
+    def _watch_use(self) -> list[dict[str, Tensor]]:
+        """List the trained parameters of each group, and note which of them each backward uses.
+
+        Return, for each group, its own gathered parameters by their names in it.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._members: dict[int, list[nn.Parameter]] = {}
+        index = {name: i for i, name in enumerate(self._trained.names)}
+        by_group = self._layout.gathered_parameters()
+        for number, parameters in enumerate(by_group):
+            for name, parameter in parameters.items():
+                if (i := index.get(self._layout.prefixes[number] + name)) is not None:
+                    self._hooks.append(parameter.register_post_accumulate_grad_hook(self._noting(i)))  # type: ignore[no-untyped-call]
+                    self._members.setdefault(number, []).append(self._trained.tensors[i])
+        return by_group
+
+    def _noting(self, i: int) -> Callable[[Tensor], None]:
+        return lambda parameter: self._unused.discard(i)
+
+    def opens(self, iteration: int) -> bool:
+        return True
+
+    def closes(self, iteration: int) -> bool:
+        return True
+
+    def microbatches(self, batch: Sequence[Any], iteration: int) -> Iterator[Any]:
+        """Yield the microbatches of this rank's slots; `batch` holds one for each, in slot order."""
+        self.slots.check_batch(batch)
+        if self._trained.changed():
+            self._watch_use()
+        self._begin()
+        self.progress.begin(iteration)
+        for _, microbatch in slots_in_turn(self.slots, batch, self._buffers, self._checks, self._seed, iteration):
+            yield microbatch
+            self._check_arrived()
+        self._buffers.step_ends()
+        self.progress.over = True
+        self._trained.warn_of_unused(self._unused, logger, iteration=iteration, rank=self.slots.rank)
+
+    def _begin(self) -> None:
+        """Drop the state of the previous step, even if it failed."""
+        for parameter in self._trained.tensors:
+            parameter.grad = None
+        self._unused = set(range(len(self._trained.tensors)))
+        self._here: set[int] = set()
+
+    def arrived(self, index: int, gradient: Tensor, out: Tensor) -> None:
+        """Take the gradient of a group from FSDP2; `out` will hold this rank's part of the sum.
+
+        If a group is called several times in a forward, its gradient arrives as often, filled up with zeros.
+        """
+        slot = self.slots.mine[0]
+        self._start({(slot, slot + 1): gradient}, out).wait()
+        for parameter in self._members[index] if index in self._here else ():
+            assert parameter.grad is not None, "FSDP2 adds to the gradient that it set before"
+            _adding(parameter.grad.to_local())  # type: ignore[attr-defined]
+        self._here.add(index)
+
+    def _check_arrived(self) -> None:
+        if self._here != set(self._members):
+            raise RuntimeError(
+                f"expected the gradients of {len(self._members)} groups of parameters, got {len(self._here)}: in each "
+                "microbatch call `FsdpModuleGradients.module` and run the backward of its result once"
+            )
+
+    def _start(self, parts: dict[Node, Tensor], out: Tensor) -> Reduction:
+        """Send a group's sums to the ranks that keep them."""
+        num_slots = self.slots.num_slots
+        self.progress.num_buckets += 1
+        if self._invariant:
+            return self._tree.start_scatter(parts, out=out, divisor=num_slots)
+        (gradient,) = parts.values()
+        work = dist.reduce_scatter_single(
+            out, torch.div(gradient, num_slots).to(out.dtype), group=self._layout.process_group, async_op=True
+        )
+        return Reduction(out, iter([[work]]))
