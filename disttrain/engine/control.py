@@ -15,12 +15,15 @@ from disttrain.engine.emitter import Emitter
 from disttrain.engine.events import Events
 from disttrain.engine.run_plan import check_iterable, plan_from_dict, progress_dict
 from disttrain.engine.state import State
+from disttrain.parallel.window import AccumulationWindow, warn_of_lost
 
 # A lookup of an enum's member on its class costs ten times as much as a global name.
 GET_BATCH_STARTED = Events.GET_BATCH_STARTED
 GET_BATCH_COMPLETED = Events.GET_BATCH_COMPLETED
 ITERATION_STARTED = Events.ITERATION_STARTED
 ITERATION_COMPLETED = Events.ITERATION_COMPLETED
+WINDOW = "accumulation_window"
+"""The key of an open accumulation window in a state dict."""
 LOOP_EVENTS = (GET_BATCH_STARTED, GET_BATCH_COMPLETED, ITERATION_STARTED, ITERATION_COMPLETED)
 
 
@@ -53,6 +56,8 @@ class Control(Emitter):
         self._running = False
         self._state_at_end: State | None = None  # the state with which this engine's last run ended
         self._next_data: Iterable[Any] | None = None
+        self.window: AccumulationWindow | None = None
+        self.loaded_window: Mapping[str, Any] | None = None
         self._state_dict_user_keys: list[str] = []
         self._clear_stop_requests()
 
@@ -93,8 +98,12 @@ class Control(Emitter):
             self._reenter_loop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state to resume from: `epoch_length`, `iteration`, the maximum and the user keys."""
-        return progress_dict(self.state, self._state_dict_user_keys)
+        """Return the state to resume from: `epoch_length`, `iteration`, the maximum and the user keys.
+
+        Inside an accumulation window also the window, with the gradients so far.
+        """
+        window = self.loaded_window if self.window is None else self.window.state_dict()
+        return progress_dict(self.state, self._state_dict_user_keys) | ({WINDOW: window} if window else {})
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Let the next `run` continue from a `state_dict`, which may hold `epoch` in place of `iteration`.
@@ -105,6 +114,7 @@ class Control(Emitter):
         plan.apply(self.state)
         for key in self._state_dict_user_keys:
             setattr(self.state, key, state_dict[key])
+        self.window, self.loaded_window = None, state_dict.get(WINDOW)
         self._state_at_end = None
         if self._running:
             self._reenter_loop()
@@ -122,7 +132,8 @@ class Control(Emitter):
         state_at_end = state if self._state_at_end is self.state or self._cursor is not None else None
         if self._cursor is not None and not self._running and BATCH <= self._cursor.at < EPOCH_END:
             state.epoch, state_at_end = state.epoch - 1, None
-        fresh = {"_cursor": None, "_running": False, "_next_data": None}
+        window = self.loaded_window if self.window is None else self.window.state_dict()
+        fresh = {"_cursor": None, "_running": False, "_next_data": None, "window": None, "loaded_window": window}
         return {**self.__dict__, "state": state, "_state_at_end": state_at_end, **fresh}
 
     def _iterate(self, first: bool) -> Iterator[Any]:
@@ -168,6 +179,13 @@ class Control(Emitter):
             )
         run.exhausted = run.count == 0 and state.max_epochs is None
         return EPOCH_END
+
+    def _warn_of_untaken_window(self) -> None:
+        """At a run's end: warn if no iteration has taken the loaded window, as those of a step that accumulates do."""
+        loaded = self.loaded_window
+        if loaded is not None and self.state.iteration > loaded["iteration"]:
+            self.loaded_window = None
+            warn_of_lost(loaded, "the process function does not accumulate gradients by gradient_accumulation_steps")
 
     def _clear_stop_requests(self) -> None:
         self._skip_completed = self._skip_epoch_completed = False

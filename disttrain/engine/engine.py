@@ -196,6 +196,7 @@ class Engine(Control):
                         raise
         finally:
             self._running = False
+            self._warn_of_untaken_window()
             if not run.paused:
                 self._cursor = None
                 if run.epoch_started_at:

@@ -139,6 +139,8 @@ class Checkpoint:
         name = "_".join(filter(None, (self.filename_prefix, self._name())))
         metadata = {"basename": name, "score_name": self.score_name, "priority": priority, "global_step": global_step}
 
+        self._gather_windows()
+
         def write() -> None:
             arguments = (self._collect(saved), filename, metadata)
             self.save_handler(*(arguments if self._with_metadata else arguments[:2]))
@@ -147,6 +149,16 @@ class Checkpoint:
         self._saved = saved
         if removed and hasattr(self.save_handler, "remove"):
             self._on_writers(lambda: self._remove(removed))
+
+    def _gather_windows(self) -> None:
+        """Bring together the gradients of open accumulation windows, which under DDP are other ones on each rank."""
+
+        def gather(obj: Any, path: str) -> None:
+            engine = strongly(obj, path)
+            if isinstance(engine, Engine) and engine.window is not None and self._backend is not None:
+                engine.window.gather(self._backend.all_gather)
+
+        map_objects(self._objects, gather)
 
     def _remove(self, checkpoints: list[SavedCheckpoint]) -> None:
         for checkpoint in checkpoints:
