@@ -4,15 +4,20 @@
 change parameters: the change would reach only the later slots of the same rank. The loop over the microbatches must run
 to its end, because the gradients of the slots are summed there. One rank checks both, as several ranks do.
 
-*Errors*: ConfigError that names the parameter, in the first steps. RuntimeError at the step after an unfinished loop.
+*Errors*: ConfigError that names the parameter, in the first steps. RuntimeError after an unfinished loop, from the
+optimizer's step, and from the next step's loop if no optimizer of torch stepped.
 
-*Cost*: reads the version counters of all parameters, before and after each slot of the first `CHECKED_STEPS` steps.
+*Cost*: reads the version counters of all parameters, before and after each slot of the first `CHECKED_STEPS` steps. One
+call of a function for each step of any optimizer of the process.
 """
 
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from disttrain.errors import ConfigError
 
@@ -30,6 +35,19 @@ class SlotChecks:
         self._steps_left = CHECKED_STEPS
         self._before: Versions = {}
         self._open_step: int | None = None
+        self._parameters = {id(parameter) for parameter in model.parameters()}  # those that an optimizer gets
+        weakly = weakref.ref(self)
+
+        def before_optimizer(optimizer: Optimizer, arguments: Any, options: Any) -> None:
+            if (checks := weakly()) is not None and checks._open_step is not None:
+                checks._refuse(optimizer)
+
+        weakref.finalize(self, register_optimizer_step_pre_hook(before_optimizer).remove)
+
+    def _refuse(self, optimizer: Optimizer) -> None:
+        """Raise RuntimeError if an optimizer of this model is about to step while the loop of a step is open."""
+        if any(id(parameter) in self._parameters for group in optimizer.param_groups for parameter in group["params"]):
+            raise RuntimeError(f"{_left_open(self._open_step)}. The optimizer steps after the loop, not inside it")
 
     def step_starts(self, iteration: int) -> None:
         """Note that the loop of a step begins; RuntimeError if the loop of an earlier step did not run to its end.
@@ -38,11 +56,7 @@ class SlotChecks:
         """
         left, self._open_step = self._open_step, iteration
         if left not in (None, iteration):
-            raise RuntimeError(
-                f"expected the loop over the microbatches of step {left} to run to its end, but it was left before, so "
-                "the gradients of its slots were not summed. Do not leave it by `break`; in zip(...) let the "
-                "microbatches come first; after an exception try the same step again"
-            )
+            raise RuntimeError(f"{_left_open(left)}; after an exception try the same step again")
 
     def step_ends(self) -> None:
         """Note that the loop has run to its end."""
@@ -57,6 +71,14 @@ class SlotChecks:
         """Raise ConfigError if the slot has changed a parameter."""
         if self._steps_left:
             check_unchanged(self._before, versions(self._model.named_parameters()))
+
+
+def _left_open(step: int | None) -> str:
+    return (
+        f"expected the loop over the microbatches of step {step} to run to its end, but it was left before, so "
+        "the gradients of its slots were not summed. Do not leave it by `break`; in zip(...) let the "
+        "microbatches come first"
+    )
 
 
 class ForwardWatch:

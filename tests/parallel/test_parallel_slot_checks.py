@@ -1,5 +1,6 @@
 """A forward that changes parameters, and an unfinished loop, are refused on one rank as on several."""
 
+import gc
 import itertools
 from typing import Any
 
@@ -124,8 +125,85 @@ def gradients_of(model: nn.Module, num_slots: int = 3) -> SlotGradients:
 BATCH = [torch.ones(1, 2), torch.ones(1, 2), torch.ones(1, 2)]
 
 
+LEAVINGS = ("zip", "break at the last", "break", "step inside")
+
+
+def left(gradients: Any, optimizer: torch.optim.Optimizer, iteration: int, how: str) -> None:
+    """Run one step whose loop is left as `how` says, up to the optimizer's step."""
+    mine = gradients.slots.mine
+    microbatches = gradients.microbatches([torch.full((2, 2), float(slot + 1)) for slot in mine], iteration)
+    pairs = zip(mine, microbatches, strict=False) if how == "zip" else zip(microbatches, mine, strict=False)
+    for number, pair in enumerate(pairs, start=1):
+        x = pair[1] if how == "zip" else pair[0]
+        gradients.module(x).sum().backward()
+        if how == "step inside":
+            optimizer.step()
+        if how == "break" or (how == "break at the last" and number == len(mine)):
+            break
+    optimizer.step()
+
+
+def leave_twice(backend: Backend, strategy: Any) -> list[tuple[str, bool]]:
+    return [leave(backend, how, strategy) for how in ("zip", "break at the last")]
+
+
+def leave(backend: Backend, how: str, strategy: Any) -> tuple[str, bool]:
+    """Leave a loop; return the message of the optimizer's step, and whether the weights stayed the same."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    slots = slots_of(backend, 4 if backend.world_size < 3 else 3)
+    world = World(slots=slots, device=torch.device("cpu"), process_group=backend.process_group)
+    gradients = strategy_for(strategy, model, world).gradients(model, seed=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = [parameter.detach().clone() for parameter in optimizer.param_groups[0]["params"]]
+    try:
+        left(gradients, optimizer, 1, how)
+    except RuntimeError as error:
+        same = [bool((a == b).all()) for a, b in zip(before, optimizer.param_groups[0]["params"], strict=True)]
+        return str(error), all(same)
+    return "", False
+
+
+@pytest.mark.parametrize(
+    ("world_size", "strategy"),
+    [(1, "ddp"), (2, "ddp"), (1, "fsdp"), *(pytest.param(size, "fsdp", marks=NEEDS_FSDP) for size in (2, 3))],
+)
+def test_a_loop_that_is_left_raises_at_the_optimizers_step(ranks: Ranks, world_size: int, strategy: str) -> None:
+    for message, same in itertools.chain(*ranks(world_size, leave_twice, strategy)):
+        assert "the loop over the microbatches of step 1 to run to its end, but it was left before" in message
+        assert same
+
+
+@pytest.mark.parametrize("how", LEAVINGS)
+def test_a_loop_that_is_left_on_one_rank(how: str) -> None:
+    model = nn.Linear(2, 1)
+    gradients, optimizer = gradients_of(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match="steps after the loop, not inside it"):
+        left(gradients, optimizer, 1, how)
+
+
+def test_an_optimizer_of_another_model_may_step_inside_the_loop() -> None:
+    other, model = nn.Linear(2, 1), nn.Linear(2, 1)
+    gradients, optimizer = gradients_of(model), torch.optim.SGD(other.parameters(), lr=0.1)
+    for x in gradients.microbatches(BATCH, 1):
+        gradients.module(x).sum().backward()
+        other(x).sum().backward()
+        optimizer.step()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+def test_what_watches_optimizers_ends_with_its_gradients() -> None:
+    model = nn.Linear(2, 1)
+    gradients, optimizer = gradients_of(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    next(iter(gradients.microbatches(BATCH, 1)))
+    del gradients
+    gc.collect()
+    optimizer.step()
+
+
 @pytest.mark.parametrize("how", ["break", "zip"])
 def test_a_loop_that_is_left_raises_at_the_next_step(how: str) -> None:
+    """As in a loop that steps without an optimizer of torch."""
     model = nn.Linear(2, 1)
     gradients = gradients_of(model)
     microbatches = gradients.microbatches(BATCH, 1)

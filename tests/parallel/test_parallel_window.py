@@ -156,7 +156,7 @@ def test_the_window_of_another_model_is_refused() -> None:
     state = parts.trainer.state_dict()
     state["accumulation_window"]["gradients"][0].pop()
     other.trainer.load_state_dict(state)
-    with pytest.raises(ValueError, match="accumulation window of other parameters: expected 4 gradients.*got 3"):
+    with pytest.raises(ValueError, match=r"accumulation window of other parameters: expected 4 gradients.*got 3"):
         other.trainer.run(Batches(1), max_iters=3)
 
 
@@ -204,7 +204,7 @@ def test_under_ddp_each_rank_gets_its_own_gradients_back(ranks: Ranks, tmp_path:
 
 
 def lost_under_ddp(backend: Backend, folder: Path) -> list[str]:
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match="accumulation window") as warned:
         under_ddp(backend, folder, 5, "alone")
     return [str(each.message) for each in warned if "accumulation window" in str(each.message)]
 
