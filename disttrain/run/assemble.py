@@ -36,6 +36,7 @@ from disttrain.precision import Precision, choose_precision
 from disttrain.run.data import build_data
 from disttrain.run.directory import RunDirectory
 from disttrain.run.evaluation import Evaluation
+from disttrain.run.evaluation_point import begin_training
 from disttrain.run.factories import build
 from disttrain.run.state import Run, total_steps
 from disttrain.run.updates import Updates
@@ -60,6 +61,7 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out
     with backend.agree("building the optimizer and the schedule"):
         optimizer = build_optimizer(config, model, layout)
         model, optimizer = precision.prepare(model, optimizer)
+        begin_training(optimizer)
         schedule = build_schedule(config, optimizer, total_steps(config, data.identity))
     # Not inside `agree`: making the gradients talks to the other ranks itself.
     gradients = strategy.gradients(model, seed=config.seed)
