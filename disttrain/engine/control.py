@@ -48,6 +48,8 @@ class Control(Emitter):
     should_terminate = StopRequest()
     should_terminate_single_epoch = StopRequest()
     should_interrupt = StopRequest()
+    interrupt_resume_enabled: bool = True
+    """False: `interrupt()` is an error. Set it for one engine, or for all by `Engine.interrupt_resume_enabled`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +86,15 @@ class Control(Emitter):
         self.should_terminate_single_epoch = True
 
     def interrupt(self) -> None:
-        """Pause after the current event: INTERRUPT, then `run` returns. The next `run` continues at that point."""
+        """Pause after the current event: INTERRUPT, then `run` returns. The next `run` continues at that point.
+
+        RuntimeError if `interrupt_resume_enabled` is False.
+        """
+        if not self.interrupt_resume_enabled:
+            raise RuntimeError(
+                "expected no interrupt() while interrupt_resume_enabled is False, got one; set "
+                f"{type(self).__name__}.interrupt_resume_enabled = True, or end the run by terminate()"
+            )
         self.should_interrupt = True
 
     def set_data(self, data: Iterable[Any]) -> None:
@@ -170,13 +180,14 @@ class Control(Emitter):
             return None
         if state.epoch_length is None:
             state.epoch_length = run.count
+            told = "" if run.count else "the data gave no batch; an iterator that was used before is empty, pass new data"
         else:
-            warnings.warn(
+            told = (
                 f"the data gave {run.count} of the epoch_length={state.epoch_length} batches of epoch {state.epoch}, "
-                "and a fresh iterator gave none; pass data that can be iterated again, or a smaller epoch_length",
-                UserWarning,
-                stacklevel=5,
+                "and a fresh iterator gave none; pass data that can be iterated again, or a smaller epoch_length"
             )
+        if told:
+            warnings.warn(told, UserWarning, stacklevel=5)
         run.exhausted = run.count == 0 and state.max_epochs is None
         return EPOCH_END
 
