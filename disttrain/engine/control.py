@@ -12,7 +12,7 @@ from typing import Any
 
 from disttrain.engine.cursor import BATCH, EPOCH_END, FETCH, Cursor
 from disttrain.engine.emitter import Emitter
-from disttrain.engine.events import Events
+from disttrain.engine.events import Event, Events
 from disttrain.engine.run_plan import check_iterable, plan_from_dict, progress_dict
 from disttrain.engine.state import State
 from disttrain.parallel.window import AccumulationWindow, warn_of_lost
@@ -58,6 +58,7 @@ class Control(Emitter):
         self._running = False
         self._state_at_end: State | None = None  # the state with which this engine's last run ended
         self._next_data: Iterable[Any] | None = None
+        self.raised_after: Event | None = None  # the newest exception came after this event
         self.window: AccumulationWindow | None = None
         self.loaded_window: Mapping[str, Any] | None = None
         self._state_dict_user_keys: list[str] = []
@@ -180,7 +181,7 @@ class Control(Emitter):
             return None
         if state.epoch_length is None:
             state.epoch_length = run.count
-            told = "" if run.count else "the data gave no batch; an iterator that was used before is empty, pass new data"
+            told = "" if run.count else "the data gave no batch; pass data that was not iterated before"
         else:
             told = (
                 f"the data gave {run.count} of the epoch_length={state.epoch_length} batches of epoch {state.epoch}, "

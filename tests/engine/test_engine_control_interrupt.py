@@ -151,7 +151,7 @@ def test_interrupt_can_be_switched_off_for_one_engine_or_for_all(monkeypatch):
     one, other = recording()[0], recording()[0]
     one.interrupt_resume_enabled = False
     at(one, Events.ITERATION_COMPLETED, 1, Engine.interrupt)
-    with pytest.raises(RuntimeError, match="set Engine.interrupt_resume_enabled = True"):
+    with pytest.raises(RuntimeError, match=r"set Engine\.interrupt_resume_enabled = True"):
         one.run("ab")
     other.interrupt()
     monkeypatch.setattr(Engine, "interrupt_resume_enabled", False)
