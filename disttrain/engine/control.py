@@ -154,8 +154,16 @@ class Control(Emitter):
         is 0 or was loaded. The later calls (not `first`) need one that begins anew. They come after the handlers of
         DATALOADER_STOP_ITERATION and of TERMINATE_SINGLE_EPOCH, and from `set_data`. No call comes without data.
         """
-        assert self.state.dataloader is not None
-        return iter(self.state.dataloader)
+        state = self.state
+        assert state.dataloader is not None
+        if first and self._state_at_end is not state and state.iteration % (state.epoch_length or 1):
+            self.logger.warning(
+                "the run goes on inside epoch %d, at iteration %d, and takes its data from the beginning; "
+                "a DeterministicEngine goes on at the batch",
+                state.epoch,
+                state.iteration,
+            )
+        return iter(state.dataloader)
 
     def _open(self, run: Cursor) -> Iterator[Any]:
         """Return an iterator for the run. At the run's start also count the batches of this epoch that are done."""

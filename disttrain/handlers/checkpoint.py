@@ -22,9 +22,9 @@ from typing import Any, TypeVar
 from disttrain.checkpoint import DiskSaver, on_one_rank
 from disttrain.checkpoint.agree import CheckpointRanks
 from disttrain.engine import Engine
-from disttrain.handlers.checkpoint_moment import saves_alone, warn_of_open_iteration
+from disttrain.handlers.checkpoint_moment import saves_alone, warn_of_open_iteration, warn_of_scaler
 from disttrain.handlers.rotation import SavedCheckpoint, rotated, score_as_number, should_save
-from disttrain.handlers.stateful import bare, load_objects, map_objects, strongly, weakly
+from disttrain.handlers.stateful import bare, listed, load_objects, map_objects, strongly, weakly
 
 T = TypeVar("T")
 
@@ -132,7 +132,8 @@ class Checkpoint:
         After an exception on several ranks, `save_on_rank` saves alone, and the exception is raised again: a rank that
         went on by itself would no longer be at the step of the others.
         """
-        map_objects(self._objects, lambda obj, path: warn_of_open_iteration(strongly(obj, path), exception))
+        warn_of_open_iteration(listed(self._objects), exception)
+        warn_of_scaler(listed(self._objects))
         if exception is None or self._backend is None or self._backend.world_size == 1:
             self._save(engine)
             return
@@ -170,13 +171,9 @@ class Checkpoint:
 
     def _gather_windows(self) -> None:
         """Bring together the gradients of open accumulation windows, which under DDP are other ones on each rank."""
-
-        def gather(obj: Any, path: str) -> None:
-            engine = strongly(obj, path)
+        for engine in listed(self._objects):
             if isinstance(engine, Engine) and engine.window is not None and self._backend is not None:
                 engine.window.gather(self._backend.all_gather)
-
-        map_objects(self._objects, gather)
 
     def _remove(self, checkpoints: list[SavedCheckpoint]) -> None:
         for checkpoint in checkpoints:

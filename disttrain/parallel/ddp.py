@@ -137,6 +137,7 @@ class SlotGradients:
             self._meet_here()
         else:
             self._call_hook_for_unused()
+            self._checks.gradients_met()
         self._sums.parts.clear()
         with self.progress.waits():
             self._buffers.step_ends()

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.backend import Backend
 from disttrain.checkpoint import DirectorySaver, committed
-from disttrain.engine import Engine, Events
+from disttrain.engine import Engine, Events, create_supervised_trainer
 from disttrain.handlers import Checkpoint
 
 
@@ -122,3 +122,17 @@ def two_updates() -> torch.Tensor:
         model(torch.ones(2, 3)).sum().backward()
         optimizer.step()
     return model.bias.detach()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_loss_scale_that_is_not_saved_is_named(kept: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = create_supervised_trainer(
+        model, optimizer, nn.functional.mse_loss, device="cpu", amp_mode="amp", scaler=True
+    )
+    to_save = {"model": model, "trainer": trainer} | ({"scaler": trainer.state.scaler} if kept else {})
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, Checkpoint(to_save, tmp_path))
+    trainer.run([(torch.ones(1, 2), torch.ones(1, 1))])
+    told = [str(each.message) for each in recwarn.list if "trainer.state.scaler" in str(each.message)]
+    assert len(told) == (not kept)

@@ -182,6 +182,83 @@ def test_a_loop_that_is_left_on_one_rank(how: str) -> None:
         left(gradients, optimizer, 1, how)
 
 
+def stray(gradients: Any, how: str) -> None:
+    """Run the loop of step 1 to its end, and a backward after it."""
+    batch = [torch.full((2, 2), float(slot + 1)) for slot in gradients.slots.mine]
+    microbatches, module = gradients.microbatches(batch, 1), gradients.module
+    if how == "list":
+        for x in list(microbatches):
+            module(x).sum().backward()
+    elif how == "sum":
+        sum(module(x).sum() for x in microbatches).backward()  # type: ignore[union-attr]
+    else:
+        losses = [module(x).sum() for x in microbatches]
+        losses[0].backward()
+
+
+def stray_each(backend: Backend) -> list[str]:
+    """Return the message of the optimizer's step after each kind of a backward outside the loop."""
+    messages = []
+    for how in ("list", "sum", "first"):
+        torch.manual_seed(0)
+        model = nn.Linear(2, 1)
+        world = World(slots=slots_of(backend, 4), device=torch.device("cpu"), process_group=backend.process_group)
+        gradients = strategy_for("ddp", model, world).gradients(model, seed=1)
+        try:
+            stray(gradients, how)
+            torch.optim.SGD(model.parameters(), lr=0.1).step()
+            messages.append("")
+        except RuntimeError as error:
+            messages.append(str(error))
+    return messages
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_backward_outside_the_loop_raises_at_the_optimizers_step(ranks: Ranks, world_size: int) -> None:
+    after_the_loop = "expected one backward for each microbatch, inside the loop"
+    # On several ranks a loop without any backward raises at its own end.
+    in_no_slot = after_the_loop if world_size == 1 else "run the backward once"
+    for messages in ranks(world_size, stray_each):
+        assert [
+            told in message
+            for told, message in zip((in_no_slot, after_the_loop, after_the_loop), messages, strict=True)
+        ] == [True] * 3
+
+
+def test_a_backward_between_the_optimizers_step_and_the_next_loop_is_no_matter() -> None:
+    model = nn.Linear(2, 1)
+    gradients, optimizer = gradients_of(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    for iteration in (1, 2):
+        model(torch.ones(1, 2)).sum().backward()  # such as a handler that measures something
+        for x in gradients.microbatches(BATCH, iteration):
+            gradients.module(x).sum().backward()
+        assert model.bias.grad is not None
+        assert model.bias.grad.item() == 1.0
+        optimizer.step()
+
+
+def test_a_parameter_that_is_replaced_later_is_named() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    gradients = gradients_of(model)
+    model[1] = nn.Linear(2, 1)
+    with pytest.raises(ConfigError, match=r"the parameter 1\.weight was put into the model after its gradients"):
+        list(gradients.microbatches(BATCH, 1))
+
+
+def test_a_step_that_comes_again_gives_a_warning() -> None:
+    """As if it were counted inside the epoch: its slots would draw the same dropout in each epoch."""
+    gradients = gradients_of(nn.Linear(2, 1))
+    for iteration in (1, 2):
+        list(gradients.microbatches(BATCH, iteration))
+    with pytest.warns(UserWarning, match="step 2 comes again after step 2.*count the steps over the whole run"):
+        list(gradients.microbatches(BATCH, 2))
+
+
+def test_steps_are_counted_from_1() -> None:
+    with pytest.raises(ValueError, match="the number of the step over the whole run, from 1, got 0"):
+        list(gradients_of(nn.Linear(2, 1)).microbatches(BATCH, 0))
+
+
 def test_an_optimizer_of_another_model_may_step_inside_the_loop() -> None:
     other, model = nn.Linear(2, 1), nn.Linear(2, 1)
     gradients, optimizer = gradients_of(model), torch.optim.SGD(other.parameters(), lr=0.1)
