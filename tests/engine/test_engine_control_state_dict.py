@@ -99,3 +99,15 @@ def test_the_length_0_of_data_without_a_batch_is_unknown():
     engine.load_state_dict({"epoch_length": 0, "iteration": 0, "max_epochs": 3})
     engine.run("ab")
     assert (len(log), engine.state.epoch_length, engine.state.max_epochs) == (6, 2, 3)
+
+
+def test_data_that_begins_anew_inside_an_epoch_is_logged(caplog):
+    engine, log = recording_batches()
+    engine.load_state_dict({"epoch_length": 3, "iteration": 4, "max_epochs": 2})
+    engine.run("abc")
+    assert [batch for _, _, batch in log] == ["a", "b"]
+    (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "inside epoch 2, at iteration 4, and takes its data from the beginning; a DeterministicEngine" in message
+    caplog.clear()
+    engine.run("abc", max_epochs=3)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
