@@ -46,7 +46,7 @@ from disttrain.checkpoint.background import AsynchronousSaver
 from disttrain.checkpoint.check import verify
 from disttrain.checkpoint.directory_saver import DirectorySaver
 from disttrain.checkpoint.disk_saver import DiskSaver, load_file
-from disttrain.checkpoint.exports import Exported, export
+from disttrain.checkpoint.exports import EVALUATION_POINT, Exported, export
 from disttrain.checkpoint.listing import (
     BestStep,
     ListedCheckpoint,
@@ -67,6 +67,7 @@ from disttrain.errors import DamagedError
 
 __all__ = [
     "ELSEWHERE",
+    "EVALUATION_POINT",
     "MANIFEST",
     "AsynchronousSaver",
     "BestStep",

@@ -1,7 +1,8 @@
 """Writes the tensors of a model as one safetensors file, from a checkpoint that any number of ranks wrote.
 
 *Contract*: the checkpoint is verified first. The file appears whole and durable, or not at all. The tensors have the
-names of the model's `state_dict`. A tensor with two names is in the file twice, for the format holds no ties.
+names of the model's `state_dict`. A tensor with two names is in the file twice, for the format holds no ties. If the
+optimizer trains at one point and evaluates at another, the parameters are those of the evaluation point.
 
 *Cost*: memory for the largest tensor; the tensors are read and written one after another.
 """
@@ -22,6 +23,8 @@ from disttrain.errors import CheckpointError
 
 _MODEL = "model"
 """The key of the model in a state."""
+EVALUATION_POINT = "evaluation_point"
+"""The key of the model's parameters at the optimizer's evaluation point, in the state of a run that has one."""
 
 
 class Exported(NamedTuple):
@@ -30,6 +33,8 @@ class Exported(NamedTuple):
     step: int
     num_tensors: int
     size_bytes: int
+    evaluation_point: bool = False
+    """Whether the parameters are those of the optimizer's evaluation point, and not those that it trains."""
 
 
 def export(directory: str | Path, file: str | Path) -> Exported:
@@ -55,7 +60,7 @@ def export(directory: str | Path, file: str | Path) -> Exported:
                 size_bytes, _ = send_tensors(out, tensors, read_values)
         except OSError as error:
             raise CheckpointError(f"cannot write {file}: {error.strerror or error}") from error
-    return Exported(manifest.step, len(tensors), size_bytes)
+    return Exported(manifest.step, len(tensors), size_bytes, _evaluation_point(manifest.state) is not None)
 
 
 def _model_tensors(state: Json) -> tuple[dict[str, Tensor], dict[str, tuple[str, str, tuple[int, ...]]]]:
@@ -69,4 +74,10 @@ def _model_tensors(state: Json) -> tuple[dict[str, Tensor], dict[str, tuple[str,
         return tensors[path or name]
 
     restore_state(state[_MODEL] if isinstance(state, dict) and _MODEL in state else state, add)
+    if (evaluated := _evaluation_point(state)) is not None:
+        restore_state(evaluated, add)  # in the place of the parameters of the same names
     return tensors, stored
+
+
+def _evaluation_point(state: Json) -> Json:
+    return state.get(EVALUATION_POINT) if isinstance(state, dict) and _MODEL in state else None

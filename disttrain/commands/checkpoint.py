@@ -272,7 +272,8 @@ def export_model(root: CheckpointStore, name: str | None, options: argparse.Name
     with root.opened(name) as directory:
         exported = export(directory, options.file)
     content = f"{exported.num_tensors} tensors of step {exported.step}, {count_bytes(exported.size_bytes)}"
-    console.print(f"wrote {options.file}: {content}", soft_wrap=True)
+    point = ", the parameters at the optimizer's evaluation point" if exported.evaluation_point else ""
+    console.print(f"wrote {options.file}: {content}{point}", soft_wrap=True)
     return ALL_GOOD
 
 

@@ -12,15 +12,18 @@ from typing import Any
 
 from disttrain.engine.cursor import BATCH, EPOCH_END, FETCH, Cursor
 from disttrain.engine.emitter import Emitter
-from disttrain.engine.events import Events
+from disttrain.engine.events import Event, Events
 from disttrain.engine.run_plan import check_iterable, plan_from_dict, progress_dict
 from disttrain.engine.state import State
+from disttrain.parallel.window import AccumulationWindow, warn_of_lost
 
 # A lookup of an enum's member on its class costs ten times as much as a global name.
 GET_BATCH_STARTED = Events.GET_BATCH_STARTED
 GET_BATCH_COMPLETED = Events.GET_BATCH_COMPLETED
 ITERATION_STARTED = Events.ITERATION_STARTED
 ITERATION_COMPLETED = Events.ITERATION_COMPLETED
+WINDOW = "accumulation_window"
+"""The key of an open accumulation window in a state dict."""
 LOOP_EVENTS = (GET_BATCH_STARTED, GET_BATCH_COMPLETED, ITERATION_STARTED, ITERATION_COMPLETED)
 
 
@@ -45,6 +48,8 @@ class Control(Emitter):
     should_terminate = StopRequest()
     should_terminate_single_epoch = StopRequest()
     should_interrupt = StopRequest()
+    interrupt_resume_enabled: bool = True
+    """False: `interrupt()` is an error. Set it for one engine, or for all by `Engine.interrupt_resume_enabled`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,6 +58,9 @@ class Control(Emitter):
         self._running = False
         self._state_at_end: State | None = None  # the state with which this engine's last run ended
         self._next_data: Iterable[Any] | None = None
+        self.raised_after: Event | None = None  # the newest exception came after this event
+        self.window: AccumulationWindow | None = None
+        self.loaded_window: Mapping[str, Any] | None = None
         self._state_dict_user_keys: list[str] = []
         self._clear_stop_requests()
 
@@ -79,7 +87,15 @@ class Control(Emitter):
         self.should_terminate_single_epoch = True
 
     def interrupt(self) -> None:
-        """Pause after the current event: INTERRUPT, then `run` returns. The next `run` continues at that point."""
+        """Pause after the current event: INTERRUPT, then `run` returns. The next `run` continues at that point.
+
+        RuntimeError if `interrupt_resume_enabled` is False.
+        """
+        if not self.interrupt_resume_enabled:
+            raise RuntimeError(
+                "expected no interrupt() while interrupt_resume_enabled is False, got one; set "
+                f"{type(self).__name__}.interrupt_resume_enabled = True, or end the run by terminate()"
+            )
         self.should_interrupt = True
 
     def set_data(self, data: Iterable[Any]) -> None:
@@ -93,8 +109,12 @@ class Control(Emitter):
             self._reenter_loop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state to resume from: `epoch_length`, `iteration`, the maximum and the user keys."""
-        return progress_dict(self.state, self._state_dict_user_keys)
+        """Return the state to resume from: `epoch_length`, `iteration`, the maximum and the user keys.
+
+        Inside an accumulation window also the window, with the gradients so far.
+        """
+        window = self.loaded_window if self.window is None else self.window.state_dict()
+        return progress_dict(self.state, self._state_dict_user_keys) | ({WINDOW: window} if window else {})
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Let the next `run` continue from a `state_dict`, which may hold `epoch` in place of `iteration`.
@@ -105,6 +125,7 @@ class Control(Emitter):
         plan.apply(self.state)
         for key in self._state_dict_user_keys:
             setattr(self.state, key, state_dict[key])
+        self.window, self.loaded_window = None, state_dict.get(WINDOW)
         self._state_at_end = None
         if self._running:
             self._reenter_loop()
@@ -122,7 +143,8 @@ class Control(Emitter):
         state_at_end = state if self._state_at_end is self.state or self._cursor is not None else None
         if self._cursor is not None and not self._running and BATCH <= self._cursor.at < EPOCH_END:
             state.epoch, state_at_end = state.epoch - 1, None
-        fresh = {"_cursor": None, "_running": False, "_next_data": None}
+        window = self.loaded_window if self.window is None else self.window.state_dict()
+        fresh = {"_cursor": None, "_running": False, "_next_data": None, "window": None, "loaded_window": window}
         return {**self.__dict__, "state": state, "_state_at_end": state_at_end, **fresh}
 
     def _iterate(self, first: bool) -> Iterator[Any]:
@@ -132,8 +154,16 @@ class Control(Emitter):
         is 0 or was loaded. The later calls (not `first`) need one that begins anew. They come after the handlers of
         DATALOADER_STOP_ITERATION and of TERMINATE_SINGLE_EPOCH, and from `set_data`. No call comes without data.
         """
-        assert self.state.dataloader is not None
-        return iter(self.state.dataloader)
+        state = self.state
+        assert state.dataloader is not None
+        if first and self._state_at_end is not state and state.iteration % (state.epoch_length or 1):
+            self.logger.warning(
+                "the run goes on inside epoch %d, at iteration %d, and takes its data from the beginning; "
+                "a DeterministicEngine goes on at the batch",
+                state.epoch,
+                state.iteration,
+            )
+        return iter(state.dataloader)
 
     def _open(self, run: Cursor) -> Iterator[Any]:
         """Return an iterator for the run. At the run's start also count the batches of this epoch that are done."""
@@ -159,15 +189,23 @@ class Control(Emitter):
             return None
         if state.epoch_length is None:
             state.epoch_length = run.count
+            told = "" if run.count else "the data gave no batch; pass data that was not iterated before"
         else:
-            warnings.warn(
+            told = (
                 f"the data gave {run.count} of the epoch_length={state.epoch_length} batches of epoch {state.epoch}, "
-                "and a fresh iterator gave none; pass data that can be iterated again, or a smaller epoch_length",
-                UserWarning,
-                stacklevel=5,
+                "and a fresh iterator gave none; pass data that can be iterated again, or a smaller epoch_length"
             )
+        if told:
+            warnings.warn(told, UserWarning, stacklevel=5)
         run.exhausted = run.count == 0 and state.max_epochs is None
         return EPOCH_END
+
+    def _warn_of_untaken_window(self) -> None:
+        """At a run's end: warn if no iteration has taken the loaded window, as those of a step that accumulates do."""
+        loaded = self.loaded_window
+        if loaded is not None and self.state.iteration > loaded["iteration"]:
+            self.loaded_window = None
+            warn_of_lost(loaded, "the process function does not accumulate gradients by gradient_accumulation_steps")
 
     def _clear_stop_requests(self) -> None:
         self._skip_completed = self._skip_epoch_completed = False

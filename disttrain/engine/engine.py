@@ -196,6 +196,7 @@ class Engine(Control):
                         raise
         finally:
             self._running = False
+            self._warn_of_untaken_window()
             if not run.paused:
                 self._cursor = None
                 if run.epoch_started_at:
@@ -248,7 +249,7 @@ class Engine(Control):
         self.logger.error("%s at epoch %d, iteration %d: %s", name, state.epoch, state.iteration, message)
         if not self._handler_lists[Events.EXCEPTION_RAISED].registrations:
             return False
-        trace = error.__traceback__
+        self.raised_after, trace = self.last_event_name, error.__traceback__
         try:
             self._emit(Events.EXCEPTION_RAISED, error)
             run.at = EPOCH_END if run.inside and isinstance(error, Exception) else OVER

@@ -54,6 +54,8 @@ def plan_run(
     epoch_length: int | None,
 ) -> Plan:
     """Return the plan of `Engine.run` with these arguments; TypeError or ValueError if they are wrong in this state."""
+    max_epochs, max_iters = _whole("max_epochs", max_epochs), _whole("max_iters", max_iters)
+    epoch_length = _whole("epoch_length", epoch_length)
     _check_arguments(data, max_epochs, max_iters, epoch_length)
     plan = Plan(state.iteration, state.epoch, state.epoch_length, state.max_epochs, state.max_iters)
     plan.anew = plan.max_epochs is None and plan.max_iters is None
@@ -76,6 +78,19 @@ def plan_run(
     if plan.anew and plan.epoch_length == 0:
         raise ValueError("expected data of at least one batch, got data of length 0")
     return plan
+
+
+def _whole(name: str, value: Any) -> int | None:
+    """Return a number that was passed as an int; ValueError if it is no whole number, such as `len(data) / 2`."""
+    if value is None:
+        return None
+    try:
+        number = int(value)
+        if number == value:
+            return number
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{name} must be a whole number, got {value!r}")
 
 
 def check_iterable(data: object) -> None:
@@ -146,7 +161,9 @@ def plan_from_dict(state_dict: Mapping[str, Any], user_keys: Iterable[str]) -> P
     for pair in (("iteration", "epoch"), ("max_epochs", "max_iters")):
         if sum(key in state_dict for key in pair) != 1:
             raise ValueError(f"state_dict must hold either {pair[0]} or {pair[1]}, got the keys {sorted(state_dict)}")
-    length = state_dict["epoch_length"]
+    length = _whole("epoch_length", state_dict["epoch_length"]) or None  # 0, after data without a batch, says nothing
+    if length is not None and length < 0:
+        raise ValueError(f"state_dict must hold an epoch_length of at least 1, or None, got {length}")
     if "epoch" in state_dict:
         if length is None:
             raise ValueError("state_dict with epoch must hold an epoch_length, got None; give iteration instead")

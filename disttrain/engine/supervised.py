@@ -50,6 +50,7 @@ from disttrain.engine.step_defaults import (
 )
 from disttrain.engine.step_defaults import prepare_batch as default_prepare_batch
 from disttrain.parallel.gradients import Accumulation, Gradients
+from disttrain.parallel.window import AccumulationWindow
 from disttrain.precision.amp import AMP
 from disttrain.precision.base import FP32, BeforeStep, Precision
 from disttrain.precision.xla import XLA
@@ -81,6 +82,7 @@ def _training_step(
     if divisor == 1 and type(gradients) is Accumulation:  # the shorter way, for updates of one microbatch
         opens, closes, microbatches_of = _always, _always, _whole_batch
     forward, backward, update = precision.forward, precision.backward, precision.update
+    window = AccumulationWindow(divisor, model, optimizer) if divisor > 1 and type(gradients) is Accumulation else None
     plain = model_fn is call_model  # then the step calls the model itself, which saves a call
 
     def step(engine: Engine, batch: Any) -> Any:
@@ -88,6 +90,8 @@ def _training_step(
         set_mode()
         if opens(iteration):
             optimizer.zero_grad()  # no arguments: apex's optimizers take none
+        if window is not None:
+            window.begins(engine, iteration)
         outputs = []
         microbatches = microbatches_of(batch, iteration)
         try:
@@ -107,6 +111,8 @@ def _training_step(
             stepped = update(optimizer, before_step)
             if after_step is not None:
                 after_step(stepped)
+        if window is not None:
+            window.ends(engine, iteration)
         # A single output is made last: the device then has the update's work while `.item()` waits.
         return outputs if several else output_transform(x, y, y_pred, loss)
 

@@ -13,6 +13,7 @@ File names, such as `checkpoint_50000.pt` and `best_model_7_accuracy=0.9150.pt`:
     [PREFIX_]NAME[_STEP][_SCORENAME=SCORE].pt       NAME: the object's name if there is one object, or "checkpoint"
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,8 +22,9 @@ from typing import Any, TypeVar
 from disttrain.checkpoint import DiskSaver, on_one_rank
 from disttrain.checkpoint.agree import CheckpointRanks
 from disttrain.engine import Engine
-from disttrain.handlers.rotation import SavedCheckpoint, rotated, should_save
-from disttrain.handlers.stateful import bare, load_objects, map_objects, strongly, weakly
+from disttrain.handlers.checkpoint_moment import saves_alone, warn_of_open_iteration, warn_of_scaler
+from disttrain.handlers.rotation import SavedCheckpoint, rotated, score_as_number, should_save
+from disttrain.handlers.stateful import bare, listed, load_objects, map_objects, strongly, weakly
 
 T = TypeVar("T")
 
@@ -125,7 +127,24 @@ class Checkpoint:
         return engine.add_event_handler(event, self)
 
     def __call__(self, engine: Engine, exception: BaseException | None = None) -> None:
-        """Save, if there is room or the score is better than the worst; then remove a surplus checkpoint."""
+        """Save, if there is room or the score is better than the worst; then remove a surplus checkpoint.
+
+        After an exception on several ranks, `save_on_rank` saves alone, and the exception is raised again: a rank that
+        went on by itself would no longer be at the step of the others.
+        """
+        warn_of_open_iteration(listed(self._objects), exception)
+        warn_of_scaler(listed(self._objects))
+        if exception is None or self._backend is None or self._backend.world_size == 1:
+            self._save(engine)
+            return
+        if saves_alone(self._backend, exception, self.save_handler, self.save_on_rank):
+            alone = copy.copy(self)
+            alone._backend = None
+            alone._save(engine)
+            self._saved = alone._saved
+        raise exception
+
+    def _save(self, engine: Engine) -> None:
         global_step, priority = self._step_and_priority(engine)
         self._list_saved()
         scored = self.score_function is not None
@@ -139,6 +158,8 @@ class Checkpoint:
         name = "_".join(filter(None, (self.filename_prefix, self._name())))
         metadata = {"basename": name, "score_name": self.score_name, "priority": priority, "global_step": global_step}
 
+        self._gather_windows()
+
         def write() -> None:
             arguments = (self._collect(saved), filename, metadata)
             self.save_handler(*(arguments if self._with_metadata else arguments[:2]))
@@ -147,6 +168,12 @@ class Checkpoint:
         self._saved = saved
         if removed and hasattr(self.save_handler, "remove"):
             self._on_writers(lambda: self._remove(removed))
+
+    def _gather_windows(self) -> None:
+        """Bring together the gradients of open accumulation windows, which under DDP are other ones on each rank."""
+        for engine in listed(self._objects):
+            if isinstance(engine, Engine) and engine.window is not None and self._backend is not None:
+                engine.window.gather(self._backend.all_gather)
 
     def _remove(self, checkpoints: list[SavedCheckpoint]) -> None:
         for checkpoint in checkpoints:
@@ -162,7 +189,7 @@ class Checkpoint:
         """Return the step for the file name and the priority: those of one rank, on all ranks."""
         transform = self.global_step_transform
         global_step = engine.state.iteration if transform is None else transform(engine, engine.last_event_name)
-        priority = global_step if self.score_function is None else _number(self.score_function(engine))
+        priority = global_step if self.score_function is None else score_as_number(self.score_function(engine))
         if self._backend is not None and self._backend.world_size > 1:
             global_step, priority = self._backend.broadcast((global_step, priority), source=self.save_on_rank)
         return global_step, priority
@@ -257,14 +284,6 @@ class Checkpoint:
 
 def _own_state(saved: list[SavedCheckpoint]) -> dict[str, Any]:
     return {"_saved": [(checkpoint.priority, checkpoint.filename) for checkpoint in saved]}
-
-
-def _number(score: Any) -> int | float:
-    """Return a score as a plain number; it may be a tensor or a numpy scalar of one element."""
-    value = score.item() if hasattr(score, "item") else score
-    if not isinstance(value, (int, float)):
-        raise ValueError(f"expected score_function to return a number, got {type(score).__name__}")
-    return value
 
 
 def _takes_metadata(save_handler: SaveHandler) -> bool:

@@ -7,7 +7,7 @@ better than the scores before it. Nothing is removed here.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class SavedCheckpoint(NamedTuple):
@@ -15,6 +15,14 @@ class SavedCheckpoint(NamedTuple):
 
     priority: int | float
     filename: str
+
+
+def score_as_number(score: Any) -> int | float:
+    """Return a score as a plain number; it may be a tensor or a numpy scalar of one element."""
+    value = score.item() if hasattr(score, "item") else score
+    if not isinstance(value, (int, float)):
+        raise ValueError(f"expected score_function to return a number, got {type(score).__name__}")
+    return value
 
 
 def should_save(

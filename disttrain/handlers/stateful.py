@@ -81,6 +81,13 @@ def map_objects(objects: Any, leaf: Callable[[Any, str], Any], path: str = "to_s
     return leaf(objects, path)
 
 
+def listed(objects: Any) -> list[Any]:
+    """Return the objects in nested dicts and lists, those behind weak references too, as one list."""
+    found: list[Any] = []
+    map_objects(objects, lambda obj, path: found.append(strongly(obj, path)))
+    return found
+
+
 def weakly(obj: Any, path: str) -> Any:
     """Check an object and return it; an engine as a weak reference, because it holds the handler that holds it."""
     if not callable(getattr(obj, "state_dict", None)):

@@ -1,10 +1,11 @@
 """Finds the tensor of this run that corresponds to a tensor of a checkpoint, by its path in the state.
 
 *Contract*: a checkpoint's state has the paths `model.NAME` (`loss.NAME` for a loss with parameters),
-`optimizer.state.INDEX.KEY` and, for each object that a handler keeps (`Run.keep`), `kept.OBJECT.PATH`. The counterpart
-of an optimizer state is its parameter. The counterpart of a kept tensor is the tensor at the same path of the object's
-present state. If the object has no such tensor yet (an average that begins with its first step), the counterpart is the
-model's parameter whose name ends the path. A tensor of another shape has no counterpart.
+`evaluation_point.NAME` (of an optimizer that evaluates at another point than it trains), `optimizer.state.INDEX.KEY`
+and, for each object that a handler keeps (`Run.keep`), `kept.OBJECT.PATH`. The counterpart of an optimizer state is its
+parameter. The counterpart of a kept tensor is the tensor at the same path of the object's present state. If the object
+has no such tensor yet (an average that begins with its first step), the counterpart is the model's parameter whose name
+ends the path. A tensor of another shape has no counterpart.
 """
 
 import re
@@ -28,6 +29,7 @@ class Counterparts:
             for part, module in parts.items()
             for name, parameter in module.named_parameters(remove_duplicate=False)
         }
+        self._present |= {f"evaluation_point.{name}": tensor for name, tensor in self._parameters.items()}
         optimizers = {"optimizer": optimizer}
         for name, kept_object in kept.items():
             if isinstance(kept_object, Optimizer):

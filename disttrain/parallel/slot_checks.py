@@ -2,19 +2,27 @@
 
 *Contract*: the forward of a model may change buffers and frozen parameters, because every slot begins with those of
 the step (`buffers.py`). It may not change trained parameters: the change would reach only the later slots of the same
-rank. The loop over the microbatches must run to its end, because the gradients of the slots are summed there. One rank
-checks both, as several ranks do.
+rank. The loop over the microbatches must run to its end, because the gradients of the slots are summed there. Each
+backward belongs into the loop, where its slot is known, and the model has the parameters for which its gradients were
+set up. One rank checks all this, as several do.
 
-*Errors*: ConfigError that names the parameter, in the first steps. RuntimeError at the step after an unfinished loop.
+*Errors*: ConfigError that names the parameter, in the first steps. RuntimeError after an unfinished loop, from the
+optimizer's step, and from the next step's loop if no optimizer of torch stepped.
 
-*Cost*: in the first `CHECKED_STEPS` steps, one pass over all trained parameters before and after each slot.
+*Cost*: in the first `CHECKED_STEPS` steps, one pass over all trained parameters before and after each slot, and a call
+of a function for each gradient. Later one call for each step of any optimizer of the process.
 """
 
+import warnings
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from disttrain.errors import ConfigError
 
@@ -47,28 +55,79 @@ class SlotChecks:
         self._steps_left = CHECKED_STEPS
         self._before: Fingerprints = {}
         self._open_step: int | None = None
+        self._newest = 0
+        self._parameters = {id(parameter) for parameter in model.parameters()}  # those that an optimizer gets
+        self._is_cut = any(hasattr(parameter, "to_local") for parameter in model.parameters())
+        self._in_slot = self._strayed = False
+        weakly = weakref.ref(self)
+
+        def before_optimizer(optimizer: Optimizer, arguments: Any, options: Any) -> None:
+            if (checks := weakly()) is not None and (checks._strayed or checks._open_step is not None):
+                checks._refuse(optimizer)
+
+        def before_gradient(gradients: Any) -> None:
+            if (checks := weakly()) is not None and not checks._in_slot:
+                checks._strayed = True
+
+        weakref.finalize(self, register_optimizer_step_pre_hook(before_optimizer).remove)
+        self._watched = [get_gradient_edge(each).node for each in model.parameters() if each.requires_grad]
+        self._watches = [node.register_prehook(before_gradient) for node in self._watched]
+
+    def _refuse(self, optimizer: Optimizer) -> None:
+        """Raise RuntimeError if an optimizer of this model is about to step with gradients that are not the mean."""
+        if not any(id(each) in self._parameters for group in optimizer.param_groups for each in group["params"]):
+            return
+        if self._open_step is not None:
+            raise RuntimeError(f"{_left_open(self._open_step)}. The optimizer steps after the loop, not inside it")
+        raise RuntimeError(
+            "expected one backward for each microbatch, inside the loop over them, but a backward has added "
+            "to the gradients after it, so they are not the mean over the slots. Call backward inside the loop; do not "
+            "make a list of the microbatches before it"
+        )
+
+    def _check_parameters(self) -> None:
+        """Raise ConfigError for a parameter that the model did not have when its gradients were set up."""
+        for name, parameter in self._model.named_parameters():
+            if id(parameter) not in self._parameters:
+                raise ConfigError(
+                    f"the parameter {name} was put into the model after its gradients were set up, so they would not "
+                    "be summed; change the model first, then make SlotGradients and the optimizer"
+                )
 
     def step_starts(self, iteration: int) -> None:
         """Note that the loop of a step begins; RuntimeError if the loop of an earlier step did not run to its end.
 
         A step that an exception has ended may be tried again.
         """
+        if iteration < 1:
+            raise ValueError(f"expected the number of the step over the whole run, from 1, got {iteration}")
+        if iteration <= self._newest:
+            warnings.warn(
+                f"step {iteration} comes again after step {self._newest}, so its slots draw the same random numbers as "
+                "before; unless the run went back to a checkpoint, count the steps over the whole run, not the epoch",
+                UserWarning,
+                stacklevel=4,
+            )
+        self._strayed = False
+        if self._steps_left and not self._is_cut:
+            self._check_parameters()
         left, self._open_step = self._open_step, iteration
         if left not in (None, iteration):
-            raise RuntimeError(
-                f"expected the loop over the microbatches of step {left} to run to its end, but it was left before, so "
-                "the gradients of its slots were not summed. Do not leave it by `break`; in zip(...) let the "
-                "microbatches come first; after an exception try the same step again"
-            )
+            raise RuntimeError(f"{_left_open(left)}; after an exception try the same step again")
 
     def step_ends(self) -> None:
         """Note that the loop has run to its end."""
-        self._open_step = None
+        self._newest, self._open_step = self._open_step or 0, None
         self._steps_left = max(0, self._steps_left - 1)
+        if not self._steps_left and self._watches:
+            for watch in self._watches:
+                watch.remove()
+            self._watches, self._watched = [], []
         for checks in self._further:
             checks.step_ends()
 
     def slot_starts(self) -> None:
+        self._in_slot = True
         if self._steps_left:
             self._before = self._fingerprints()
         for checks in self._further:
@@ -76,6 +135,7 @@ class SlotChecks:
 
     def slot_ends(self) -> None:
         """Raise ConfigError if the slot has changed a trained parameter."""
+        self._in_slot = False
         if self._steps_left:
             check_unchanged(self._before, self._fingerprints())
         for checks in self._further:
@@ -83,6 +143,14 @@ class SlotChecks:
 
     def _fingerprints(self) -> Fingerprints:
         return fingerprints((name, each) for name, each in self._model.named_parameters() if each.requires_grad)
+
+
+def _left_open(step: int | None) -> str:
+    return (
+        f"expected the loop over the microbatches of step {step} to run to its end, but it was left before, so "
+        "the gradients of its slots were not summed. Do not leave it by `break`; in zip(...) let the "
+        "microbatches come first"
+    )
 
 
 class ForwardWatch:

@@ -38,6 +38,7 @@ from disttrain.precision import Precision, choose_precision
 from disttrain.run.data import build_data
 from disttrain.run.directory import RunDirectory
 from disttrain.run.evaluation import Evaluation
+from disttrain.run.evaluation_point import begin_training
 from disttrain.run.factories import build
 from disttrain.run.state import Run, total_steps
 from disttrain.run.updates import Updates
@@ -56,13 +57,13 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out
         data = build_data(config, slots, backend)
     with backend.agree("building the model"):
         step_function = build_step_function(config, build_model(config, backend), backend)
-        model = step_function.model
     with backend.agree("spreading the model over the ranks"):
         strategy = strategy_for(config.strategy, step_function, world_of(config, slots, backend))
         layout = strategy.layout
     with backend.agree("building the optimizer and the schedule"):
         optimizer = build_optimizer(config, step_function, layout)
-        model, optimizer = precision.prepare(model, optimizer)
+        _, optimizer = precision.prepare(step_function.model, optimizer)
+        begin_training(optimizer)
         schedule = build_schedule(config, optimizer, total_steps(config, data.identity))
     # Not inside `agree`: making the gradients talks to the other ranks itself.
     gradients = strategy.gradients(step_function, seed=config.seed)

@@ -16,8 +16,8 @@ wait for each other about twice a second, and once more at the end.
 import functools
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +29,7 @@ from disttrain.engine.step_defaults import to_device
 from disttrain.errors import DisttrainError
 from disttrain.parallel.slot_checks import Versions, versions
 from disttrain.precision import Precision
+from disttrain.run.evaluation_point import evaluating
 from disttrain.seeding import keep_random_state, seed_for
 
 if TYPE_CHECKING:
@@ -195,27 +196,6 @@ class UnchangedModel:
             for (module, name), value in zip(self._owners, self._before, strict=True):
                 module._buffers[name] = value.clone()
             self._buffer_versions = self._versions_of_buffers()
-
-
-@contextmanager
-def evaluating(optimizer: Optimizer | None, model: nn.Module) -> Iterator[None]:
-    """Switch an optimizer that has `eval` and `train`; afterwards the parameters are bit for bit as before.
-
-    A schedule-free optimizer trains at one point and evaluates at another. Switching there and back rounds, so the
-    parameters are copied.
-    """
-    to_eval, to_train = getattr(optimizer, "eval", None), getattr(optimizer, "train", None)
-    if not (callable(to_eval) and callable(to_train)):
-        yield
-        return
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    to_eval()
-    try:
-        yield
-    finally:
-        to_train()
-        for parameter, value in zip(model.parameters(), before, strict=True):
-            parameter.data.copy_(value)
 
 
 class StopTogether:

@@ -18,12 +18,13 @@ from types import TracebackType
 
 from rich.console import Console
 
-from disttrain.checkpoint import AsynchronousSaver, DirectorySaver, on_one_rank
+from disttrain.checkpoint import EVALUATION_POINT, AsynchronousSaver, DirectorySaver, on_one_rank
 from disttrain.engine import Engine, Events
 from disttrain.errors import CheckpointError
 from disttrain.handlers.checkpoint import Checkpoint
 from disttrain.handlers.progress import warn
 from disttrain.run import checkpoint_places
+from disttrain.run.evaluation_point import EvaluationPoint, has_two_points
 from disttrain.run.resume import to_save
 from disttrain.run.state import Run
 
@@ -71,7 +72,10 @@ class Saving:
     def _into(self, saver: DirectorySaver) -> Checkpoint:
         run = self._run
         keeps = None if run.best is None else run.best.keeps
-        return Checkpoint(to_save(run), saver, n_saved=run.config.checkpoint.keep, backend=run.backend, keeps=keeps)
+        parts = to_save(run)
+        if has_two_points(run.optimizer):
+            parts[EVALUATION_POINT] = EvaluationPoint(run.model, run.optimizer)
+        return Checkpoint(parts, saver, n_saved=run.config.checkpoint.keep, backend=run.backend, keeps=keeps)
 
     def __call__(self, engine: Engine, left_s: float = math.inf) -> bool:
         """Save; return True if there is, or will be, a checkpoint of this step. `left_s` is the same on every rank."""

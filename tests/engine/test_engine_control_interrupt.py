@@ -145,3 +145,15 @@ def test_times_do_not_count_a_pause(monkeypatch):
     engine.run()
     assert 0 < engine.state.times[Events.EPOCH_COMPLETED] < 100
     assert 0 < engine.state.times[Events.COMPLETED] < 100
+
+
+def test_interrupt_can_be_switched_off_for_one_engine_or_for_all(monkeypatch):
+    one, other = recording()[0], recording()[0]
+    one.interrupt_resume_enabled = False
+    at(one, Events.ITERATION_COMPLETED, 1, Engine.interrupt)
+    with pytest.raises(RuntimeError, match=r"set Engine\.interrupt_resume_enabled = True"):
+        one.run("ab")
+    other.interrupt()
+    monkeypatch.setattr(Engine, "interrupt_resume_enabled", False)
+    with pytest.raises(RuntimeError, match="interrupt_resume_enabled is False"):
+        other.interrupt()

@@ -69,6 +69,9 @@ def test_a_state_dict_must_be_a_mapping(wrong):
         ({"epoch_length": 3, "epoch": 3, "max_epochs": 2}, "maximum of at least the progress"),
         ({"epoch_length": 3, "iteration": 7, "max_iters": 6}, "maximum of at least the progress"),
         ({"epoch_length": None, "epoch": 3, "max_epochs": 5}, "epoch_length"),
+        ({"epoch_length": 0, "epoch": 3, "max_epochs": 5}, "epoch_length"),
+        ({"epoch_length": -2, "iteration": 0, "max_epochs": 5}, "an epoch_length of at least 1, or None, got -2"),
+        ({"epoch_length": 2.5, "iteration": 0, "max_epochs": 5}, "epoch_length must be a whole number, got 2.5"),
     ],
 )
 def test_a_state_dict_that_holds_too_little_or_too_much(wrong, message):
@@ -89,3 +92,22 @@ def test_saving_and_loading_at_every_iteration_gives_the_same_counters():
         other.load_state_dict(state_dict)
         other.run("abc")
         assert [counters[:2] for counters in rest] == [counters[:2] for counters in log[done:]]
+
+
+def test_the_length_0_of_data_without_a_batch_is_unknown():
+    engine, log = recording_batches()
+    engine.load_state_dict({"epoch_length": 0, "iteration": 0, "max_epochs": 3})
+    engine.run("ab")
+    assert (len(log), engine.state.epoch_length, engine.state.max_epochs) == (6, 2, 3)
+
+
+def test_data_that_begins_anew_inside_an_epoch_is_logged(caplog):
+    engine, log = recording_batches()
+    engine.load_state_dict({"epoch_length": 3, "iteration": 4, "max_epochs": 2})
+    engine.run("abc")
+    assert [batch for _, _, batch in log] == ["a", "b"]
+    (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "inside epoch 2, at iteration 4, and takes its data from the beginning; a DeterministicEngine" in message
+    caplog.clear()
+    engine.run("abc", max_epochs=3)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]

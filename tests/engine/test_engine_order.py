@@ -239,7 +239,8 @@ def test_run_of_iterations_over_exhausted_data_ends():
 @pytest.mark.parametrize("maximum", [{"max_epochs": 3}, {"max_iters": 7}])
 def test_empty_data_of_unknown_length(maximum):
     engine, log = recording()
-    engine.run(Unsized(0), **maximum)
+    with pytest.warns(UserWarning, match="the data gave no batch"):
+        engine.run(Unsized(0), **maximum)
     assert log == ["STARTED", "EPOCH_STARTED", "GET_BATCH_STARTED", "EPOCH_COMPLETED", "COMPLETED"]
     engine.run(Unsized(2), **maximum)
     assert engine.state.epoch_length == 2

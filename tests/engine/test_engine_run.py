@@ -63,6 +63,9 @@ def test_data_that_is_not_iterable(data):
         ("ab", {"max_epochs": -2}, "max_epochs must be at least 1, got -2"),
         ("ab", {"max_iters": 0}, "max_iters must be at least 1, got 0"),
         ("ab", {"epoch_length": 0}, "epoch_length must be at least 1, got 0"),
+        ("ab", {"epoch_length": 1.5}, "epoch_length must be a whole number, got 1.5"),
+        ("ab", {"max_epochs": "two"}, "max_epochs must be a whole number, got 'two'"),
+        ("ab", {"max_iters": float("inf")}, "max_iters must be a whole number, got inf"),
         ("", {}, "data of length 0"),
         (None, {}, "expected data or epoch_length"),
         (None, {"max_epochs": 3}, "expected data or epoch_length"),
@@ -74,6 +77,11 @@ def test_wrong_arguments_are_refused(data, arguments, message):
         engine.run(data, **arguments)
     assert log == []
     assert engine.state.max_epochs is engine.state.max_iters is engine.state.epoch_length is None
+
+
+def test_whole_numbers_of_any_type_are_taken():
+    state = recording_batches()[0].run("abcd", max_epochs=2.0, epoch_length=len("abcd") / 2)
+    assert (state.iteration, state.epoch_length, type(state.epoch_length)) == (4, 2, int)
 
 
 def test_a_refused_run_changes_nothing():
