@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     DataFactory = Callable[[], Dataset[Any] | Iterable[Any]]
     Loss = Callable[[Any, Any], Tensor]
     Forward = Callable[[nn.Module, Any], tuple[Tensor, Any]]
+    Weight = Callable[[Any], Any]
     OptimizerFactory = Callable[[Any], Optimizer]
     ScheduleFactory = Callable[[Any, int], LRScheduler]
     MetricFactory = Callable[[], Metric]
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     BackendName = str
 else:  # pydantic checks only that they are callable, so torch is not imported
     ModelFactory = DataFactory = Loss = Forward = OptimizerFactory = Callable[..., Any]
-    ScheduleFactory = MetricFactory = Collate = Handler = PrecisionFactory = Callable[..., Any]
+    Weight = ScheduleFactory = MetricFactory = Collate = Handler = PrecisionFactory = Callable[..., Any]
     BackendName = Literal[backend_names()]
 
 Integer = Annotated[int, Strict()]

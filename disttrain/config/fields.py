@@ -35,6 +35,7 @@ from disttrain.config.annotations import (
     PositiveFloat,
     PrecisionFactory,
     ScheduleFactory,
+    Weight,
 )
 from disttrain.config.checks import problems
 from disttrain.config.wording import explain_field_errors, sentence
@@ -148,6 +149,10 @@ class Config(Declaration):
     """Computes the mean loss of a microbatch, from the output of the model and the target. None if `forward` is set."""
     forward: Annotated[Forward | None, FieldNote(takes="(model, batch) -> (loss, outputs)")] = None
     """Computes the loss and the outputs of a microbatch that is not a pair (x, y), in place of loss(model(x), y)."""
+    weight: Annotated[Weight | None, FieldNote(takes="(batch) -> int")] = None
+    """The number of targets in a batch, such as tokens or boxes, over which its loss is the mean. Then gradients and
+    losses are means over all targets of the global batch, and a batch of weight 0 counts for nothing. None: every slot
+    counts once."""
     optimizer: Annotated[OptimizerFactory, FieldNote(takes="(parameters) -> Optimizer")]
     """Builds the optimizer, for example partial(torch.optim.AdamW, lr=1e-3)."""
     schedule: Annotated[ScheduleFactory | None, FieldNote(takes="(optimizer, total_steps) -> LRScheduler")] = None

@@ -10,7 +10,7 @@ raises in the fetch, so no checkpoint ever holds a state that followed a bad ste
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,6 +52,7 @@ class LossLog:
 
     The output of a step is the list of this rank's slot losses, 0-dimensional tensors. On a step that was left out
     whole, it is an empty list on every rank. `update()` returns the update of the newest step, the same on every rank.
+    `weights()` returns how often each of those losses counts; None: once each.
     After each fetch, every rank calls `fetched` with a line for each step and the pace; then `bad_steps` checks the
     lines.
     """
@@ -63,6 +64,7 @@ class LossLog:
         *,
         samples_per_step: int,
         update: Callable[[], Update] = lambda: (None, None),
+        weights: Callable[[], Sequence[int] | None] = lambda: None,
         bad_steps: BadSteps | None = None,
         fetched: Callable[[list[dict[str, Any]], Pace], None],
         passenger: Passenger | None = None,
@@ -71,10 +73,12 @@ class LossLog:
         self.optimizer = optimizer
         self.samples_per_step = samples_per_step
         self.update = update
+        self.weights = weights
         self.bad_steps = bad_steps
         self.fetched = fetched
         self.passenger = passenger
         self._losses: list[list[Tensor]] = []
+        self._weights: list[Sequence[int] | None] = []
         self._updates: list[Update] = []
         self._learning_rates: list[float] = []
         self._last_fetch = time.perf_counter()
@@ -92,6 +96,7 @@ class LossLog:
 
     def _collect_losses(self, engine: Engine) -> None:
         self._losses.append([loss.detach() for loss in engine.state.output])
+        self._weights.append(self.weights())
         self._updates.append(self.update())
 
     def fetch(self, engine: Engine) -> None:
@@ -111,13 +116,16 @@ class LossLog:
         local_losses = [[next(values) for _ in losses] for losses in self._losses]  # [steps, this rank's slots]
         local_norms = [None if norm is None else next(values) for norm, _ in self._updates]
         reasons, rates = [reason for _, reason in self._updates], self._learning_rates[: len(local_losses)]
-        self._losses, self._updates, self._learning_rates = [], [], []
+        local_weights = self._weights
+        self._losses, self._weights, self._updates, self._learning_rates = [], [], [], []
         payload = None if self.passenger is None else self.passenger.payload()
-        by_rank = self.backend.all_gather((local_losses, local_norms, payload))
+        by_rank = self.backend.all_gather((local_losses, local_norms, payload, local_weights))
         if self.passenger is not None:
-            self.passenger.receive([payload for _, _, payload in by_rank])
-        slot_losses = [[loss for losses, _, _ in by_rank for loss in losses[i]] for i in range(len(local_losses))]
-        means = [mean_over_slots(losses) if losses else None for losses in slot_losses]
+            self.passenger.receive([payload for _, _, payload, _ in by_rank])
+        means = [
+            _mean([losses[i] for losses, _, _, _ in by_rank], [weights[i] for _, _, _, weights in by_rank])
+            for i in range(len(local_losses))
+        ]
 
         now = time.perf_counter()
         samples_per_second = len(means) * self.samples_per_step / max(now - self._last_fetch, 1e-9)
@@ -138,3 +146,10 @@ class LossLog:
         ]
         newest_loss = next((mean for mean in reversed(means) if mean is not None), math.nan)
         return lines, Pace(step, epoch, newest_loss, rates[-1], samples_per_second)
+
+
+def _mean(losses: Sequence[Sequence[float]], weights: Sequence[Sequence[int] | None]) -> float | None:
+    """Return the mean loss of a step from the losses of each rank's slots and their weights; None without any."""
+    in_order = [loss for of_rank in losses for loss in of_rank]
+    counts = [count for of_rank in weights for count in of_rank or ()]
+    return mean_over_slots(in_order, counts or None)

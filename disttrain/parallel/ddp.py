@@ -43,6 +43,7 @@ from disttrain.parallel.slot_checks import FurtherChecks, SlotChecks
 from disttrain.parallel.slots import Node, Slots, TreeSum
 from disttrain.parallel.trained_parameters import TrainedParameters
 from disttrain.parallel.tree import Reduction, TreeReduce, accumulation_dtype
+from disttrain.parallel.weights import SlotWeights, WeightOf
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,9 @@ class SlotGradients:
 
     *Contract*: `microbatches(batch, iteration)` takes a list with one microbatch, of any form, for each of this rank's
     slots, and the step's number from 1. The loop over it runs forward and backward for each. Losses are means over
-    their slot. After the loop each `.grad`, of its parameter's shape and dtype, is the mean over all slots.
+    their slot. After the loop each `.grad`, of its parameter's shape and dtype, is the mean over all slots; with
+    `weight_of(microbatch) -> int`, the number of targets over which the loss is the mean, it is the mean over all
+    targets of the global batch (`parallel.weights`).
     *Errors*: ConfigError for a model that cannot give the same bits on any number of ranks (SyncBatchNorm, sparse
     gradients, lazy or no parameters). ValueError for another number of microbatches. RuntimeError if a peer has gone.
     *Cost*: the slots of a rank run one after the other; at most log2(slots of the rank) + 1 copies of the gradients;
@@ -88,6 +91,7 @@ class SlotGradients:
         process_group: ProcessGroup | None = None,
         reduction: Literal["invariant", "fast"] = "invariant",
         device: torch.device | None = None,
+        weight_of: WeightOf | None = None,
         further: Sequence[FurtherChecks] = (),
         by_module: bool = False,
     ) -> None:
@@ -108,6 +112,7 @@ class SlotGradients:
         # The wait for an all-reduce cannot be measured here, and with an accelerator the host does not wait.
         on_cpu = all(parameter.device.type == "cpu" for parameter in self._trained.tensors)
         self.progress = GradientProgress(waited_s=0.0 if self._invariant and on_cpu else None)
+        self.weights = SlotWeights(slots, process_group, weight_of, self._trained.tensors[0].device)
         self._buckets: Buckets | None = None
         self._lay_out()
         self._begin()
@@ -132,6 +137,7 @@ class SlotGradients:
         if self._trained.changed():
             self._lay_out()
         self._begin()
+        self.weights.begin(batch)
         self.progress.begin(iteration)
         for slot, microbatch in slots_in_turn(self.slots, batch, self._buffers, self._checks, self._seed, iteration):
             if self._buckets is None or slot != last:
@@ -177,15 +183,14 @@ class SlotGradients:
         gradient = [gradient_of(parameter) for parameter in self._trained.tensors]
         for parameter in self._trained.tensors:
             parameter.grad = None
-        self._sums.put((slot, slot + 1), gradient)
+        self._sums.put((slot, slot + 1), self.weights.apply(slot, gradient))
 
     def _meet_here(self) -> None:
         """Set the parameters' gradients where one rank runs all slots."""
-        num_slots = self.slots.num_slots
-        for parameter, total in zip(self._trained.tensors, self._sums.parts[0, num_slots], strict=True):
+        for parameter, total in zip(self._trained.tensors, self._sums.parts[0, self.slots.num_slots], strict=True):
             values = torch.view_as_real(total) if total.is_complex() else total
             # `torch.div` as in TreeReduce: a foreach division rounds differently on some devices.
-            torch.div(values, num_slots, out=values)
+            torch.div(values, self.weights.divisor, out=values)
             parameter.grad = total.to(parameter.dtype)
 
     def _parts(self, bucket: Bucket) -> dict[Node, Tensor]:
@@ -199,6 +204,7 @@ class SlotGradients:
         torch._foreach_copy_(views, [gradient_of(parameters[i]) for i in bucket.index])
         for i in bucket.index:
             parameters[i].grad = None  # its memory is free before the bucket has been sent
+        views = self.weights.apply(last[0], views)
         sums = TreeSum[Gradient](self.slots.num_slots, _add)
         sums.parts = {node: [gradient[i] for i in bucket.index] for node, gradient in self._sums.parts.items()}
         sums.put(last, views)
@@ -220,13 +226,13 @@ class SlotGradients:
         self._on_their_way.append((bucket, reduction))
 
     def _start(self, bucket: Bucket) -> Reduction:
-        parts, num_slots = self._parts(bucket), self.slots.num_slots
+        parts, divisor = self._parts(bucket), self.weights.divisor
         if self._invariant:
-            return self._tree.start(parts, out=bucket.flat, divisor=num_slots)
+            return self._tree.start(parts, out=bucket.flat, divisor=divisor)
         first, *others = parts.values()
         for part in others:
             first.add_(part)
-        torch.div(first, num_slots, out=bucket.flat)
+        torch.div(first, divisor, out=bucket.flat)
         return Reduction(bucket.flat, iter([[dist.all_reduce(bucket.flat, group=self._group, async_op=True)]]))
 
     def _meet(self) -> None:

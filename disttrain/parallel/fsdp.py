@@ -33,6 +33,7 @@ from disttrain.parallel.slot_checks import SlotChecks
 from disttrain.parallel.slots import Node, Slots, TreeSum
 from disttrain.parallel.trained_parameters import TrainedParameters
 from disttrain.parallel.tree import Reduction, TreeReduce, accumulation_dtype
+from disttrain.parallel.weights import SlotWeights, WeightOf
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class FsdpGradients:
         *,
         seed: int,
         reduction: Literal["invariant", "fast"] = "invariant",
+        weight_of: WeightOf | None = None,
         by_module: bool = False,
     ) -> None:
         self.slots = slots
@@ -84,6 +86,7 @@ class FsdpGradients:
                 False, recurse=False
             )  # FSDP2 leaves the gradients where autograd puts them
         by_group = self._find_gathered()
+        self.weights = SlotWeights(slots, layout.process_group, weight_of, self._gathered[0].device)
         self._shard_checks = ShardChecks(layout.groups, by_group) if by_module else None
         further = [] if self._shard_checks is None else [self._shard_checks]
         self._checks = SlotChecks(model, [HookChecks(dict(model.named_parameters())), *further])
@@ -123,6 +126,7 @@ class FsdpGradients:
         if self._trained.changed():
             self._find_gathered()
         self._begin()
+        self.weights.begin(batch)
         self.progress.begin(iteration)
         with self._layout.gathered():
             for slot, microbatch in slots_in_turn(
@@ -149,7 +153,8 @@ class FsdpGradients:
         gradient = [gradient_of(each) for each in self._gathered]
         for parameter in self._gathered:
             parameter.grad = None
-        self._sums.put((slot, slot + 1), [part.to(accumulation_dtype(part.dtype)) for part in gradient])
+        wide = [part.to(accumulation_dtype(part.dtype)) for part in gradient]
+        self._sums.put((slot, slot + 1), self.weights.apply(slot, wide))
 
     @torch.no_grad()
     def _keep_moved(self) -> None:
@@ -202,12 +207,12 @@ class FsdpGradients:
         return packed.view(-1)
 
     def _sent(self, parts: dict[Node, Tensor], out: Tensor) -> Reduction:
-        num_slots = self.slots.num_slots
+        divisor = self.weights.divisor
         if self._invariant:
-            return self._tree.start_scatter(parts, out=out, divisor=num_slots)
+            return self._tree.start_scatter(parts, out=out, divisor=divisor)
         first, *others = parts.values()
         for part in others:
             first.add_(part)
-        mean = torch.div(first, num_slots).to(out.dtype)
+        mean = torch.div(first, divisor).to(out.dtype)
         work = dist.reduce_scatter_single(out, mean, group=self._layout.process_group, async_op=True)
         return Reduction(out, iter([[work]]))

@@ -26,6 +26,7 @@ from disttrain.parallel.slot_checks import SlotChecks
 from disttrain.parallel.slots import Node, Slots
 from disttrain.parallel.trained_parameters import TrainedParameters
 from disttrain.parallel.tree import Reduction, TreeReduce
+from disttrain.parallel.weights import SlotWeights, WeightOf
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class FsdpModuleGradients:
         *,
         seed: int,
         reduction: Literal["invariant", "fast"] = "invariant",
+        weight_of: WeightOf | None = None,
     ) -> None:
         self.slots = slots
         self.module = model
@@ -82,6 +84,7 @@ class FsdpModuleGradients:
         self._invariant = reduction == "invariant"
         self._trained = TrainedParameters(model, layout.process_group)
         self._tree = TreeReduce(slots, layout.process_group)
+        self.weights = SlotWeights(slots, layout.process_group, weight_of, next(model.parameters()).device)
         self._buffers = SlotBuffers(model, slots, layout.process_group, frozen_may_move=False)
         self._hooks: list[Any] = []
         seen = dict(model.named_parameters())
@@ -134,6 +137,7 @@ class FsdpModuleGradients:
         if self._trained.changed():
             self._watch_use()
         self._begin()
+        self.weights.begin(batch)
         self.progress.begin(iteration)
         for _, microbatch in slots_in_turn(self.slots, batch, self._buffers, self._checks, self._seed, iteration):
             yield microbatch
@@ -155,6 +159,7 @@ class FsdpModuleGradients:
         If a group is called several times in a forward, its gradient arrives as often, filled up with zeros.
         """
         slot = self.slots.mine[0]
+        (gradient,) = self.weights.apply(slot, [gradient])
         self._start({(slot, slot + 1): gradient}, out).wait()
         for parameter in self._members[index] if index in self._here else ():
             assert parameter.grad is not None, "FSDP2 adds to the gradient that it set before"
@@ -170,12 +175,12 @@ class FsdpModuleGradients:
 
     def _start(self, parts: dict[Node, Tensor], out: Tensor) -> Reduction:
         """Send a group's sums to the ranks that keep them."""
-        num_slots = self.slots.num_slots
+        divisor = self.weights.divisor
         self.progress.num_buckets += 1
         if self._invariant:
-            return self._tree.start_scatter(parts, out=out, divisor=num_slots)
+            return self._tree.start_scatter(parts, out=out, divisor=divisor)
         (gradient,) = parts.values()
         work = dist.reduce_scatter_single(
-            out, torch.div(gradient, num_slots).to(out.dtype), group=self._layout.process_group, async_op=True
+            out, torch.div(gradient, divisor).to(out.dtype), group=self._layout.process_group, async_op=True
         )
         return Reduction(out, iter([[work]]))

@@ -85,15 +85,19 @@ def _folded(node: Node, parts: Mapping[Node, T], add: Callable[[T, T], T]) -> T:
     return add(_folded(left, parts, add), _folded(right, parts, add))
 
 
-def mean_over_slots(losses: Sequence[float]) -> float:
+def mean_over_slots(losses: Sequence[float], weights: Sequence[int] | None = None) -> float | None:
     """Return the mean of the slots' losses: summed in slot order in float64, divided by their number.
 
-    `losses` has one value for each slot of the run, in slot order. `sum` would round differently from Python 3.12 on.
+    `losses` has one value for each slot of the run, in slot order. With `weights`, each loss counts as often as its
+    weight says, one of weight 0 not at all, and if nothing counts the mean is None. `sum` would round differently from
+    Python 3.12 on.
     """
-    total = 0.0
-    for loss in losses:
-        total += loss
-    return total / len(losses)
+    total, count = 0.0, 0
+    for loss, weight in zip(losses, [1] * len(losses) if weights is None else weights, strict=True):
+        if weight:
+            total += loss * weight
+            count += weight
+    return total / count if count else None
 
 
 class TreeSum(Generic[T]):

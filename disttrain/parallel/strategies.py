@@ -26,6 +26,7 @@ from disttrain.parallel.shard_checks import HookChecks, ShardChecks
 from disttrain.parallel.slot_checks import FurtherChecks
 from disttrain.parallel.slots import Slots
 from disttrain.parallel.spmd_layout import SpmdLayout
+from disttrain.parallel.weights import WeightOf
 from disttrain.parallel.xla_gradients import XlaSlotGradients
 
 
@@ -45,6 +46,8 @@ class World:
     reduction: Literal["invariant", "fast"] = "invariant"
     fsdp_gather: Literal["step", "module"] = "step"
     """The time for which fsdp gathers parameters: all for a step, or each module's for its forward and backward."""
+    weight_of: WeightOf | None = None
+    """microbatch -> the number of targets over which its loss is the mean; None: each slot counts once."""
 
 
 class Strategy(Protocol):
@@ -79,6 +82,7 @@ class DdpStrategy:
             process_group=world.process_group,
             reduction=world.reduction,
             device=world.device,
+            weight_of=world.weight_of,
             further=further,
             by_module=by_module,
         )
@@ -90,6 +94,8 @@ class XlaStrategy:
     def __init__(self, world: World, layout: Layout | None = None) -> None:
         if world.gather is None:
             raise ValueError("expected World.gather, by which XLA replicas exchange gradients, got None")
+        if world.weight_of is not None:
+            raise ConfigError("weight has not been built for XLA devices; leave it out, or use another device")
         self.layout = ReplicatedLayout() if layout is None else layout
         self._world = world
         self._gather = world.gather
@@ -114,9 +120,17 @@ class FsdpStrategy:
         if self._cut.stays_gathered:
             by_module = world.fsdp_gather == "module"
             return FsdpGradients(
-                model, world.slots, self._cut, seed=seed, reduction=world.reduction, by_module=by_module
+                model,
+                world.slots,
+                self._cut,
+                seed=seed,
+                reduction=world.reduction,
+                weight_of=world.weight_of,
+                by_module=by_module,
             )
-        return FsdpModuleGradients(model, world.slots, self._cut, seed=seed, reduction=world.reduction)
+        return FsdpModuleGradients(
+            model, world.slots, self._cut, seed=seed, reduction=world.reduction, weight_of=world.weight_of
+        )
 
 
 def shard_checks_of(model: nn.Module) -> ShardChecks:

@@ -43,6 +43,8 @@ class TrainedParameters:
         if [parameter.requires_grad for parameter in self._all.values()] == self._flags:
             return False
         self._all = dict(self._model.named_parameters())
+        for parameter in self._all.values():
+            parameter.grad = None  # one that is frozen now must not keep that of the last step
         self._read()
         self._agree()
         return True

@@ -24,8 +24,9 @@ from torch.utils.data import Dataset
 from disttrain.backend import Backend
 from disttrain.config import Config, check_devices
 from disttrain.data import check_dataset, evaluation_loader
+from disttrain.data.weighted import WeightedBatch, weight_of, without_weight
 from disttrain.devices import device_row
-from disttrain.engine import create_supervised_trainer
+from disttrain.engine import Engine, create_supervised_trainer
 from disttrain.engine.step_defaults import to_device
 from disttrain.engine.supervised import StepFunction
 from disttrain.errors import ConfigError
@@ -35,7 +36,7 @@ from disttrain.parallel import Layout, Slots, World, strategy_for
 from disttrain.parallel.leaving_out import LeavingOut
 from disttrain.parallel.model_checks import check_model
 from disttrain.precision import Precision, choose_precision
-from disttrain.run.data import build_data
+from disttrain.run.data import build_data, collate_of
 from disttrain.run.directory import RunDirectory
 from disttrain.run.evaluation import Evaluation
 from disttrain.run.evaluation_point import begin_training
@@ -67,24 +68,8 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out
         schedule = build_schedule(config, optimizer, total_steps(config, data.identity))
     # Not inside `agree`: making the gradients talks to the other ranks itself.
     gradients = strategy.gradients(step_function, seed=config.seed)
-    updates = Updates(
-        step_function, layout, schedule, on_nan=config.on_nan, grad_clip_norm=config.grad_clip_norm, left_out=left_out
-    )
-    trainer = create_supervised_trainer(
-        gradients.module,
-        optimizer,
-        loss_fn=lambda result, _: result[0],
-        prepare_batch=lambda batch, device, non_blocking: (layout.cut(to_device(batch, device, non_blocking)), None),
-        device=backend.device,
-        non_blocking=device_row(backend.device).copies_ahead,
-        output_transform=lambda x, y, y_pred, loss: loss.detach(),
-        deterministic=True,
-        precision=precision,
-        gradients=LeavingOut(gradients, updates.leaves_out),
-        before_step=updates.before_step,
-        after_step=updates.after_step,
-        backend=backend,
-    )
+    updates = build_updates(config, step_function, layout, schedule, gradients, left_out)
+    trainer = build_trainer(config, gradients, updates, optimizer, precision, layout, backend)
     updates.attach(trainer)
     with backend.agree("building the metrics"):
         evaluation = best = None
@@ -115,6 +100,51 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out
     with backend.agree("calling the handlers"):
         call_handlers(run)
     return run
+
+
+def build_updates(
+    config: Config, model: nn.Module, layout: Layout, schedule: Any, gradients: Any, left_out: dict[int, str]
+) -> Updates:
+    """Build what happens around the optimizer's steps."""
+    return Updates(
+        model,
+        layout,
+        schedule,
+        on_nan=config.on_nan,
+        grad_clip_norm=config.grad_clip_norm,
+        left_out=left_out,
+        nothing_counts=lambda: config.weight is not None and gradients.weights.total == 0,
+    )
+
+
+def build_trainer(
+    config: Config,
+    gradients: Any,
+    updates: Updates,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
+    layout: Layout,
+    backend: Backend,
+) -> Engine:
+    """Build the engine whose step body runs the step function on the microbatches of this rank's slots."""
+    return create_supervised_trainer(
+        gradients.module,
+        optimizer,
+        loss_fn=lambda result, _: result[0],
+        prepare_batch=lambda batch, device, non_blocking: (
+            layout.cut(to_device(without_weight(batch), device, non_blocking)),
+            None,
+        ),
+        device=backend.device,
+        non_blocking=device_row(backend.device).copies_ahead,
+        output_transform=lambda x, y, y_pred, loss: loss.detach(),
+        deterministic=True,
+        precision=precision,
+        gradients=LeavingOut(gradients, updates.leaves_out),
+        before_step=updates.before_step,
+        after_step=updates.after_step,
+        backend=backend,
+    )
 
 
 def call_handlers(run: Run) -> None:
@@ -212,6 +242,7 @@ def world_of(config: Config, slots: Slots, backend: Backend) -> World:
         num_devices=backend.num_devices,
         reduction=config.reduction,
         fsdp_gather=config.fsdp_gather,
+        weight_of=None if config.weight is None else weight_of,
     )
 
 
@@ -219,7 +250,8 @@ def compute_of(device: torch.device, layout: Layout) -> Callable[[nn.Module, Any
     """Return (step function, batch) -> (loss, outputs) for the validation data; metrics take the outputs."""
 
     def compute(step_function: nn.Module, batch: Any) -> tuple[Tensor, Any]:
-        result: tuple[Tensor, Any] = layout.bring_together(step_function(layout.cut(to_device(batch, device))))
+        moved = layout.cut(to_device(without_weight(batch), device))
+        result: tuple[Tensor, Any] = layout.bring_together(step_function(moved))
         return result
 
     return compute
@@ -248,12 +280,14 @@ def build_evaluation(
             world_size=backend.world_size,
             seed=config.seed,
             num_workers=config.num_workers,
-            collate_fn=config.collate,
+            collate_fn=collate_of(config),
             pin_memory=device_row(backend.device).copies_ahead,
         ),
         compute_of(backend.device, layout),
         metrics,
-        num_samples=lambda number: min(batch_size, num_samples - number * batch_size),
+        count=lambda number, batch: (
+            batch.weight if isinstance(batch, WeightedBatch) else min(batch_size, num_samples - number * batch_size)
+        ),
         seed=config.seed,
         precision=precision,
         backend=backend,

@@ -6,6 +6,7 @@
 *Errors*: ConfigError or DataError for data that cannot be loaded by position.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from disttrain.data import (
     copies_for,
     is_iterable_style,
 )
+from disttrain.data.weighted import WeightedCollate
 from disttrain.engine.step_defaults import to_device
 from disttrain.errors import ConfigError
 from disttrain.evidence import batch_hash
@@ -48,6 +50,11 @@ def build_data(config: Config, slots: Slots, backend: Backend) -> RunData:
     return RunData(*loader_of(config, dataset, slots, backend), valid)
 
 
+def collate_of(config: Config) -> Callable[[list[Any]], Any] | None:
+    """Return the function that makes a batch of samples: with `weight`, one that computes the batch's weight too."""
+    return config.collate if config.weight is None else WeightedCollate(config.weight, config.collate)
+
+
 def loader_of(
     config: Config, dataset: Any, slots: Slots, backend: Backend
 ) -> tuple[SlotLoader | StreamLoader, dict[str, Any]]:
@@ -61,7 +68,7 @@ def loader_of(
             dataset,
             sampler,
             num_workers=config.num_workers,
-            collate_fn=config.collate,
+            collate_fn=collate_of(config),
             pin_memory=copies is not None,
             copies=copies,
         )
@@ -82,7 +89,7 @@ def loader_of(
         slots=slots.mine,
         ranks=backend,
         num_workers=config.num_workers,
-        collate_fn=config.collate,
+        collate_fn=collate_of(config),
         digest=batch_hash,
         accept_other_data=config.accept_other_data,
         pin_memory=copies is not None,

@@ -3,9 +3,9 @@
 *Contract*: batches are the same on any world size, and a rank takes whole ones. So every sample is evaluated once, on
 one rank, and a metric is that of the data set. What a batch computes depends on its number alone: the generators are
 seeded for it, and the model's buffers are those that the evaluation began with. Batch losses are folded in batch order
-in float64, weighted by the number of samples; metric states are merged in rank order. Afterwards generators, buffers
-and parameters are bit for bit as before. An optimizer with `eval` and `train` (schedule-free ones) is switched around
-the evaluation.
+in float64, weighted by the number of samples, or of targets that count; metric states are merged in rank order.
+Afterwards generators, buffers and parameters are bit for bit as before. An optimizer with `eval` and `train`
+(schedule-free ones) is switched around the evaluation.
 
 *Errors*: DisttrainError if the model changes a parameter while it is evaluated.
 
@@ -26,7 +26,8 @@ from torch.optim import Optimizer
 
 from disttrain.backend import Backend
 from disttrain.engine.step_defaults import to_device
-from disttrain.errors import DisttrainError
+from disttrain.errors import DataError, DisttrainError
+from disttrain.parallel import mean_over_slots
 from disttrain.parallel.slot_checks import Versions, versions
 from disttrain.precision import Precision
 from disttrain.run.evaluation_point import evaluating
@@ -44,8 +45,8 @@ Batches = Iterable[tuple[int, Any]]
 class Evaluation:
     """Evaluates `model` over `batches()`, the (batch number, batch) of this rank; there may be none.
 
-    `num_samples(number)` is the number of samples of a batch. `seed` is the run's. `gathered()` is the context in which
-    each rank may call the model as often as it likes.
+    `count(number, batch)` is the number of samples of a batch, or of its targets that count. `seed` is the run's.
+    `gathered()` is the context in which each rank may call the model as often as it likes.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Evaluation:
         compute: Compute,
         metrics: Mapping[str, "Metric"],
         *,
-        num_samples: Callable[[int], int],
+        count: Callable[[int, Any], int],
         seed: int,
         precision: Precision,
         backend: Backend,
@@ -66,7 +67,7 @@ class Evaluation:
         self.batches = batches
         self.compute = compute
         self.metrics = dict(metrics)
-        self.num_samples = num_samples
+        self.count = count
         self.seed = seed
         self.precision = precision
         self.backend = backend
@@ -120,7 +121,7 @@ class Evaluation:
                 done = True
             else:
                 number, batch = numbered
-                losses[number] = self._evaluate(number, batch), self.num_samples(number)
+                losses[number] = self._evaluate(number, batch), self.count(number, batch)
                 unchanged.restore()
         return None if together is not None and together.stop_before_all_are_done() else losses
 
@@ -141,11 +142,11 @@ class Evaluation:
         together: dict[int, tuple[float, int]] = {}
         for part in self.backend.all_gather(losses):
             together.update(part)
-        total, num = 0.0, 0
-        for _, (loss, count) in sorted(together.items()):
-            total += loss * count  # not sum(), which rounds otherwise from Python 3.12 on
-            num += count
-        return total / num
+        in_order = [loss for _, loss in sorted(together.items())]
+        mean = mean_over_slots([loss for loss, _ in in_order], [count for _, count in in_order])
+        if mean is None:
+            raise DataError("valid_data: expected a target that counts, got weight 0 for every batch")
+        return mean
 
     def _value(self, metric: "Metric") -> Any:
         with warnings.catch_warnings():

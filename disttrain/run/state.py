@@ -103,6 +103,12 @@ class Run:
         return {name: part for name, part in parts.items() if name == "model" or part.state_dict()}
 
     @property
+    def weights(self) -> list[int] | None:
+        """The weights of this rank's slots in the newest step; None without the config's `weight`."""
+        weights = getattr(self.gradients, "weights", None)
+        return None if weights is None else weights.mine
+
+    @property
     def grad_norm(self) -> Tensor | None:
         """2-norm of the newest step's gradient before clipping, 0-dimensional, on the device; None if unknown."""
         return self.updates.grad_norm

@@ -179,6 +179,7 @@ def attach(run: Run, preemption: Preemption, console: Console, step: int, stack:
         run.optimizer,
         samples_per_step=config.global_batch_size,
         update=run.updates.take,
+        weights=lambda: run.weights,
         bad_steps=run.bad_steps,
         fetched=reporter.fetched,
         passenger=stragglers,

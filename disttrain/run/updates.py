@@ -32,6 +32,7 @@ class Updates:
         on_nan: Literal["stop", "skip", "rollback"],
         grad_clip_norm: float | None,
         left_out: dict[int, str],
+        nothing_counts: Callable[[], bool] = lambda: False,
     ) -> None:
         self.grad_norm: Tensor | None = None
         """2-norm of the newest step's gradient before clipping, 0-dimensional, on the device; None if unknown."""
@@ -45,6 +46,7 @@ class Updates:
         self._layout = layout
         self._schedule = schedule
         self._skips = on_nan == "skip"
+        self._nothing_counts = nothing_counts
         self._grad_clip_norm = grad_clip_norm
         self._reason: str | None = None
 
@@ -64,6 +66,9 @@ class Updates:
             self._layout.clip(parameters, self._grad_clip_norm, norm)
         for call in self.before_update:
             call()
+        if self._nothing_counts():
+            self._reason = "no target of its batch counts"
+            return False
         return False if self._skips and not math.isfinite(norm) else None
 
     def after_step(self, stepped: bool) -> None:
@@ -71,10 +76,10 @@ class Updates:
 
         Not in a hook of the optimizer: a fused one calls its hook also when it then finds an overflow and does nothing.
         """
-        if not stepped:
+        if not stepped and self._reason is None:
             norm = math.nan if self.grad_norm is None else float(self.grad_norm)
             self._reason = f"its gradient's norm is {norm}"
-        elif self._schedule is not None:
+        elif stepped and self._schedule is not None:
             self._schedule.step()
 
     def _count(self, engine: Engine) -> None:

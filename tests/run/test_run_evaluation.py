@@ -113,7 +113,7 @@ def evaluation_of(
     **more: Any,
 ) -> Evaluation:
     """Return an evaluation over batches of `size` samples, `num` in all."""
-    options = {"num_samples": lambda number: min(size, num - number * size), "seed": 3, "precision": FP32(), **more}
+    options = {"count": lambda number, batch: min(size, num - number * size), "seed": 3, "precision": FP32(), **more}
     return Evaluation(model, batches, compute, metrics, backend=backend, **options)
 
 
