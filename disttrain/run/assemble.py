@@ -111,6 +111,7 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out
         best=best,
         bad_steps=None if config.on_nan == "skip" else BadSteps(config.spike_factor),
         data=data.identity,
+        valid_data=data.valid,
     )
     with backend.agree("calling the handlers"):
         call_handlers(run)
