@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from disttrain.backend import Backend
+from disttrain.backend import Backend, set_cpu_threads
 from disttrain.config import Config, check_devices
 from disttrain.data import check_dataset, evaluation_loader
 from disttrain.devices import device_row
@@ -115,6 +115,7 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out
     )
     with backend.agree("calling the handlers"):
         call_handlers(run)
+    set_cpu_threads(config.cpu_threads)  # again: a factory may have set the number of the machine's cores
     return run
 
 

@@ -140,7 +140,7 @@ def _changed(mine: _Loaded, saved: Mapping[str, Any], varying: set[str]) -> str 
         if name not in varying and mine.hashes.get(name, digest) != digest:
             return (
                 f"the data has changed since the run began: {name} was {digest} and is {mine.hashes[name]} (hashes of "
-                "the contents), expected the same; restore it, start anew with --fresh, or go on all the same with "
-                "accept_other_data=true"
+                "the contents), expected the same; restore it (also the libraries and the kind of machine that compute "
+                "it), start anew with --fresh, or go on all the same with accept_other_data=true"
             )
     return None
