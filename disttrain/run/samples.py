@@ -9,8 +9,8 @@ the samples that come next by itself.
 *Contract*: the hashes are part of every checkpoint's position. A checkpoint without them is resumed without the
 comparison.
 
-*Errors*: DataError, the same on every rank, that names the sample. Where other bits are expected anyway (other kernels,
-`deterministic=false`) a warning takes its place.
+*Errors*: DataError of rank 0, for which every rank stops, that names the sample. Where other bits are expected anyway
+(other kernels, `deterministic=false`) a warning takes its place.
 
 *Cost*: ten samples, and one gather.
 """
@@ -54,18 +54,22 @@ def compare_samples(run: Run, saved: Mapping[str, Any], same_kernels: bool, cons
     by_rank: list[_Loaded] = run.backend.all_gather(mine)
     run.samples = dict(mine.hashes)
     if text := _varying(by_rank):
-        _refuse(text, run.config.deterministic, console)
+        _refuse(run, text, run.config.deterministic, console)
     varying = {name for loaded in by_rank for name in loaded.varying}
     if text := _differing_ranks(by_rank, varying):
-        _refuse(text, same_kernels, console)
+        _refuse(run, text, same_kernels, console)
     if text := None if run.config.accept_other_data else _changed(mine, saved, varying):
-        _refuse(text, same_kernels, console)
+        _refuse(run, text, same_kernels, console)
 
 
-def _refuse(text: str, is_refused: bool, console: Console) -> None:
-    if is_refused:
-        raise DataError(text)
-    warn(console, text)
+def _refuse(run: Run, text: str, is_refused: bool, console: Console) -> None:
+    """Raise on rank 0, and thereby on all ranks; ranks that end at once by errors of their own miss each other's."""
+    if not is_refused:
+        warn(console, text)
+        return
+    with run.backend.agree("comparing a few samples"):
+        if run.backend.rank == 0:
+            raise DataError(text)
 
 
 def _load(run: Run) -> _Loaded:

@@ -13,7 +13,7 @@ from small_run import console, points, printed, small_config, small_run, trained
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from disttrain.backend import Backend
-from disttrain.errors import DataError
+from disttrain.errors import DataError, RemoteError
 from disttrain.run.assemble import assemble
 from disttrain.run.directory import RunDirectory
 from disttrain.run.resume import restore
@@ -156,7 +156,10 @@ def refused_by(backend: Backend, folder: Path, kind: str) -> str | None:
     try:
         restore(run, console())
     except DataError as error:
+        assert backend.rank == 0
         return str(error)
+    except RemoteError as error:
+        return error.message.removeprefix("DataError: ")
     finally:
         run.close()
     return None
