@@ -113,21 +113,21 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out
         data=data.identity,
         valid_data=data.valid,
     )
-    with backend.agree("calling the handlers"):
-        call_handlers(run)
-    set_cpu_threads(config.cpu_threads)  # again: a factory may have set the number of the machine's cores
+    call_handlers(run)
     return run
 
 
 def call_handlers(run: Run) -> None:
     """Call the config's handlers, and note which functions they attach to the trainer."""
-    for handler in run.config.handlers:
-        name = str(getattr(handler, "__name__", type(handler).__name__))
-        before = run.trainer.registrations()
-        build(f"handler {name}", handler, run.trainer, run)
-        added = [each for each in run.trainer.registrations() if each not in before]
-        run.attached.append((name, handler))
-        run.attached.extend((name, partial(each.function, *each.args, **each.kwargs)) for each in added)
+    with run.backend.agree("calling the handlers"):
+        for handler in run.config.handlers:
+            name = str(getattr(handler, "__name__", type(handler).__name__))
+            before = run.trainer.registrations()
+            build(f"handler {name}", handler, run.trainer, run)
+            added = [each for each in run.trainer.registrations() if each not in before]
+            run.attached.append((name, handler))
+            run.attached.extend((name, partial(each.function, *each.args, **each.kwargs)) for each in added)
+    set_cpu_threads(run.config.cpu_threads)  # again: a factory may have set the number of the machine's cores
 
 
 def build_model(config: Config, backend: Backend) -> nn.Module:
