@@ -11,7 +11,9 @@ is a hash of the run's seed and these two. So a resumed run computes its seeds i
 | "stream"     | epoch, slot                | as "batch", in the process that opens the slot's stream  |
 | "step"       | step, slot                 | torch's generators before that slot's forward: dropout   |
 | "valid"      | number of the batch        | as "batch", for validation data                          |
+| "config"     | -                          | the execution of a cfg.py, before its seed is known      |
 | "data"       | -                          | building the datasets, the same on every rank            |
+| "probe"      | index                      | a sample that is loaded to be compared with other ranks' |
 | "evaluation" | number of the batch        | python, numpy and torch before that batch's forward      |
 
 A seed is never `seed + i`, because such seeds coincide: seed 0 in epoch 1 is seed 1 in epoch 0.
@@ -125,6 +127,18 @@ def set_random_state(state: dict[str, Any]) -> None:
             module.set_rng_state_all(state["accelerator"][: module.device_count()])
         else:
             module.set_rng_state(state["accelerator"][0])
+
+
+def seed_config() -> None:
+    """Seed python's, numpy's and torch's generators as for every execution of a cfg.py, whatever its own seed is."""
+    seed_position(seed_for(0, "config"))
+
+
+class SeededConfig:
+    """Seeds the generators when it is unpickled: put before an object whose unpickling executes a cfg.py again."""
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return seed_config, ()
 
 
 @contextmanager

@@ -23,6 +23,7 @@ import torch.utils.deterministic
 
 from disttrain.environment import pjrt_device, set_default
 from disttrain.errors import ConfigError
+from disttrain.process import kernel_variables
 
 CUBLAS_WORKSPACES = (":4096:8", ":16:8")
 """The values for which cuBLAS documents reproducible bits; the first costs 24 MiB a device and is faster."""
@@ -68,7 +69,8 @@ def set_cpu_threads(num_threads: int) -> None:
 def kernels_of(device: torch.device) -> str:
     """Return torch's version and the kind of processor, which choose the kernels and so decide a run's bits.
 
-    The kind of a CPU is the instruction set that torch uses; MKL and oneDNN mostly choose the same one.
+    The kind of a CPU is the instruction set that torch uses; MKL and oneDNN mostly choose the same one. Variables that
+    make a library choose others are named too.
     """
     if device.type == "cpu":
         kind = torch.backends.cpu.get_cpu_capability()
@@ -76,7 +78,7 @@ def kernels_of(device: torch.device) -> str:
         kind = pjrt_device() or "of its own choice"
     else:
         kind = getattr(torch.get_device_module(device), "get_device_name", str)(device)
-    return f"torch {torch.__version__} on {device.type} {kind}"
+    return ", ".join([f"torch {torch.__version__} on {device.type} {kind}", *kernel_variables()])
 
 
 @contextmanager

@@ -41,6 +41,7 @@ from disttrain.errors import ConfigError, DisttrainError, Interrupted, RemoteErr
 from disttrain.handlers.preemption import Preemption
 from disttrain.launching.end_with_launcher import end_with_launcher
 from disttrain.launching.torchrun import report_exit_code
+from disttrain.process import set_process_variables
 from disttrain.run.directory import RunDirectory
 from disttrain.run.train import train
 from disttrain.version import __version__
@@ -91,6 +92,7 @@ def run_command(options: argparse.Namespace, handlers: Handlers, preemption: Pre
         return print_valid(config)
     try:
         end_with_launcher()
+        set_process_variables()  # for the loader's workers, if another program called this
         set_default("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACES[0])  # before connecting starts CUDA
         timeout_s = config.timeout_s if config else 60.0
         collectives_s = timeout_s + max(LEAST_SLACK_S, SLACK * timeout_s)

@@ -1,30 +1,30 @@
-"""`disttrain COMMAND`: run the command that the first word names."""
+"""`disttrain COMMAND`: run the command that the first word names.
+
+Each command is imported when it runs, because a process that trains has to be settled before torch is imported.
+"""
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
-from rich.console import Console
-
-from disttrain.commands import checkpoint, launch, verify
-from disttrain.commands.compare import compare_command
-from disttrain.commands.doctor import doctor
+from disttrain.process import begin_process
 from disttrain.version import __version__
 
-MAINS: Mapping[str, Callable[[Sequence[str] | None], int]] = {
-    "launch": launch.main,
-    "verify": verify.main,
-    "checkpoint": checkpoint.main,
-}
+_OWN_PARSERS = ("launch", "verify", "checkpoint")
 """The commands that parse their own words."""
+_TRAINS = ("launch", "verify")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words and words[0] in MAINS:
-        return MAINS[words[0]](words[1:])
+    if words and words[0] in _OWN_PARSERS:
+        if words[0] in _TRAINS and arguments is None:
+            begin_process()
+        code: int = import_module(f"disttrain.commands.{words[0]}").main(words[1:])
+        return code
     parser = argparse.ArgumentParser(
         prog="disttrain",
         description="Distributed PyTorch training that is killed anywhere, resumed on any number of ranks, and gives "
@@ -54,5 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("doctor", help=doctor_help, description=f"{doctor_help.capitalize()}.")
     options = parser.parse_args(words)
     if options.command == "compare":
+        from disttrain.commands.compare import compare_command
+
         return compare_command(options.run_a, options.run_b)
+    from rich.console import Console
+
+    from disttrain.commands.doctor import doctor
+
     return doctor(Console(highlight=False))

@@ -7,6 +7,7 @@ from disttrain.config import load_config
 from disttrain.environment import grace_s
 from disttrain.errors import ConfigError
 from disttrain.launching.torchrun import run_torchrun, torchrun_words
+from disttrain.process import SETTINGS, set_process_variables
 
 PRELOAD = ("disttrain.commands.launch", "disttrain.commands.main", "torch.nn.parallel", "torch._dynamo.config")
 """Modules that every rank imports sooner or later; optimizers and DDP import the last one at their first use."""
@@ -54,6 +55,7 @@ def start_ranks(options: argparse.Namespace) -> int:
     )
     arguments = [options.config, *options.overrides, "--runs", str(options.runs)]
     arguments += ["--fresh"] * options.fresh + ["--traceback"] * options.traceback
-    variables = {"OMP_NUM_THREADS": str(config.cpu_threads), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    set_process_variables()  # the ranks get them from the process off which they are forked
+    variables = {"OMP_NUM_THREADS": SETTINGS["OMP_NUM_THREADS"], "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     preload = [*PRELOAD, *["torchmetrics"] * bool(config.metrics)]
     return run_torchrun(words, "disttrain.launch", arguments, variables, preload, grace_s=options.grace)

@@ -7,7 +7,8 @@ from rich.console import Console
 
 from disttrain.backend import Backend
 from disttrain.config import Config
-from disttrain.handlers.progress import value_text
+from disttrain.handlers.progress import value_text, warn
+from disttrain.process import differences_of_process
 from disttrain.run import checkpoint_places
 from disttrain.run.directory import RunDirectory
 from disttrain.version import __version__
@@ -27,6 +28,12 @@ def print_beginning(config: Config, directory: RunDirectory, backend: Backend, c
         f"{config.num_slots} slots, {precision}, {threads}; in {directory.path}",
         soft_wrap=True,
     )
+    if differences := differences_of_process():
+        warn(
+            console,
+            f"the same bits are not promised, because another program began this process: {'; '.join(differences)}. "
+            "`disttrain launch` and `python -m disttrain.launch` see to that (docs/guarantees.md)",
+        )
 
 
 def print_summary(result: dict[str, Any], directory: RunDirectory, console: Console) -> None:

@@ -205,10 +205,11 @@ class Config(Declaration):
     """Let one rank drive all XLA devices of a host. Each slot is cut over them. On XLA, strategy="fsdp" always does
     this."""
     cpu_threads: Annotated[Positive, FieldNote("threads")] = 1
-    """The number of threads with which each rank computes on the CPU. Another number gives other bits, so a resumed run
-    must keep it."""
+    """The number of threads with which torch computes on the CPU, on each rank. Another number gives other bits, so a
+    resumed run must keep it. Other numeric libraries have one thread; so has the loading of data."""
     deterministic: Annotated[Flag, FieldNote(may_change=True)] = True
-    """Refuse operations that have no deterministic kernel. False: warn and continue; the bits may differ each time."""
+    """Refuse operations that have no deterministic kernel, and samples that vary under one seed. False: warn and
+    continue; the bits may differ each time."""
     compile: Annotated[Flag, FieldNote()] = False
     """Compile the model with torch.compile."""
     handlers: Annotated[
@@ -231,7 +232,7 @@ class Config(Declaration):
     """The longest time that a rank may take for one batch, one step or one batch of an evaluation. After that the run
     stops."""
     accept_other_data: Annotated[Flag, FieldNote(may_change=True)] = False
-    """Resume even if the length or the fingerprint of the training data has changed."""
+    """Resume even if the length, the fingerprint or the compared samples of the data have changed."""
 
     @model_validator(mode="after")
     def _check(self) -> "Config":

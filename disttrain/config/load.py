@@ -1,9 +1,10 @@
 """Loads a Config from a path: runs a cfg.py, or the copy of it in a run directory.
 
 *Contract*: the file runs once, as a module named after the file without `.py`. Its folder becomes the first on
-`sys.path`, as for a script. If the file fails, both changes are undone; nothing else changes. So functions of a cfg.py
-can be sent to worker processes, spawned ones included. If another module already has that name (`random.py`), the
-module gets a name of its own; forked workers know that name, spawned workers do not.
+`sys.path`, as for a script. If the file fails, both changes are undone; nothing else changes. It runs under a fixed
+seed, so what it draws from the global generators is the same on every rank; they are left as they were. Functions of a
+cfg.py can be sent to worker processes, spawned ones included. If another module already has that name (`random.py`),
+the module gets a name of its own; forked workers know that name, spawned workers do not.
 
 *Errors*: ConfigError with one message, for anything that prevents the file from giving a Config.
 """
@@ -132,9 +133,13 @@ def _module_name(file: Path) -> str:
 
 def _run(source: _Source, module: ModuleType) -> None:
     """Run the file in the module. An exception becomes a ConfigError that names the line."""
+    from disttrain.seeding import random_state_kept, seed_config  # it imports torch, as a cfg.py does
+
     code = _compiled(source)
     try:
-        exec(code, vars(module))  # noqa: S102 - a cfg.py is the user's own program
+        with random_state_kept():
+            seed_config()
+            exec(code, vars(module))  # noqa: S102 - a cfg.py is the user's own program
     except SyntaxError as error:  # in a module that it imports
         raise ConfigError(_syntax_message(error)) from error
     except (Exception, SystemExit) as error:  # any exception of the user's program

@@ -5,6 +5,7 @@
     dataset        seeds the samples of a batch, names the sample of an error, identifies and checks a dataset
     fetching       fetches batches in this process or in worker processes
     loader         `SlotLoader`: yields the microbatches of this rank's slots, from any position
+    probes         single samples that are loaded to compare them with those of other ranks
     copy_ahead     copies the next step to an accelerator while the current step computes
     stream         `StreamLoader`: a SlotLoader for data that can only be iterated
     passes         the passes over a stream, and the step at which each of them ends on all ranks
@@ -67,8 +68,16 @@ from disttrain.data.dataset import (
     fingerprint,
     is_iterable_style,
 )
-from disttrain.data.loader import Seekable, SlotLoader, StepBatch, evaluation_loader, update_dataloader
+from disttrain.data.loader import (
+    Seekable,
+    SlotLoader,
+    StepBatch,
+    evaluation_loader,
+    evaluation_probes,
+    update_dataloader,
+)
 from disttrain.data.permutation import IndexShuffle
+from disttrain.data.probes import Probe, probed_indices
 from disttrain.data.sampler import (
     EvaluationBatch,
     EvaluationBatchSampler,
@@ -86,6 +95,7 @@ __all__ = [
     "IndexShuffle",
     "LoadingError",
     "Microbatch",
+    "Probe",
     "ReproducibleBatchSampler",
     "SeededBatch",
     "SeededDataset",
@@ -98,7 +108,9 @@ __all__ = [
     "check_stream",
     "copies_for",
     "evaluation_loader",
+    "evaluation_probes",
     "fingerprint",
     "is_iterable_style",
+    "probed_indices",
     "update_dataloader",
 ]

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
+from disttrain.data.probes import Probe
 from disttrain.data.sampler import SeededBatch
 from disttrain.errors import DataError
-from disttrain.seeding import seed_for, seed_position
+from disttrain.seeding import SeededConfig, seed_for, seed_position
 
 LONGEST_QUOTE = 300
 NUM_HASHED_ROWS = 16
@@ -116,8 +117,17 @@ class CollatedDataset(SeededDataset):
         super().__init__(dataset)
         self.collate_fn = default_collate if collate_fn is None else collate_fn
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for a worker that is not forked, which runs the cfg.py again to unpickle the dataset."""
+        return {"config": SeededConfig(), **vars(self)}
+
     def __getitems__(self, batch: SeededBatch) -> Any:
-        """Return the samples of `batch`, collated."""
+        """Return the samples of `batch`, collated; of a `Probe` the digest of its sample."""
+        if isinstance(batch, Probe):
+            try:
+                return batch.digest(super().__getitems__(batch))
+            except Exception as error:  # noqa: BLE001 - the step that needs the sample raises it
+                return f"raised {type(error.__cause__ or error).__name__}"
         return collated(self.collate_fn, super().__getitems__(batch), _batch_name(batch))
 
 

@@ -1,6 +1,7 @@
 """Fetches batches in this process, or in worker processes that it starts, ends and protects from signals.
 
-*Contract*: the global generators are left unchanged. A worker ignores the signals that a terminal or a batch system
+*Contract*: the global generators are left unchanged. A batch is loaded with one intra-op thread of torch, in a worker
+or here, because the number of threads changes bits. A worker ignores the signals that a terminal or a batch system
 sends to every process of a job. It ends within about a second of the process that started it. Workers are started by
 the default method of `multiprocessing`.
 
@@ -75,7 +76,7 @@ class Fetching:
         """Return the next `count` batches. An error ends the iterator, because its position is lost."""
         began = time.perf_counter()
         try:
-            with nullcontext() if self._num_workers else random_state_kept():
+            with nullcontext() if self._num_workers else _as_in_a_worker():
                 batches = [next(self._iterator) for _ in range(count)]
             self.took_s += time.perf_counter() - began
             return batches
@@ -113,6 +114,20 @@ class Fetching:
             if worker.is_alive():
                 worker.kill()
                 worker.join()
+
+
+@contextmanager
+def _as_in_a_worker() -> Iterator[None]:
+    """Use one intra-op thread, as a worker does, and restore it and the global generators afterwards."""
+    num_threads = torch.get_num_threads()
+    with random_state_kept():
+        if num_threads != 1:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            if num_threads != 1:
+                torch.set_num_threads(num_threads)
 
 
 def _unchanged(batch: Any) -> Any:

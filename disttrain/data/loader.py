@@ -1,17 +1,18 @@
 """Loads the microbatches of this rank's slots, step by step, in this process or in worker processes.
 
 *Contract*: the content of a batch depends only on its position. It does not depend on the number of workers, on
-prefetching, or on the batches loaded before. A worker uses one intra-op thread; in this process the number of threads
-is left alone. The global generators are left unchanged. The position of a loader is that of the batch that it yielded
-last, not that of the batches that its workers have fetched ahead.
+prefetching, or on the batches loaded before. It is loaded with one intra-op thread of torch, in a worker or in this
+process, whose number is restored. The global generators are left unchanged. The position of a loader is that of the
+batch that it yielded last, not that of the batches that its workers have fetched ahead.
 
 *Errors*: an exception of a sample or of a collate function becomes a `LoadingError` of one line. A worker that dies is
 a `DataError`.
 """
 
 import copy
+import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
@@ -19,6 +20,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from disttrain.data.copy_ahead import Copies
 from disttrain.data.dataset import CollatedDataset
 from disttrain.data.fetching import Fetching
+from disttrain.data.probes import Probe
 from disttrain.data.sampler import EvaluationBatchSampler, Microbatch, SlotBatchSampler
 from disttrain.errors import DataError
 
@@ -102,6 +104,15 @@ class SlotLoader:
             self.close()
             self.epoch, self.step = position
 
+    def load_probes(self, probes: Sequence[Probe]) -> list[str]:
+        """Return the digests of single samples, loaded where the next steps are loaded; the position stays.
+
+        So a file that a sample opens is not shared with workers that are forked later.
+        """
+        self.close()
+        self._fetching.start(_Microbatches(self.sampler, self.epoch, self.step, probes))
+        return self._fetching.take(len(probes))
+
     @property
     def iteration(self) -> int:
         """The number of steps before the position, over all epochs. Inside a loop it is the step's number, from 1."""
@@ -166,13 +177,13 @@ class SlotLoader:
 
 
 class _Microbatches:
-    """The endless microbatches of a slot sampler, as an iterable: a DataLoader makes two iterators of it."""
+    """Probes, then the endless microbatches of a slot sampler; an iterable: a DataLoader makes two iterators of it."""
 
-    def __init__(self, sampler: SlotBatchSampler, epoch: int, step: int) -> None:
-        self.sampler, self.epoch, self.step = sampler, epoch, step
+    def __init__(self, sampler: SlotBatchSampler, epoch: int, step: int, probes: Sequence[Probe] = ()) -> None:
+        self.sampler, self.epoch, self.step, self.probes = sampler, epoch, step, probes
 
-    def __iter__(self) -> Iterator[Microbatch]:
-        return self.sampler.stream(self.epoch, self.step)
+    def __iter__(self) -> Iterator[Microbatch | Probe]:
+        return itertools.chain(self.probes, self.sampler.stream(self.epoch, self.step))
 
 
 def evaluation_loader(
@@ -194,6 +205,23 @@ def evaluation_loader(
     sampler = EvaluationBatchSampler(len(dataset), batch_size, rank, world_size, seed=seed)
     fetching = Fetching(CollatedDataset(dataset, collate_fn), min(num_workers, len(sampler)), pin_memory)
     return _evaluation_batches(sampler, fetching)
+
+
+def evaluation_probes(dataset: Any, probes: Sequence[Probe], num_workers: int) -> Callable[[], list[str]]:
+    """Start to load probes of an evaluation's dataset; return the function that waits for their digests.
+
+    They are loaded by a worker if an evaluation uses workers: a file that a sample opens must not be shared with them.
+    """
+    fetching = Fetching(CollatedDataset(dataset), min(num_workers, 1), pin_memory=False)
+    fetching.start(probes)
+
+    def wait() -> list[str]:
+        try:
+            return fetching.take(len(probes))
+        finally:
+            fetching.stop()
+
+    return wait
 
 
 def _evaluation_batches(sampler: EvaluationBatchSampler, fetching: Fetching) -> Iterator[tuple[int, Any]]:

@@ -15,18 +15,21 @@ of steps over all passes. One form follows from the other only by reading.
 question to the other ranks, which is answered while the step computes. The workers restart with each pass.
 """
 
+import functools
 import itertools
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from disttrain.data.dataset import LoadingError
 from disttrain.data.fetching import Fetching
 from disttrain.data.loader import StepBatch
 from disttrain.data.passes import Passes, gather_by_slot
+from disttrain.data.probes import Digest
 from disttrain.data.ranks import OneRank, StreamRanks
 from disttrain.data.sampler import check_sizes
-from disttrain.data.stream_reader import StreamReader
+from disttrain.data.stream_reader import Requests, StreamReader
 from disttrain.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -82,6 +85,8 @@ class StreamLoader:
         self._first_slots = [unit.slots.start for unit in reader.units]
         self._ranks: StreamRanks = OneRank() if ranks is None else ranks
         self._digest = digest
+        self._seed = seed
+        self._dataset = dataset
         self._fetching = fetching = Fetching(reader, self.num_workers, pin_memory)
         self._passes = Passes(reader, fetching, self.num_workers, self._ranks, accept_other_data=accept_other_data)
         self._expected: dict[int, str] | None = None
@@ -126,6 +131,26 @@ class StreamLoader:
                 f"num_workers={self._num_workers_given}: each rank uses only {self.num_workers} of them, {reason}"
             )
         return notes
+
+    def load_probes(self, count: int, digest: Digest) -> list[str]:
+        """Return the digests of the first `count` samples of slot 0's stream, or fewer, which any rank can read.
+
+        They are read by a reader of their own, with one sample for each slot in a step. If the stream raises an
+        exception, the last of them is the exception's type.
+        """
+        reader = StreamReader(self._dataset, 1, self.num_slots, range(1), self._seed, functools.partial(_only, digest))
+        fetching = Fetching(reader, min(self.num_workers, 1), pin_memory=False)
+        digests: list[str] = []
+        try:
+            fetching.start(Requests(1, 1, first_step=0, num_dropped=0))
+            while len(digests) < count and (batches := fetching.take(1)[0].batches) is not None:
+                digests += batches
+        except LoadingError as error:
+            digests.append(f"raised {type(error.__cause__ or error).__name__}")
+        finally:
+            fetching.stop()
+            reader.begin(0, {})
+        return digests
 
     def seek(self, epoch: int, step: int) -> None:
         """Set the position to `step` steps after the start of pass `epoch`; it may be in a later pass.
@@ -241,3 +266,9 @@ class StreamLoader:
         actual, expected = self._digests(), self._expected
         mine = [s for s in self.slots if actual is not None and expected is not None and actual[s] != expected[s]]
         return [slot for slots in self._ranks.all_gather(mine) for slot in slots]
+
+
+def _only(digest: Digest, samples: list[Any]) -> str:
+    """Return the digest of the only sample of a batch, as a collate function."""
+    (sample,) = samples
+    return digest(sample)

@@ -22,7 +22,7 @@ from torch.utils.data import default_collate
 from torch.utils.data._utils import worker
 
 from disttrain.data.dataset import LoadingError, collated, quoted
-from disttrain.seeding import seed_for, seed_position
+from disttrain.seeding import SeededConfig, seed_for, seed_position
 
 StreamState = dict[str, Any]
 """The `state_dict` of a stream ("stream") and of its iterator ("iterator"), if they have one."""
@@ -98,6 +98,10 @@ class StreamReader:
         self.seed = seed
         self.collate_fn = default_collate if collate_fn is None else collate_fn
         self.begin(0, {})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for a worker that is not forked, which runs the cfg.py again to unpickle the dataset."""
+        return {"config": SeededConfig(), **vars(self)}
 
     def begin(self, epoch: int, states: Mapping[int, StreamState]) -> None:
         """Close all streams. In pass `epoch` they open at their start, or at the state of their unit's first slot."""

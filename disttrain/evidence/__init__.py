@@ -2,6 +2,7 @@
 
 ledger       writes one line a step: order of the samples, loss, gradient norm, hashes of the batch and the state
 hashes       the hash of a tensor, of a batch, of a whole state
+samples      the hash of one sample of a dataset
 fingerprint  the SHA-256 of a model's weights, for result.json
 compare      reads two ledgers and finds their first difference and its likely cause
 """
@@ -10,6 +11,7 @@ from disttrain.evidence.compare import Comparison, LedgerDifference, first_diffe
 from disttrain.evidence.fingerprint import params_sha256
 from disttrain.evidence.hashes import batch_hash, state_tensors, tensor_hashes
 from disttrain.evidence.ledger import Ledger
+from disttrain.evidence.samples import sample_hash
 
 __all__ = [
     "Comparison",
@@ -19,6 +21,7 @@ __all__ = [
     "first_difference",
     "params_sha256",
     "read_ledger",
+    "sample_hash",
     "state_tensors",
     "tensor_hashes",
 ]

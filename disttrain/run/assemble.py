@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from disttrain.backend import Backend
+from disttrain.backend import Backend, set_cpu_threads
 from disttrain.config import Config, check_devices
 from disttrain.data import check_dataset, evaluation_loader
 from disttrain.data.weighted import WeightedBatch, weight_of, without_weight
@@ -96,9 +96,9 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out
         best=best,
         bad_steps=None if config.on_nan == "skip" else BadSteps(config.spike_factor),
         data=data.identity,
+        valid_data=data.valid,
     )
-    with backend.agree("calling the handlers"):
-        call_handlers(run)
+    call_handlers(run)
     return run
 
 
@@ -149,13 +149,15 @@ def build_trainer(
 
 def call_handlers(run: Run) -> None:
     """Call the config's handlers, and note which functions they attach to the trainer."""
-    for handler in run.config.handlers:
-        name = str(getattr(handler, "__name__", type(handler).__name__))
-        before = run.trainer.registrations()
-        build(f"handler {name}", handler, run.trainer, run)
-        added = [each for each in run.trainer.registrations() if each not in before]
-        run.attached.append((name, handler))
-        run.attached.extend((name, partial(each.function, *each.args, **each.kwargs)) for each in added)
+    with run.backend.agree("calling the handlers"):
+        for handler in run.config.handlers:
+            name = str(getattr(handler, "__name__", type(handler).__name__))
+            before = run.trainer.registrations()
+            build(f"handler {name}", handler, run.trainer, run)
+            added = [each for each in run.trainer.registrations() if each not in before]
+            run.attached.append((name, handler))
+            run.attached.extend((name, partial(each.function, *each.args, **each.kwargs)) for each in added)
+    set_cpu_threads(run.config.cpu_threads)  # again: a factory may have set the number of the machine's cores
 
 
 def build_model(config: Config, backend: Backend) -> nn.Module:

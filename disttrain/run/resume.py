@@ -24,6 +24,7 @@ from disttrain.handlers.stateful import bare
 from disttrain.parallel.counterparts import Counterparts
 from disttrain.run import checkpoint_places
 from disttrain.run.restored import check_restored
+from disttrain.run.samples import compare_samples
 from disttrain.run.state import Run
 
 OPTIMIZER, TRAINER, PRECISION, SCHEDULE, DATA, KEPT = "optimizer", "trainer", "precision", "schedule", "data", "kept"
@@ -63,18 +64,22 @@ def check_state(run: Run) -> None:
 def restore(run: Run, console: Console) -> int:
     """Load the newest good checkpoint, if there is one; return its step, or 0. Print a warning for damaged ones."""
     found = checkpoint_places.load_newest_checkpoint(run)
-    warn_of_kernels(run, {} if found is None else found.manifest.position, console)
+    position = {} if found is None else found.manifest.position
+    same_kernels = warn_of_kernels(run, position, console)
     step = 0
     if found is not None:
         step = found.manifest.step
         for name, reason in found.skipped:
             warn(console, f"checkpoint {name} is damaged: {reason}")
         checkpoint_places.check_run(run, found)
-        check_position(run, step, found.manifest.position)
+        check_position(run, step, position)
         load_parts(run, found.state, console)
-        run.load_position(found.manifest.position)
+        run.load_position(position)
         checkpoint_places.check_best(run, console)
-        seek_data(run, step, console)
+        run.loader.seek(*divmod(step, run.epoch_length or step + 1))
+    compare_samples(run, position, same_kernels, console)
+    if found is not None:
+        catch_up_data(run, step, console)
         console.print(f"resuming from step {step} (epoch {run.loader.epoch + 1})")
     with run.backend.agree("describing the run"):
         if run.backend.rank == 0 and (origin := run.config.origin) is not None:
@@ -162,8 +167,11 @@ def with_user_keys(run: Run, trainer: dict[str, Any], console: Console) -> dict[
     return {**trainer, **{key: getattr(run.trainer.state, key, None) for key in missing}}
 
 
-def warn_of_kernels(run: Run, saved: Mapping[str, Any], console: Console) -> None:
-    """Warn if ranks compute with different kernels, or with others than the checkpoint's run: bits may differ then."""
+def warn_of_kernels(run: Run, saved: Mapping[str, Any], console: Console) -> bool:
+    """Warn if ranks compute with different kernels, or with others than the checkpoint's run: bits may differ then.
+
+    Return whether all kernels are the same.
+    """
     by_rank = run.backend.all_gather(run.kernels)
     kinds = sorted({*by_rank, str(saved.get("kernels", by_rank[0]))})
     if len(kinds) > 1:
@@ -171,12 +179,12 @@ def warn_of_kernels(run: Run, saved: Mapping[str, Any], console: Console) -> Non
             console,
             f"the same bits are not promised: expected one kind of kernels for a run, got {'; '.join(kinds)}",
         )
+    return len(kinds) == 1
 
 
-def seek_data(run: Run, step: int, console: Console) -> None:
-    """Move the training data to the run's position, and the trainer's epoch with it."""
+def catch_up_data(run: Run, step: int, console: Console) -> None:
+    """Move a stream to the run's position by reading, and the trainer to the epoch of the training data."""
     loader = run.loader
-    loader.seek(*divmod(step, run.epoch_length or step + 1))
     if isinstance(loader, StreamLoader) and step < run.total_steps:
         with dropping(console, line_every_s=run.config.log.every_s) as show:
             loader.catch_up(show)

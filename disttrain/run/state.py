@@ -56,10 +56,14 @@ class Run:
     """Finds bad losses; None with on_nan="skip"."""
     data: dict[str, Any]
     """Length and fingerprint of the training data: a run resumes with the data it began with."""
+    valid_data: Any
+    """The validation data; None without."""
     attached: list[tuple[str, Any]] = field(default_factory=list)
     """The config's handlers and the functions that they attached to the trainer, by the name of the handler."""
     kept: dict[str, Any] = field(default_factory=dict)
     """Further objects that checkpoints hold, by name; `keep` adds one."""
+    samples: dict[str, str] = field(default_factory=dict)
+    """Hashes of a few samples, by name: a run resumes with the data it began with."""
     evaluation_due: bool = False
     """True if a signal interrupted this step's evaluation; a resumed run evaluates before its next step."""
     training: bool = False
@@ -176,6 +180,7 @@ class Run:
             **({"recent_losses": recent} if recent else {}),
             **({} if self.best is None else self.best.position()),
             **self.data,
+            **({"samples": self.samples} if self.samples else {}),
         }
 
     def load_position(self, position: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ranks import Ranks
 
-from disttrain.backend import Backend, make_deterministic, refused_operations_named, set_cpu_threads
+from disttrain.backend import Backend, kernels_of, make_deterministic, refused_operations_named, set_cpu_threads
 from disttrain.data import LoadingError
 from disttrain.errors import ConfigError
 
@@ -106,3 +106,10 @@ def test_other_errors_stay_as_they_are() -> None:
 def test_an_operation_needs_a_thread(threads: int) -> None:
     with pytest.raises(ValueError, match=f"cpu_threads to be at least 1, got {threads}"):
         set_cpu_threads(threads)
+
+
+def test_variables_that_choose_kernels_are_part_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
+    before = kernels_of(torch.device("cpu"))
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    assert kernels_of(torch.device("cpu")) == f"{before}, OPENBLAS_CORETYPE=Haswell"

@@ -1,17 +1,21 @@
 """A cfg.py runs once, and its functions can be sent to workers. A bad one is one message, and changes nothing."""
 
 import json
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from config_samples import CFG, write_cfg
 from torch.utils.data import DataLoader
 
 from disttrain.config import describe, load_config, to_json
 from disttrain.errors import ConfigError
+from disttrain.seeding import manual_seed
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +52,28 @@ def test_a_cfg_is_loaded_with_its_stem_as_name(tmp_path: Path) -> None:
     assert config.origin is not None
     assert (config.origin.file, config.origin.folder) == (tmp_path / "digits.py", tmp_path)
     assert config.origin.overrides == ("optimizer.lr=0.5",)
+
+
+def test_a_cfg_draws_the_same_numbers_each_time_and_changes_no_generator(tmp_path: Path) -> None:
+    drawing = "import random, numpy, torch\nDRAWN = random.random(), numpy.random.rand(), torch.rand(()).item()\n"
+    path = write_cfg(tmp_path, text=drawing + CFG + "\nnumpy.random.seed(5), torch.manual_seed(5), random.seed(5)\n")
+    drawn = []
+    for seed, other in [(1, ["seed=1"]), (2, ["seed=2"])]:
+        manual_seed(seed)
+        module = load_config(path, other).origin.module  # type: ignore[union-attr]
+        drawn.append(sys.modules[module].DRAWN)  # type: ignore[attr-defined]
+        assert (random.random(), np.random.rand(), torch.rand(()).item()) == three_draws(seed)
+    assert drawn[0] == drawn[1]
+    assert drawn[0] not in (three_draws(1), three_draws(2), three_draws(5))
+    path.write_text(drawing + "raise ValueError")
+    manual_seed(3)
+    refused(path)
+    assert (random.random(), np.random.rand(), torch.rand(()).item()) == three_draws(3)
+
+
+def three_draws(seed: int) -> tuple[float, float, float]:
+    manual_seed(seed)
+    return random.random(), np.random.rand(), torch.rand(()).item()
 
 
 def test_it_imports_its_neighbours(tmp_path: Path) -> None:

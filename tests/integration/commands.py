@@ -16,6 +16,8 @@ from typing import Any
 
 from lives import Lives
 
+from disttrain.process import SETTINGS
+
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "examples" / "digits.py"
 
@@ -98,7 +100,7 @@ def launch(*words: object, ranks: int = 0, cwd: Path, timeout_s: float = 120) ->
 
 @functools.cache
 def _lives() -> Lives:
-    lives = Lives(environment())
+    lives = Lives({**environment(), **SETTINGS})  # as the launcher begins the process of a run
     atexit.register(lives.close)
     return lives
 

@@ -31,7 +31,7 @@ class Data(Noisy):
     def __getitem__(self, i):
         if not self.evaluates and pathlib.Path("in-step-7").exists():
             phase("loading")
-        if self.evaluates:
+        if self.evaluates and pathlib.Path("begun").exists():  # not when a few samples are compared at the start
             phase("evaluation")
             if "{phase}" == "evaluation" and not pathlib.Path("stopped").exists():
                 time.sleep(PAUSE / 20)
@@ -44,6 +44,7 @@ def build():
 def watch(trainer, run):
     saves = run.directory.checkpoints
     def step():
+        pathlib.Path("begun").touch()
         if run.backend.rank == 0 and trainer.state.iteration == 7:
             pathlib.Path("in-step-7").touch()
         if trainer.state.iteration == 7:

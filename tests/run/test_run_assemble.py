@@ -158,3 +158,16 @@ SCHEDULES: list[Any] = [
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_torchs_schedules_that_step_without_arguments_are_accepted(tmp_path: Path, schedule: Any) -> None:
     assert small_run(tmp_path, optimizer=no_closure, schedule=schedule).schedule is not None
+
+
+def test_threads_that_a_factory_sets_for_its_machine_do_not_count(tmp_path: Path) -> None:
+    def greedy() -> nn.Module:
+        torch.set_num_threads(before + 2)
+        return net()
+
+    before = torch.get_num_threads()
+    try:
+        small_run(tmp_path, model=greedy, cpu_threads=2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

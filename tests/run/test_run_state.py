@@ -34,7 +34,13 @@ def test_a_run_is_built_by_keywords_and_every_part_is_required() -> None:
         for field in fields
         if field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
     ]
-    assert optional == ["attached", "kept", "evaluation_due", "training"]  # values that change while the run trains
+    assert optional == [
+        "attached",
+        "kept",
+        "samples",
+        "evaluation_due",
+        "training",
+    ]  # values that change while the run trains
 
 
 def test_handlers_get_the_complete_run(tmp_path: Path) -> None:
@@ -46,7 +52,7 @@ def test_handlers_get_the_complete_run(tmp_path: Path) -> None:
 
     run = small_run(tmp_path, handlers=[handler], checkpoint={"monitor": "loss"}, schedule=constant)
     [values] = values_by_call
-    parts = [name for name in values if name not in ("attached", "kept", "evaluation_due", "training")]
+    parts = [name for name in values if name not in ("attached", "kept", "samples", "evaluation_due", "training")]
     assert [name for name in parts if values[name] is None] == []
     assert all(getattr(run, name) is values[name] for name in parts)
 
