@@ -61,7 +61,15 @@ from disttrain.checkpoint.manifest import MANIFEST, CheckpointInfo, FileRecord, 
 from disttrain.checkpoint.read import Loaded, load, load_newest, load_newest_of
 from disttrain.checkpoint.remote_store import is_url
 from disttrain.checkpoint.storage import checkpoint_name, clean, committed, step_in, step_of
-from disttrain.checkpoint.store import ELSEWHERE, CheckpointStore, folder_under, folders_of, rotate, store_at
+from disttrain.checkpoint.store import (
+    ELSEWHERE,
+    CheckpointStore,
+    folder_under,
+    folders_of,
+    marked_place,
+    rotate,
+    store_at,
+)
 from disttrain.checkpoint.write import save
 from disttrain.errors import DamagedError
 
@@ -94,6 +102,7 @@ __all__ = [
     "load_file",
     "load_newest",
     "load_newest_of",
+    "marked_place",
     "on_one_rank",
     "plan_prune",
     "rotate",

@@ -34,7 +34,7 @@ from disttrain.checkpoint import (
     tensors_of,
 )
 from disttrain.commands.exit_codes import ALL_GOOD, DAMAGE_FOUND, USAGE
-from disttrain.config import from_json
+from disttrain.config import read_stored
 from disttrain.errors import CheckpointError, ConfigError, DisttrainError
 
 WIDTH_OF_A_FILE = 160
@@ -164,7 +164,7 @@ def target_of(run: Path) -> str | None:
     config_json = run / "config.json"
     if not config_json.is_file():
         return None
-    fields = from_json(config_json.read_text(encoding="utf-8"), str(config_json)).fields
+    fields = read_stored(config_json).fields
     target, name = fields.get("checkpoint.target"), fields.get("name")
     if not isinstance(target, str) or (run / "checkpoints" / ELSEWHERE).is_file():
         return None  # the file that the run left is sure; a relative target depends on the working directory

@@ -31,8 +31,8 @@ from disttrain.config import (
     describe,
     differences,
     field_table,
-    from_json,
     load_config,
+    read_stored,
     replace,
     with_num_slots,
 )
@@ -207,7 +207,7 @@ def stored_config(directory: RunDirectory) -> Description | None:
     if not directory.has_begun():
         return None
     try:
-        return from_json(directory.config_json.read_text(encoding="utf-8"), str(directory.config_json)).fields
+        return read_stored(directory.config_json).fields
     except OSError as error:
         raise ConfigError(
             f"{directory.config_json} cannot be read: {error.strerror}; restore it, or use --fresh"
@@ -241,7 +241,7 @@ def resolve_slots(config: Config, stored: Description | None, world_size: int) -
 
 def is_finished(result: dict[str, Any], config: Config) -> bool:
     """Return True if a run with this result has nothing left to do under this config."""
-    if result["status"] != "completed":
+    if result.get("status") != "completed":
         return False
     if config.max_steps is not None:
         return int(result["step"]) >= config.max_steps

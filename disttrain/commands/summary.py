@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from disttrain.backend import Backend
+from disttrain.commands.checkpoint import printable
 from disttrain.config import Config
 from disttrain.handlers.progress import value_text
 from disttrain.run import checkpoint_places
@@ -47,7 +48,7 @@ def print_summary(result: dict[str, Any], directory: RunDirectory, console: Cons
         rows["compiled"] = f"{result['xla_compilations']} programs, {num_late} of them after step 2"
     width = max(map(len, rows)) + 2
     for name, value in rows.items():
-        console.print(f"{name:<{width}}{value}", soft_wrap=True)
+        console.print(printable(f"{name:<{width}}{value}"), soft_wrap=True)
 
 
 def _best_row(result: dict[str, Any], directory: RunDirectory) -> dict[str, str]:

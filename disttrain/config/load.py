@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from disttrain.config.fields import Config, Origin, replace, with_origin
 from disttrain.config.overrides import apply_overrides
-from disttrain.config.stored import from_json, read_overrides
+from disttrain.config.stored import read_overrides, read_stored
 from disttrain.config.wording import both, either, got
 from disttrain.errors import ConfigError, DisttrainError
 
@@ -84,7 +84,10 @@ def _run_directory(path: Path) -> _Source:
             f"{path}: expected a cfg.py, or a run directory, which holds cfg.py and config.json; "
             f"got another directory{loadable}."
         )
-    fields, _, folder = from_json(stored.read_text(encoding="utf-8", errors="replace"), str(stored))
+    try:
+        fields, _, folder = read_stored(stored)
+    except OSError as error:
+        raise ConfigError(f"{stored}: expected a file that can be read, got {error.strerror}.") from error
     name = fields.get("name")
     stem = name if isinstance(name, str) else path.resolve().name
     return _Source(file, file.resolve(), stem, folder or file.resolve().parent, read_overrides(path / "overrides.json"))

@@ -69,7 +69,6 @@ def restore(run: Run, console: Console) -> int:
         step = found.manifest.step
         for name, reason in found.skipped:
             warn(console, f"checkpoint {name} is damaged: {reason}")
-        checkpoint_places.check_run(run, found)
         check_position(run, step, found.manifest.position)
         load_parts(run, found.state, console)
         run.load_position(found.manifest.position)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from disttrain.backend import Backend, kernels_of
 from disttrain.checkpoint import CheckpointInfo
-from disttrain.config import Config, config_hash
+from disttrain.config import Config, binding_fields, config_hash, describe
 from disttrain.data import SlotLoader, StreamLoader
 from disttrain.engine import Engine
 from disttrain.engine.supervised import StepFunction
@@ -190,6 +190,7 @@ class Run:
             seed=self.config.seed,
             num_slots=self.slots.num_slots,
             config_sha256=config_hash(self.config),
+            config=binding_fields(describe(self.config)),
         )
 
 

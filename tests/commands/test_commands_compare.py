@@ -94,3 +94,74 @@ def test_folders_that_cannot_be_compared(one: Path, tmp_path: Path, capsys: pyte
             assert (code, out) == (USAGE, "")
             assert err.startswith("ConfigError: ")
             assert words in err
+
+
+DEEP = "[" * 100_000
+LINE = {"step": 1, "epoch": 1, "loss": "0x1p+0", "grad_norm": None, "learning_rate": None}
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (DEEP, "recursion limit exceeded"),
+        ("[1]", "got Input should be an object"),
+        (json.dumps({**LINE, "step": "1"}), "got 'step': Input should be a valid integer"),
+        (json.dumps({**LINE, "step": 10**30}), "got 'step': Input should be"),
+        (json.dumps({**LINE, "step": [1]}), "got 'step': Input should be a valid integer"),
+        (json.dumps({**LINE, "loss": {"a": 1}}), "got 'loss': Input should be a valid string"),
+        (json.dumps({**LINE, "slots": {"batch": []}}), "got 'slots.loss': Field required"),
+        (json.dumps({**LINE, "state": ["a"]}), "got 'state': Input should be"),
+        (json.dumps({"step": 1, "loss": None}), "it has no grad_norm"),
+        ('{"step": 1e999}', "got 'step': Input should be"),
+    ],
+)
+def test_a_damaged_ledger_is_one_clear_error(
+    one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str, words: str
+) -> None:
+    other = write_run(tmp_path / "other")
+    lines = (other / "ledger.jsonl").read_text().splitlines()
+    (other / "ledger.jsonl").write_text("\n".join([*lines[:3], damage, *lines[3:]]) + "\n")
+    for runs in ((one, other), (other, one)):
+        code, out, err = compare(*runs, capsys=capsys)
+        assert (code, out) == (USAGE, "")
+        assert err.startswith(f"ConfigError: {other}/ledger.jsonl, line 4: expected the results of a step, got ")
+        assert words in err
+        assert err.count("\n") == 1
+    (other / "ledger.jsonl").write_text("\n".join([*lines, damage[:50]]))  # a kill cut the last line short
+    assert compare(one, other, capsys=capsys)[0] == SAME
+
+
+def test_a_number_beyond_all_floats_is_shown_as_it_is(
+    one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_run(tmp_path / "other")
+    text = (other / "ledger.jsonl").read_text()
+    (other / "ledger.jsonl").write_text(
+        text.replace('"loss": "0x1.0000000000000p+0"', '"loss": "0x1p+99999\\u001b[2J"')
+    )
+    code, out, _ = compare(one, other, capsys=capsys)
+    assert code == DIFFERENT
+    assert "1.0 (0x1.0000000000000p+0) and 0x1p+99999\\x1b[2J" in out
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("result.json", DEEP),
+        ("result.json", "[]"),
+        ("result.json", '{"step": 1e999}'),
+        ("result.json", '{"status": "completed", "step": 1}'),
+        ("config.json", DEEP),
+        ("config.json", "\x00"),
+    ],
+)
+def test_other_damaged_files_are_one_clear_error(
+    one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, content: str
+) -> None:
+    other = write_run(tmp_path / "other")
+    (other / file).write_text(content)
+    for runs in ((one, other), (other, one)):
+        code, out, err = compare(*runs, capsys=capsys)
+        assert (code, out) == (USAGE, "")
+        assert err.startswith(f"ConfigError: {other / file}: expected the ")
+        assert err.count("\n") == 1

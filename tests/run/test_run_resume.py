@@ -149,11 +149,17 @@ def test_user_keys_that_a_checkpoint_lacks_begin_anew(tmp_path: Path) -> None:
 
 
 def test_other_data_and_a_shorter_run_are_refused(tmp_path: Path) -> None:
-    trained(tmp_path, max_epochs=2)
-    with pytest.raises(DataError, match="the training data has changed since the run began"):
-        trained(tmp_path, train_data=lambda: points(40))
+    num_samples = [32]
+
+    def data() -> Any:
+        return points(num_samples[0])
+
+    trained(tmp_path, max_epochs=2, train_data=data)
     with pytest.raises(ConfigError, match="the run stands at step 8, beyond the 4 steps"):
-        trained(tmp_path, max_epochs=1)
+        trained(tmp_path, max_epochs=1, train_data=data)
+    num_samples[0] = 40
+    with pytest.raises(DataError, match="the training data has changed since the run began"):
+        trained(tmp_path, train_data=data)
 
 
 def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path: Path) -> None:
