@@ -74,7 +74,8 @@ def restore(run: Run, console: Console) -> int:
         run.load_position(found.manifest.position)
         checkpoint_places.check_best(run, console)
         seek_data(run, step, console)
-        console.print(f"resuming from step {step} (epoch {run.loader.epoch + 1})")
+        place = "" if found.place == str(run.directory.checkpoints) else f", from {found.place}"
+        console.print(f"resuming from step {step} (epoch {run.loader.epoch + 1}){place}", soft_wrap=True)
     with run.backend.agree("describing the run"):
         if run.backend.rank == 0 and (origin := run.config.origin) is not None:
             run.directory.describe(to_json(run.config), origin.file, origin.overrides)
