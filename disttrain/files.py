@@ -13,14 +13,19 @@ from pathlib import Path
 from typing import IO, Any
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str | bytes) -> None:
     """Write `text` to the file `path`, flushed to the disk, by one rename."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(text.encode() if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def printable(text: str) -> str:
+    """Return text of an unknown writer with its control characters escaped, so that no terminal acts on them."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 def json_text(value: Any, indent: int | None = None) -> str:

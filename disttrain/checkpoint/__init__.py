@@ -23,6 +23,7 @@ any number of ranks. `DirectorySaver` and `DiskSaver` are save handlers for `dis
     store            the protocol of a store, the store that a path or URL means, and the removal of old checkpoints
     local_store      a store in a directory
     remote_store     a store behind a URL, through fsspec
+    guarded_store    a store that is changed only while a guard allows it
     storage          the names in such a directory, and durable operations on files
     listing          lists the checkpoints of a store, and plans which of them to remove
     exports          writes the tensors of a model as one safetensors file

@@ -28,6 +28,7 @@ from disttrain.checkpoint import (
 from disttrain.commands.checkpoint_target import find_target, hint_of, refuse_link
 from disttrain.commands.exit_codes import ALL_GOOD, DAMAGE_FOUND, USAGE
 from disttrain.errors import CheckpointError, ConfigError, DisttrainError
+from disttrain.files import printable
 
 WIDTH_OF_A_FILE = 160
 """Columns of the output if it is not a terminal: wide enough that nothing is folded."""
@@ -226,8 +227,3 @@ def count_bytes(number: int) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:,.1f} TB"
-
-
-def printable(text: str) -> str:
-    """Return text of an unknown writer with its control characters escaped, so that no terminal acts on them."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)

@@ -10,13 +10,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from disttrain.commands.checkpoint import printable
 from disttrain.commands.exit_codes import DIFFERENT, SAME, USAGE
 from disttrain.config import differences_that_matter, read_stored
 from disttrain.errors import ConfigError
 from disttrain.evidence import Comparison, first_difference, read_ledger
 from disttrain.evidence.ledger import differing
+from disttrain.files import printable
 from disttrain.run.directory import RunDirectory
+from disttrain.run.launch_changes import launch_changes
+from disttrain.run.launches import launch_before, read_launches
 from disttrain.run.result import read_result
 
 
@@ -75,6 +77,7 @@ def compare_command(first: Path, second: Path) -> int:
             f"{first} has {num_steps[0]} steps, {second} has {num_steps[1]}; the common steps are compared",
             soft_wrap=True,
         )
+    print_code_differences((first, second), comparison, console)
     if not comparison.same:
         print_difference(comparison, console)
     else:
@@ -85,6 +88,23 @@ def compare_command(first: Path, second: Path) -> int:
     for text in comparison.other:
         console.print(printable(text), soft_wrap=True)
     return SAME if comparison.same else DIFFERENT
+
+
+def print_code_differences(paths: tuple[Path, Path], comparison: Comparison, console: Console) -> None:
+    """Print what differs in the code and the versions of the launches that did the first step that differs."""
+    runs = [RunDirectory(path) for path in paths]
+    kept = [read_launches(run.launches, run.cfg_py) for run in runs]
+    found = comparison.difference
+    step = max(comparison.last_steps) if found is None else max(1, found.step)
+    left, right = (launch_before(launches, step) for launches in kept)
+    if left is None or right is None:
+        return  # one of the runs was made of a Config that no file declares
+    names = (f"in {paths[0]}", f"in {paths[1]}")
+    changes = launch_changes(left.record, right.record, (left.content, right.content), names)
+    if changes.may_change_bits:
+        console.print(printable(f"the runs differ in {'; '.join(changes.facts)}"), soft_wrap=True)
+        for line in changes.shown(f"diff -r {left.folder} {right.folder}"):
+            console.print(line, soft_wrap=True)
 
 
 def print_difference(comparison: Comparison, console: Console) -> None:

@@ -61,6 +61,7 @@ Handlers = Sequence[Callable[[Any, Any], object]]
 def main(arguments: Sequence[str] | None = None, *, handlers: Handlers = ()) -> int:
     """Run the command line and return the exit code; `handlers` are called after those of the config."""
     options = launch_parser().parse_intermixed_args(arguments)
+    options.words = list(sys.argv[1:] if arguments is None else arguments)
     logging.getLogger("disttrain").addHandler(logging.NullHandler())  # only the ranks' log files get log messages
     try:
         if options.grace is not None and not 1 <= options.grace <= LONGEST_GRACE_S:
@@ -167,6 +168,7 @@ def check_and_train(config: Config, options: argparse.Namespace, backend: Backen
     console = Console(quiet=backend.rank != 0, highlight=False, markup=False, emoji=False)
     path = Path(options.config)
     directory = RunDirectory(path if path.is_dir() else options.runs / str(config.name))
+    directory.command = ["python", "-m", "disttrain.launch", *options.words]
     fresh = options.fresh and not is_of_this_launch(directory, backend)
     with backend.agree("reading the run directory"):
         if options.fresh and path.is_dir():

@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 
 from disttrain.backend import Backend
-from disttrain.commands.checkpoint import printable
 from disttrain.config import Config
+from disttrain.files import printable
 from disttrain.handlers.progress import value_text
 from disttrain.run import checkpoint_places
 from disttrain.run.directory import RunDirectory

@@ -49,12 +49,14 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """
     source = _find(Path(path))
     texts = [*source.overrides, *overrides]
+    modules_before = frozenset(sys.modules)
     with _importable(source) as module:
-        _run(source, module)
+        text = _run(source, module)
         config = apply_overrides(_config_of(source, module), texts)
         if config.name is None:
             config = replace(config, name=source.name)
-    return with_origin(config, Origin(source.file, module.__name__, tuple(texts), source.folder))
+    origin = Origin(source.file, module.__name__, tuple(texts), source.folder, text, modules_before)
+    return with_origin(config, origin)
 
 
 def _find(path: Path) -> _Source:
@@ -133,20 +135,22 @@ def _module_name(file: Path) -> str:
     return f"{stem.replace('.', '_')}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
 
 
-def _run(source: _Source, module: ModuleType) -> None:
-    """Run the file in the module. An exception becomes a ConfigError that names the line."""
-    code = _compiled(source)
+def _run(source: _Source, module: ModuleType) -> bytes:
+    """Run the file in the module; return its content. An exception becomes a ConfigError that names the line."""
+    text, code = _compiled(source)
     try:
         exec(code, vars(module))  # noqa: S102 - a cfg.py is the user's own program
     except SyntaxError as error:  # in a module that it imports
         raise ConfigError(_syntax_message(error)) from error
     except (Exception, SystemExit) as error:  # any exception of the user's program
         raise ConfigError(_exception_message(source, error)) from error
+    return text
 
 
-def _compiled(source: _Source) -> CodeType:
+def _compiled(source: _Source) -> tuple[bytes, CodeType]:
     try:
-        return compile(source.file.read_bytes(), str(source.file), "exec", dont_inherit=True)
+        text = source.file.read_bytes()
+        return text, compile(text, str(source.file), "exec", dont_inherit=True)
     except OSError as error:
         raise ConfigError(f"{source.shown}: expected a file that can be read, got {error.strerror}.") from error
     except SyntaxError as error:

@@ -45,6 +45,8 @@ class RunDirectory:
         self.launch_json = path / "launch.json"
         self.launch_ids: list[str] = []
         """Ids of the present launch; `open` writes them."""
+        self.command: list[str] = []
+        """The words of the present launch, which `launches/` keeps."""
         self.result_json = path / "result.json"
         self.launches = path / "launches"
         self.checkpoints = path / "checkpoints"
@@ -170,10 +172,9 @@ class RunDirectory:
         self.close()
         return renamed
 
-    def describe(self, config: str, cfg: Path, overrides: Sequence[str]) -> None:
-        """Write the resolved config (as JSON), the file it came from, and the overrides."""
-        if not (self.cfg_py.exists() and self.cfg_py.samefile(cfg)):
-            write_text(self.cfg_py, cfg.read_text(encoding="utf-8"))
+    def describe(self, config: str, cfg: bytes, overrides: Sequence[str]) -> None:
+        """Write the resolved config (as JSON), the content of the file it came from, and the overrides."""
+        write_text(self.cfg_py, cfg)
         write_text(self.overrides_json, json.dumps(list(overrides)) + "\n")
         write_text(self.config_json, config)  # last: with it the directory is a run's
 

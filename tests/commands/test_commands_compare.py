@@ -1,5 +1,6 @@
 """`disttrain compare` over run directories: its exit code and its lines, whichever run is named first."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 from disttrain.commands.compare import compare_command
 from disttrain.commands.exit_codes import DIFFERENT, SAME, USAGE
 from disttrain.run.directory import RunDirectory
+from disttrain.run.launches import LaunchRecord, keep_launch, read_launches, record_files
+from disttrain.run.source_files import SourceFile
 
 NUM_STEPS = 6
 
@@ -165,3 +168,48 @@ def test_other_damaged_files_are_one_clear_error(
         assert (code, out) == (USAGE, "")
         assert err.startswith(f"ConfigError: {other / file}: expected the ")
         assert err.count("\n") == 1
+
+
+def keep_code(run: Path, step: int, text: str, torch: str = "2.9") -> None:
+    """Keep a launch of the run with this cfg.py."""
+    data = text.encode()
+    file = SourceFile("cfg.py", len(data), hashlib.sha256(data).hexdigest(), data)
+    record = LaunchRecord(step=step, files=record_files({"cfg.py": file}), versions={"torch": torch})
+    keep_launch(run / "launches", record, {"cfg.py": file}, read_launches(run / "launches", run / "cfg.py"))
+
+
+def test_the_code_of_the_launches_that_did_the_first_step_that_differs(
+    one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = write_run(tmp_path / "two", bad_step=4)
+    for run, step, text in ((one, 0, "a\nlr = 1\n"), (two, 0, "a\nlr = 1\n"), (two, 2, "a\nlr = 2\n"), (two, 5, "b")):
+        keep_code(run, step, text)
+    lines = compare(one, two, capsys=capsys)[1].splitlines()
+    assert lines[0] == "the runs differ in cfg.py (+1 -1)"
+    assert lines[1:7] == [f"--- {one}/cfg.py", f"+++ {two}/cfg.py", "@@ -1,2 +1,2 @@", " a", "-lr = 1", "+lr = 2"]
+    assert lines[7].startswith("first difference at step 4")
+    lines = compare(two, one, capsys=capsys)[1].splitlines()
+    assert lines[5:7] == ["-lr = 2", "+lr = 1"]
+
+
+def test_code_that_is_the_same_or_not_kept_is_not_mentioned(
+    one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = write_run(tmp_path / "two", bad_step=4)
+    keep_code(one, 0, "a\n")
+    assert compare(one, two, capsys=capsys)[1].startswith("first difference")
+    keep_code(two, 0, "a\n")
+    assert compare(one, two, capsys=capsys)[1].startswith("first difference")
+    (two / "launches" / "0001" / "launch.json").write_text("[" * 100_000)
+    assert compare(one, two, capsys=capsys)[1].startswith("first difference")
+
+
+def test_versions_that_differ_are_mentioned_of_runs_with_the_same_bits(
+    one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = write_run(tmp_path / "two")
+    keep_code(one, 0, "a\n", torch="2.9")
+    keep_code(two, 0, "a\n", torch="2.13")
+    code, out, _ = compare(one, two, capsys=capsys)
+    assert code == SAME
+    assert out.splitlines()[0] == f"the runs differ in torch: 2.9 in {one}, 2.13 in {two}"
