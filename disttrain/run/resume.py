@@ -98,7 +98,7 @@ def check_position(run: Run, step: int, position: Mapping[str, Any]) -> None:
 
 def load_parts(run: Run, saved: Mapping[str, Any], console: Console) -> None:
     """Load a checkpoint's state into the parts of the run; warn about parts that only one of the two has."""
-    needed = (MODEL, OPTIMIZER, TRAINER, PRECISION)
+    needed = ("model", OPTIMIZER, TRAINER, PRECISION)
     if missing := [name for name in needed if not isinstance(saved, Mapping) or name not in saved]:
         raise CheckpointError(
             f"expected the checkpoint of a run, got one without {' and '.join(missing)}; remove it, or begin anew"
