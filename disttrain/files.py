@@ -1,24 +1,31 @@
 """Small files that a crash never leaves half-written, and files of JSON lines that a resumed run continues.
 
 *Contract*: `write_text` replaces a file in one step; a reader sees the old text or the new one. `JsonLines` appends; a
-kill may cut its last line short, and opening the file again removes that line.
+kill may cut its last line short, and opening the file again removes that line. `read_json` reads a small file that may
+be damaged, or written by a stranger: whatever is wrong with it is one ValueError.
 """
 
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str | bytes) -> None:
     """Write `text` to the file `path`, flushed to the disk, by one rename."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(text.encode() if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def printable(text: str) -> str:
+    """Return text of an unknown writer with its control characters escaped, so that no terminal acts on them."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
@@ -33,6 +40,50 @@ def _finite(value: Any) -> Any:
         return {name: _finite(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(part) for part in value]
+    return value
+
+
+MAX_JSON_BYTES = 16 * 2**20
+"""The largest small file that `read_json` reads into memory."""
+MAX_DEPTH = 50
+"""Values that lie deeper in each other are refused, because code that walks them would exceed Python's limit."""
+
+
+def read_json(path: Path) -> Any:
+    """Return the value in a small JSON file.
+
+    *Errors*: OSError if the file cannot be read, ValueError for anything but strict JSON of bounded size and depth.
+    """
+    with path.open("rb") as file:
+        data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise ValueError(f"it is larger than {MAX_JSON_BYTES} bytes")
+    try:
+        value = json.loads(data.decode(), parse_constant=_refuse_constant, parse_float=_finite_float)
+    except RecursionError:
+        raise ValueError("its values lie too deep in each other") from None
+    layer = [value]
+    for _ in range(MAX_DEPTH):
+        layer = [part for outer in layer for part in _parts_of(outer)]
+        if not layer:
+            return value
+    raise ValueError("its values lie too deep in each other")
+
+
+def _parts_of(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is not a JSON number")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is too large a number")
     return value
 
 
@@ -51,9 +102,9 @@ class JsonLines:
             for line in file:
                 try:
                     written_step = json.loads(line)["step"]
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     break  # a kill cut this line short; the lines after it may be incomplete too
-                if written_step > step:
+                if type(written_step) is not int or written_step > step:
                     break
                 self._last_step, end, last_line = written_step, end + len(line), line
             file.truncate(end)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disttrain.files import JsonLines, json_text, write_text
+from disttrain.files import MAX_JSON_BYTES, JsonLines, json_text, read_json, write_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -129,3 +129,41 @@ def test_other_processes_see_a_line_as_soon_as_it_is_written(tmp_path: Path) -> 
     assert steps(tmp_path / "train.jsonl") == [1, 2]
     lines.sync()
     lines.close()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "Expecting value"),
+        (b'{"step": 1e999}', "1e999 is too large a number"),
+        (b"[Infinity]", "Infinity is not a JSON number"),
+        (b'{"a":' * 60 + b"1" + b"}" * 60, "lie too deep in each other"),
+        (b"[" * 100_000, "lie too deep in each other"),
+        (b"1" * 5000, "Exceeds the limit"),
+        (b"\xff", "codec can't decode"),
+        (b" " * (MAX_JSON_BYTES + 1), "larger than"),
+    ],
+)
+def test_a_damaged_small_file_is_one_value_error(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=reason):
+        read_json(tmp_path / "a.json")
+
+
+def test_a_small_file_is_read_back(tmp_path: Path) -> None:
+    value = {"a": [1, -0.5, None, True, {"b": "\u00fc"}]}
+    write_text(tmp_path / "a.json", json_text(value))
+    assert read_json(tmp_path / "a.json") == value
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize(
+    "damage", ['{"step": "9"}', '{"step": null}', '{"step": [1]}', "[" * 100_000, "7", '{"step": true}']
+)
+def test_a_line_that_no_run_wrote_ends_what_is_kept(tmp_path: Path, damage: str) -> None:
+    write(tmp_path / "lines.jsonl", 0, 1, 2)
+    with (tmp_path / "lines.jsonl").open("a") as file:
+        file.write(damage + "\n")
+    write(tmp_path / "lines.jsonl", 5, 6)
+    assert steps(tmp_path / "lines.jsonl") == [1, 2, 6]

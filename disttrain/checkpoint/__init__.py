@@ -23,6 +23,7 @@ any number of ranks. `DirectorySaver` and `DiskSaver` are save handlers for `dis
     store            the protocol of a store, the store that a path or URL means, and the removal of old checkpoints
     local_store      a store in a directory
     remote_store     a store behind a URL, through fsspec
+    guarded_store    a store that is changed only while a guard allows it
     storage          the names in such a directory, and durable operations on files
     listing          lists the checkpoints of a store, and plans which of them to remove
     exports          writes the tensors of a model as one safetensors file
@@ -61,7 +62,15 @@ from disttrain.checkpoint.manifest import MANIFEST, CheckpointInfo, FileRecord, 
 from disttrain.checkpoint.read import Loaded, load, load_newest, load_newest_of
 from disttrain.checkpoint.remote_store import is_url
 from disttrain.checkpoint.storage import checkpoint_name, clean, committed, step_in, step_of
-from disttrain.checkpoint.store import ELSEWHERE, CheckpointStore, folder_under, folders_of, rotate, store_at
+from disttrain.checkpoint.store import (
+    ELSEWHERE,
+    CheckpointStore,
+    folder_under,
+    folders_of,
+    marked_place,
+    rotate,
+    store_at,
+)
 from disttrain.checkpoint.write import save
 from disttrain.errors import DamagedError
 
@@ -95,6 +104,7 @@ __all__ = [
     "load_file",
     "load_newest",
     "load_newest_of",
+    "marked_place",
     "on_one_rank",
     "plan_prune",
     "rotate",

@@ -96,6 +96,13 @@ def by_rank(backend: CheckpointRanks | None, action: Callable[[], T]) -> list[T]
     return [cast(T, value) for value in results]
 
 
+def message_of(error: Exception) -> str:
+    """Return the text that other ranks get of an error: without its kind only if they raise that kind."""
+    if isinstance(error, CheckpointError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
 def on_one_rank(backend: CheckpointRanks | None, action: Callable[[], T], rank: int = 0) -> T:
     """Run `action` on one rank; return its result, a plain value, on every rank."""
     if backend is None or backend.world_size == 1:
@@ -107,7 +114,7 @@ def on_one_rank(backend: CheckpointRanks | None, action: Callable[[], T], rank: 
             outcome = ("done", action())
         except Exception as error:  # noqa: BLE001 - the other ranks wait for the outcome, whatever it is
             failure = error
-            outcome = ("refused" if isinstance(error, CheckpointError) else "failed", str(error) or repr(error))
+            outcome = ("refused" if isinstance(error, CheckpointError) else "failed", message_of(error))
     kind, result = backend.broadcast(outcome, source=rank)
     if failure is not None:
         raise failure

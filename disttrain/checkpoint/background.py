@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 from disttrain.checkpoint.agree import CheckpointRanks, by_rank, on_one_rank
 from disttrain.checkpoint.directory_saver import DirectorySaver
+from disttrain.checkpoint.guarded_store import Guard
 from disttrain.checkpoint.jobs import Job, write_and_commit, write_and_note
 from disttrain.checkpoint.manifest import CheckpointInfo
 from disttrain.checkpoint.plan import Share
@@ -54,8 +55,9 @@ class AsynchronousSaver(DirectorySaver):
         describe: Callable[[], CheckpointInfo] = CheckpointInfo,
         backend: PollingRanks | None = None,
         later: Callable[[str], bool] | None = None,
+        guard: Guard | None = None,
     ) -> None:
-        super().__init__(dirname, describe=describe, backend=backend)
+        super().__init__(dirname, describe=describe, backend=backend, guard=guard)
         self._ranks = backend
         self._job: Job | None = None
         self._under_way = False

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from disttrain.checkpoint.agree import CheckpointRanks, on_one_rank
+from disttrain.checkpoint.guarded_store import Guard, guarded
 from disttrain.checkpoint.manifest import CheckpointInfo
 from disttrain.checkpoint.plan import Planner
 from disttrain.checkpoint.storage import checkpoint_name, step_in, step_of
@@ -21,7 +22,8 @@ from disttrain.checkpoint.write import write
 class DirectorySaver:
     """Saves into `dirname`, a directory of its own or a URL; the checkpoint is committed when a call returns.
 
-    `describe()` returns the facts about the run that the manifest holds.
+    `describe()` returns the facts about the run that the manifest holds. `guard()` raises if the place may no longer be
+    changed; it is called before each commit, on the rank that commits.
     """
 
     filename_pattern = "step-{global_step:08d}"
@@ -33,8 +35,9 @@ class DirectorySaver:
         *,
         describe: Callable[[], CheckpointInfo] = CheckpointInfo,
         backend: CheckpointRanks | None = None,
+        guard: Guard | None = None,
     ) -> None:
-        self.store = store_at(dirname)
+        self.store = store_at(dirname) if guard is None else guarded(store_at(dirname), guard)
         self.dirname = dirname if isinstance(dirname, str) and "://" in dirname else Path(dirname)
         self._describe = describe
         self._backend = backend

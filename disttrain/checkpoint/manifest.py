@@ -43,6 +43,8 @@ class CheckpointInfo(BaseModel):
     seed: int | None = None
     num_slots: Annotated[int, Field(ge=1)] | None = None
     config_sha256: Sha256 | None = None
+    config: dict[str, JsonValue] = {}
+    """The fields of the config that a run which takes this checkpoint must have too, by dotted name."""
 
 
 class FileRecord(BaseModel):

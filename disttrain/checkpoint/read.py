@@ -11,7 +11,7 @@ that is spread over the ranks only its own part. Memory: that state, and one fil
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,9 @@ from disttrain.checkpoint.storage import checkpoint_name, step_in
 from disttrain.checkpoint.store import CheckpointStore, store_at
 from disttrain.errors import CheckpointError, DamagedError
 
+Accept = Callable[[Manifest, str], None]
+"""Raises if a checkpoint is not to be loaded, given its manifest and its place."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -37,6 +40,8 @@ class Loaded(NamedTuple):
     manifest: Manifest
     skipped: list[tuple[str, str]]
     """(name, reason) of newer checkpoints that were damaged."""
+    place: str = ""
+    """The path or URL of the store in which it lies, if several were looked into."""
 
     @property
     def name(self) -> str:
@@ -76,16 +81,23 @@ def load_newest(
 
 
 def load_newest_of(
-    stores: Sequence[CheckpointStore], backend: CheckpointRanks | None = None, sharded: DTensorPlan | None = None
+    stores: Sequence[CheckpointStore],
+    backend: CheckpointRanks | None = None,
+    sharded: DTensorPlan | None = None,
+    accept: Accept | None = None,
 ) -> Loaded | None:
-    """Load the newest good checkpoint of several stores; of two of the same step, that of the first store."""
+    """Load the newest good checkpoint of several stores; of two of the same step, that of the first store.
+
+    `accept(manifest, place)` raises, on every rank alike, if a good checkpoint is not to be loaded; nothing is changed
+    then.
+    """
     listing = on_one_rank(backend, lambda: [(store.committed(), store.set_aside()) for store in stores])
     candidates = [(store, name) for store, (names, _) in zip(stores, listing, strict=True) for name in names]
     candidates.sort(key=lambda candidate: -step_in(candidate[1]))  # a stable sort keeps the order within a step
     skipped: list[tuple[CheckpointStore, str, str]] = []
     for store, name in candidates:
         try:
-            state, manifest = _load(store, name, backend, sharded)
+            state, manifest = _load(store, name, backend, sharded, accept)
         except DamagedError as error:
             skipped.append((store, name, str(error)))
             continue
@@ -93,7 +105,7 @@ def load_newest_of(
             raise CheckpointError(f"cannot load the checkpoint {store.path(name)}: {error}") from error
         if skipped:
             on_one_rank(backend, partial(_set_aside, skipped, manifest.step))
-        return Loaded(state, manifest, [(name, reason) for _, name, reason in skipped])
+        return Loaded(state, manifest, [(name, reason) for _, name, reason in skipped], str(store))
     aside = [name for _, names in listing for name in names]
     if not candidates and not aside:
         return None
@@ -105,7 +117,11 @@ def load_newest_of(
 
 
 def _load(
-    store: CheckpointStore, name: str, backend: CheckpointRanks | None, sharded: DTensorPlan | None
+    store: CheckpointStore,
+    name: str,
+    backend: CheckpointRanks | None,
+    sharded: DTensorPlan | None,
+    accept: Accept | None,
 ) -> tuple[Any, Manifest]:
     """Verify one checkpoint and load it on every rank, or fail with the same error on every rank."""
     rank, world_size = (backend.rank, backend.world_size) if backend is not None else (0, 1)
@@ -114,6 +130,8 @@ def _load(
     with ExitStack() as stack:
         directory = on_every_rank(backend, lambda: stack.enter_context(store.opened(name)))
         manifest = on_every_rank(backend, lambda: verify(directory, rank=rank, world_size=world_size))
+        if accept is not None:
+            accept(manifest, str(store.path(name)))
         return on_every_rank(backend, lambda: _read_state(directory, manifest, sharded)), manifest
 
 

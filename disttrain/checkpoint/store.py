@@ -15,6 +15,7 @@ from torch import Tensor
 from disttrain.checkpoint.local_store import LocalStore
 from disttrain.checkpoint.manifest import FileRecord, Manifest
 from disttrain.checkpoint.remote_store import RemoteStore, is_url
+from disttrain.errors import CheckpointError
 
 
 class CheckpointStore(Protocol):
@@ -75,6 +76,25 @@ class CheckpointStore(Protocol):
 
 ELSEWHERE = "elsewhere.txt"
 """A file in a run directory's folder of checkpoints; it holds the other place to which they were last written."""
+MAX_PLACE_BYTES = 4096
+
+
+def marked_place(checkpoints: Path) -> str | None:
+    """Return the path or URL that `elsewhere.txt` in a run's folder of checkpoints names; None without the file.
+
+    *Errors*: CheckpointError for a file that no run wrote.
+    """
+    marker = checkpoints / ELSEWHERE
+    try:
+        with marker.open("rb") as file:
+            place = file.read(MAX_PLACE_BYTES + 1).decode().removesuffix("\n")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{marker}: expected a path or a URL, got {type(error).__name__}; remove it") from error
+    if not place.isprintable() or not place or len(place) > MAX_PLACE_BYTES:
+        raise CheckpointError(f"{marker}: expected a path or a URL in one line, got {place[:60]!r}; remove it")
+    return place
 
 
 def folders_of(checkpoints: Path, written_to: str | Path | None = None) -> list[str]:
@@ -82,10 +102,8 @@ def folders_of(checkpoints: Path, written_to: str | Path | None = None) -> list[
 
     `checkpoints` is the folder in the run directory; `written_to` is the place that the config names.
     """
-    marker = checkpoints / ELSEWHERE
-    folders = [str(written_to or checkpoints), str(checkpoints)]
-    folders += [marker.read_text(encoding="utf-8").strip()] if marker.is_file() else []
-    return list(dict.fromkeys(folders))
+    folders = [str(written_to or checkpoints), str(checkpoints), marked_place(checkpoints)]
+    return list(dict.fromkeys(folder for folder in folders if folder is not None))
 
 
 def folder_under(target: str, name: str) -> str:

@@ -9,6 +9,7 @@ scenarios    plans the runs of `verify`
 lost_state   finds the state of handlers that a kill loses, for `verify`
 compare      finds the first difference of two runs
 checkpoint   lists, shows, verifies, prunes and exports checkpoints
+checkpoint_target  finds the checkpoints that such a command line names
 doctor       prints the versions and devices of this machine
 exit_codes   defines the exit codes of all commands
 

@@ -1,41 +1,34 @@
 """`disttrain checkpoint ls | show | verify | prune | export RUN`: list, show, verify, prune and export checkpoints.
 
 *Contract*: RUN is a run directory, its folder of checkpoints, or one checkpoint in it. Only `prune --yes` changes
-anything there; `export` writes one file elsewhere. Exit code 0: done, and every checkpoint that was read is good;
-1: a checkpoint is damaged; 2: the command cannot be run.
+anything there; `export` writes one file elsewhere. A run directory may be a stranger's: another place that it names is
+looked into only with --elsewhere. Exit code 0: done, and every checkpoint that was read is good; 1: a checkpoint is
+damaged; 2: the command cannot be run.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from disttrain.checkpoint import (
-    ELSEWHERE,
-    MANIFEST,
     CheckpointStore,
     DamagedError,
     Manifest,
     best_of,
     export,
-    folder_under,
-    folders_of,
     inspect,
-    is_url,
     plan_prune,
     step_in,
-    step_of,
-    store_at,
     survey,
     tensors_of,
 )
+from disttrain.commands.checkpoint_target import find_target, hint_of, refuse_link
 from disttrain.commands.exit_codes import ALL_GOOD, DAMAGE_FOUND, USAGE
-from disttrain.config import from_json
 from disttrain.errors import CheckpointError, ConfigError, DisttrainError
+from disttrain.files import printable
 
 WIDTH_OF_A_FILE = 160
 """Columns of the output if it is not a terminal: wide enough that nothing is folded."""
@@ -47,8 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(
         highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE
     )
+    hint = ""
     try:
-        target = find_target(options.run, getattr(options, "step", None), best=getattr(options, "best", False))
+        hint = "" if options.elsewhere else hint_of(options.run)
+        target = find_target(
+            options.run,
+            getattr(options, "step", None),
+            best=getattr(options, "best", False),
+            elsewhere=options.elsewhere,
+        )
+        if options.command is prune_checkpoints and not options.elsewhere:
+            refuse_link(options.run, target.store)
         code: int = options.command(target.store, target.name, options, console)
         for other in target.other_stores if target.name is None else []:
             if not (names := other.committed()):
@@ -58,9 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             elif options.command in (list_checkpoints, prune_checkpoints):
                 steps = ", ".join(str(step_in(name)) for name in names)
                 console.print(f"older ones, in {printable(str(other))}: {steps}", soft_wrap=True)
+        if hint and options.command in (list_checkpoints, verify_checkpoints):
+            console.print(printable(hint), soft_wrap=True)
         return code
     except DisttrainError as error:
-        print(f"{type(error).__name__}: {printable(str(error))}", file=sys.stderr)
+        advice = f"; {hint}" if hint and isinstance(error, ConfigError) else ""
+        print(f"{type(error).__name__}: {printable(str(error) + advice)}", file=sys.stderr)
         return DAMAGE_FOUND if isinstance(error, DamagedError) else USAGE
 
 
@@ -77,6 +82,9 @@ def checkpoint_parser() -> argparse.ArgumentParser:
         subparser = subparsers.add_parser(name, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.")
         run_help = "a run directory, a folder of checkpoints or its URL, or a single checkpoint"
         subparser.add_argument("run", metavar="RUN", help=run_help)
+        subparser.add_argument(
+            "--elsewhere", action="store_true", help="look into the other place that the run directory names, too"
+        )
         subparser.set_defaults(command=command)
         return subparser
 
@@ -95,80 +103,6 @@ def checkpoint_parser() -> argparse.ArgumentParser:
         choice.add_argument("--step", metavar="N", type=int, help="the checkpoint of this step")
         choice.add_argument("--best", action="store_true", help="the checkpoint with the best checkpoint.monitor")
     return parser
-
-
-class Target(NamedTuple):
-    """The checkpoints that a command line names: a store, and the name of one checkpoint in it, or None for all."""
-
-    store: CheckpointStore
-    name: str | None
-    other_stores: Sequence[CheckpointStore]
-    """Further stores in which the run has, or had, checkpoints."""
-
-
-def find_target(run: str, step: int | None = None, *, best: bool = False) -> Target:
-    """Return the store of checkpoints that RUN names and, if it names a single checkpoint, the name of that one.
-
-    The checkpoints of a run may lie in several stores. The store with the newest one is returned, or the store that has
-    the checkpoint of `step`, or the best one.
-    """
-    if is_url(run):
-        url, _, name = run.rstrip("/").rpartition("/")
-        is_one = step_of(name.partition(".")[0]) is not None
-        stores, name = [store_at(url if is_one else run)], name if is_one else ""
-    else:
-        stores, name = stores_in(Path(run))
-    if best:
-        best_step = best_of([entry for store in stores for entry in survey(store, quick=True)])
-        if best_step is None:
-            raise ConfigError(
-                f"--best: the run keeps no best checkpoint in {joined(stores)}; set checkpoint.monitor in its config"
-            )
-        step = best_step.step
-    if step is None:
-        return Target(stores[0], name or None, stores[1:])
-    for store in stores:
-        for committed_name in store.committed():
-            if step_in(committed_name) == step:
-                return Target(store, committed_name, [])
-    if best:
-        raise ConfigError(f"--best: the checkpoint of step {step}, which was the best, is gone from {joined(stores)}")
-    raise ConfigError(f"there is no checkpoint of step {step} in {joined(stores)}; disttrain checkpoint ls lists all")
-
-
-def joined(stores: Sequence[CheckpointStore]) -> str:
-    """Return the stores as text for a message."""
-    return " or ".join(map(str, stores))
-
-
-def stores_in(path: Path) -> tuple[list[CheckpointStore], str]:
-    """Return the stores of a run directory or a folder, and a checkpoint's name if `path` is one (or "").
-
-    The store with the newest checkpoint comes first.
-    """
-    if not path.is_dir():
-        raise ConfigError(f"expected a run directory or a folder of checkpoints, found no directory {path}")
-    name, target = path.resolve().name, target_of(path)
-    if target is not None or (path / "checkpoints").is_dir():
-        stores = [store_at(folder) for folder in folders_of(path / "checkpoints", target)]
-        return sorted(stores, key=lambda store: -max(map(step_in, store.committed()), default=-1)), ""
-    if step_of(name) is not None:
-        return [store_at(path.resolve().parent)], name
-    if (path / MANIFEST).exists():
-        raise ConfigError(f"{path}: expected a checkpoint to be named step-NNNNNNNN, got {name}; rename it")
-    return [store_at(path)], ""
-
-
-def target_of(run: Path) -> str | None:
-    """Return the folder or URL of a run's checkpoints if it is not in the run directory, or None."""
-    config_json = run / "config.json"
-    if not config_json.is_file():
-        return None
-    fields = from_json(config_json.read_text(encoding="utf-8"), str(config_json)).fields
-    target, name = fields.get("checkpoint.target"), fields.get("name")
-    if not isinstance(target, str) or (run / "checkpoints" / ELSEWHERE).is_file():
-        return None  # the file that the run left is sure; a relative target depends on the working directory
-    return folder_under(target, str(name))
 
 
 def list_checkpoints(root: CheckpointStore, name: str | None, options: argparse.Namespace, console: Console) -> int:
@@ -254,9 +188,10 @@ def prune_checkpoints(root: CheckpointStore, name: str | None, options: argparse
     except CheckpointError as error:
         raise CheckpointError(f"{root}: {error}") from error
     for entry in keep:
-        console.print(f"keep    {entry.name}", soft_wrap=True)
+        console.print(f"keep    {printable(str(root.path(entry.name)))}", soft_wrap=True)
     for entry in remove:
-        console.print(f"{'removed' if options.yes else 'remove '} {entry.name}", soft_wrap=True)
+        verb = "removed" if options.yes else "remove "
+        console.print(f"{verb} {printable(str(root.path(entry.name)))}", soft_wrap=True)
         if options.yes:
             root.discard(entry.name)
     if remove and not options.yes:
@@ -293,8 +228,3 @@ def count_bytes(number: int) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:,.1f} TB"
-
-
-def printable(text: str) -> str:
-    """Return text of an unknown writer with its control characters escaped, so that no terminal acts on them."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)

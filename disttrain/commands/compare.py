@@ -11,11 +11,15 @@ from pathlib import Path
 from rich.console import Console
 
 from disttrain.commands.exit_codes import DIFFERENT, SAME, USAGE
-from disttrain.config import differences_that_matter, from_json
+from disttrain.config import differences_that_matter, read_stored
 from disttrain.errors import ConfigError
 from disttrain.evidence import Comparison, first_difference, read_ledger
 from disttrain.evidence.ledger import differing
+from disttrain.files import printable
 from disttrain.run.directory import RunDirectory
+from disttrain.run.launch_changes import launch_changes
+from disttrain.run.launches import launch_before, read_launches
+from disttrain.run.result import read_result
 
 
 def compare_runs(left: RunDirectory, right: RunDirectory) -> Comparison:
@@ -26,7 +30,7 @@ def compare_runs(left: RunDirectory, right: RunDirectory) -> Comparison:
         raise ConfigError(
             f"the ledgers of {left.path} and {right.path} have no step in common; let both runs do the same steps"
         )
-    results = [run.result() or {} for run in (left, right)]
+    results = [read_result(run.result_json) or {} for run in (left, right)]
     other = []
     metrics = [result.get("metrics", {}) for result in results]
     if results[0].get("step") == results[1].get("step") and all(metrics):
@@ -48,7 +52,7 @@ def _config_differences(left: RunDirectory, right: RunDirectory) -> list[str]:
     configs = []
     for run in (left, right):
         try:
-            configs.append(from_json(run.config_json.read_text(encoding="utf-8"), str(run.config_json)).fields)
+            configs.append(read_stored(run.config_json).fields)
         except OSError as error:
             raise ConfigError(
                 f"expected a run directory, got {run.path}, whose config.json cannot be read ({error.strerror}); "
@@ -63,16 +67,17 @@ def compare_command(first: Path, second: Path) -> int:
     try:
         comparison = compare_runs(RunDirectory(first), RunDirectory(second))
     except ConfigError as error:
-        print(f"ConfigError: {error}", file=sys.stderr)
+        print(f"ConfigError: {printable(str(error))}", file=sys.stderr)
         return USAGE
     for text in comparison.configs:
-        console.print(f"the configs differ in {text}", soft_wrap=True)
+        console.print(f"the configs differ in {printable(text)}", soft_wrap=True)
     num_steps = comparison.last_steps
     if num_steps[0] != num_steps[1]:
         console.print(
             f"{first} has {num_steps[0]} steps, {second} has {num_steps[1]}; the common steps are compared",
             soft_wrap=True,
         )
+    print_code_differences((first, second), comparison, console)
     if not comparison.same:
         print_difference(comparison, console)
     else:
@@ -81,18 +86,36 @@ def compare_command(first: Path, second: Path) -> int:
             soft_wrap=True,
         )
     for text in comparison.other:
-        console.print(text, soft_wrap=True)
+        console.print(printable(text), soft_wrap=True)
     return SAME if comparison.same else DIFFERENT
+
+
+def print_code_differences(paths: tuple[Path, Path], comparison: Comparison, console: Console) -> None:
+    """Print what differs in the code and the versions of the launches that did the first step that differs."""
+    runs = [RunDirectory(path) for path in paths]
+    kept = [read_launches(run.launches, run.cfg_py) for run in runs]
+    found = comparison.difference
+    step = max(comparison.last_steps) if found is None else max(1, found.step)
+    left, right = (launch_before(launches, step) for launches in kept)
+    if left is None or right is None:
+        return  # one of the runs was made of a Config that no file declares
+    names = (f"in {paths[0]}", f"in {paths[1]}")
+    changes = launch_changes(left.record, right.record, (left.content, right.content), names)
+    if changes.may_change_bits:
+        console.print(printable(f"the runs differ in {'; '.join(changes.facts)}"), soft_wrap=True)
+        for line in changes.shown(f"diff -r {left.folder} {right.folder}"):
+            console.print(line, soft_wrap=True)
 
 
 def print_difference(comparison: Comparison, console: Console) -> None:
     """Print the first difference of two runs and its likely cause."""
     if comparison.difference is not None:
-        console.print(comparison.difference.headline, soft_wrap=True)
+        console.print(printable(comparison.difference.headline), soft_wrap=True)
         console.print(comparison.difference.explanation, soft_wrap=True)
     else:
         console.print(
             f"all {comparison.num_steps} steps are the same in the ledgers, but the weights at the end are "
-            f"{comparison.weights[0]} and {comparison.weights[1]}: something changed them after the last step",
+            f"{printable(str(comparison.weights[0]))} and {printable(str(comparison.weights[1]))}: something changed "
+            "them after the last step",
             soft_wrap=True,
         )

@@ -31,8 +31,8 @@ from disttrain.config import (
     describe,
     differences,
     field_table,
-    from_json,
     load_config,
+    read_stored,
     replace,
     with_num_slots,
 )
@@ -62,6 +62,7 @@ Handlers = Sequence[Callable[[Any, Any], object]]
 def main(arguments: Sequence[str] | None = None, *, handlers: Handlers = ()) -> int:
     """Run the command line and return the exit code; `handlers` are called after those of the config."""
     options = launch_parser().parse_intermixed_args(arguments)
+    options.words = list(sys.argv[1:] if arguments is None else arguments)
     logging.getLogger("disttrain").addHandler(logging.NullHandler())  # only the ranks' log files get log messages
     try:
         if options.grace is not None and not 1 <= options.grace <= LONGEST_GRACE_S:
@@ -169,6 +170,7 @@ def check_and_train(config: Config, options: argparse.Namespace, backend: Backen
     console = Console(quiet=backend.rank != 0, highlight=False, markup=False, emoji=False)
     path = Path(options.config)
     directory = RunDirectory(path if path.is_dir() else options.runs / str(config.name))
+    directory.command = ["python", "-m", "disttrain.launch", *options.words]
     fresh = options.fresh and not is_of_this_launch(directory, backend)
     with backend.agree("reading the run directory"):
         if options.fresh and path.is_dir():
@@ -209,7 +211,7 @@ def stored_config(directory: RunDirectory) -> Description | None:
     if not directory.has_begun():
         return None
     try:
-        return from_json(directory.config_json.read_text(encoding="utf-8"), str(directory.config_json)).fields
+        return read_stored(directory.config_json).fields
     except OSError as error:
         raise ConfigError(
             f"{directory.config_json} cannot be read: {error.strerror}; restore it, or use --fresh"
@@ -243,7 +245,7 @@ def resolve_slots(config: Config, stored: Description | None, world_size: int) -
 
 def is_finished(result: dict[str, Any], config: Config) -> bool:
     """Return True if a run with this result has nothing left to do under this config."""
-    if result["status"] != "completed":
+    if result.get("status") != "completed":
         return False
     if config.max_steps is not None:
         return int(result["step"]) >= config.max_steps

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from disttrain.backend import Backend
 from disttrain.config import Config
+from disttrain.files import printable
 from disttrain.handlers.progress import value_text, warn
 from disttrain.process import differences_of_process
 from disttrain.run import checkpoint_places
@@ -54,7 +55,7 @@ def print_summary(result: dict[str, Any], directory: RunDirectory, console: Cons
         rows["compiled"] = f"{result['xla_compilations']} programs, {num_late} of them after step 2"
     width = max(map(len, rows)) + 2
     for name, value in rows.items():
-        console.print(f"{name:<{width}}{value}", soft_wrap=True)
+        console.print(printable(f"{name:<{width}}{value}"), soft_wrap=True)
 
 
 def _best_row(result: dict[str, Any], directory: RunDirectory) -> dict[str, str]:

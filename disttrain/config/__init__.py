@@ -45,10 +45,11 @@ from disttrain.config.reference import FieldRow, field_table, reference_markdown
 from disttrain.config.stored import (
     FieldDifference,
     Stored,
+    binding_fields,
     blocking_differences,
     differences,
     differences_that_matter,
-    from_json,
+    read_stored,
     to_json,
 )
 
@@ -65,6 +66,7 @@ __all__ = [
     "Stored",
     "ValidateConfig",
     "apply_overrides",
+    "binding_fields",
     "blocking_differences",
     "check_devices",
     "check_slots",
@@ -73,8 +75,8 @@ __all__ = [
     "differences",
     "differences_that_matter",
     "field_table",
-    "from_json",
     "load_config",
+    "read_stored",
     "reference_markdown",
     "replace",
     "settable",

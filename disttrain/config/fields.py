@@ -9,7 +9,7 @@ if a field is unknown.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -127,6 +127,10 @@ class Origin:
     module: str
     overrides: tuple[str, ...]
     folder: Path
+    text: bytes = field(default=b"", repr=False, compare=False)
+    """The content of the file when it was run; the file may change while the run goes on."""
+    modules_before: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+    """The modules that had been imported before the file was run."""
 
 
 class Config(Declaration):

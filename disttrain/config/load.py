@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from disttrain.config.fields import Config, Origin, replace, with_origin
 from disttrain.config.overrides import apply_overrides
-from disttrain.config.stored import from_json, read_overrides
+from disttrain.config.stored import read_overrides, read_stored
 from disttrain.config.wording import both, either, got
 from disttrain.errors import ConfigError, DisttrainError
 
@@ -50,12 +50,14 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """
     source = _find(Path(path))
     texts = [*source.overrides, *overrides]
+    modules_before = frozenset(sys.modules)
     with _importable(source) as module:
-        _run(source, module)
+        text = _run(source, module)
         config = apply_overrides(_config_of(source, module), texts)
         if config.name is None:
             config = replace(config, name=source.name)
-    return with_origin(config, Origin(source.file, module.__name__, tuple(texts), source.folder))
+    origin = Origin(source.file, module.__name__, tuple(texts), source.folder, text, modules_before)
+    return with_origin(config, origin)
 
 
 def _find(path: Path) -> _Source:
@@ -85,7 +87,10 @@ def _run_directory(path: Path) -> _Source:
             f"{path}: expected a cfg.py, or a run directory, which holds cfg.py and config.json; "
             f"got another directory{loadable}."
         )
-    fields, _, folder = from_json(stored.read_text(encoding="utf-8", errors="replace"), str(stored))
+    try:
+        fields, _, folder = read_stored(stored)
+    except OSError as error:
+        raise ConfigError(f"{stored}: expected a file that can be read, got {error.strerror}.") from error
     name = fields.get("name")
     stem = name if isinstance(name, str) else path.resolve().name
     return _Source(file, file.resolve(), stem, folder or file.resolve().parent, read_overrides(path / "overrides.json"))
@@ -131,11 +136,11 @@ def _module_name(file: Path) -> str:
     return f"{stem.replace('.', '_')}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
 
 
-def _run(source: _Source, module: ModuleType) -> None:
-    """Run the file in the module. An exception becomes a ConfigError that names the line."""
+def _run(source: _Source, module: ModuleType) -> bytes:
+    """Run the file in the module; return its content. An exception becomes a ConfigError that names the line."""
     from disttrain.seeding import random_state_kept, seed_config  # it imports torch, as a cfg.py does
 
-    code = _compiled(source)
+    text, code = _compiled(source)
     try:
         with random_state_kept():
             seed_config()
@@ -144,11 +149,13 @@ def _run(source: _Source, module: ModuleType) -> None:
         raise ConfigError(_syntax_message(error)) from error
     except (Exception, SystemExit) as error:  # any exception of the user's program
         raise ConfigError(_exception_message(source, error)) from error
+    return text
 
 
-def _compiled(source: _Source) -> CodeType:
+def _compiled(source: _Source) -> tuple[bytes, CodeType]:
     try:
-        return compile(source.file.read_bytes(), str(source.file), "exec", dont_inherit=True)
+        text = source.file.read_bytes()
+        return text, compile(text, str(source.file), "exec", dont_inherit=True)
     except OSError as error:
         raise ConfigError(f"{source.shown}: expected a file that can be read, got {error.strerror}.") from error
     except SyntaxError as error:

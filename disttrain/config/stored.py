@@ -5,6 +5,7 @@ imports. `overrides.json` beside it holds the list of overrides. A field may cha
 The length of the run may change unless a schedule depends on it.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -13,9 +14,12 @@ from disttrain.config.annotations import leaves
 from disttrain.config.describe import JSON, Description, canonical, config_hash, describe
 from disttrain.config.fields import Config
 from disttrain.errors import ConfigError
+from disttrain.files import read_json
 
 NOT_SET = "(not set)"
 """The value of a key that is missing in one of two descriptions."""
+MAX_VALUE = 400
+"""The longest text of a value that a checkpoint holds as it is."""
 
 
 class Stored(NamedTuple):
@@ -44,14 +48,18 @@ def to_json(config: Config) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
-def from_json(text: str, file: str = "config.json") -> Stored:
-    """Return the content of a text that `to_json` wrote.
+def read_stored(file: Path) -> Stored:
+    """Return the content of a `config.json`, whose text `to_json` made.
 
-    *Errors*: ConfigError that names `file`, for any other text.
+    *Errors*: OSError if the file cannot be read; ConfigError that names it, for any other content.
     """
     try:
-        content = json.loads(text)
-        fields, digest, folder = dict(content["fields"]), str(content["hash"]), content["folder"]
+        content = read_json(file)
+        fields, digest, folder = content["fields"], content["hash"], content["folder"]
+        if not isinstance(fields, dict) or not isinstance(digest, str) or not isinstance(folder, str | None):
+            raise TypeError("fields, hash and folder are not an object and two texts")
+        if folder is not None and "\0" in folder:
+            raise ValueError("the folder has a name that no folder can have")
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             f"{file}: expected the JSON that a run writes, got {type(error).__name__}: {error}; "
@@ -91,6 +99,22 @@ def blocking_differences(old: Description, new: Description) -> list[FieldDiffer
     return [difference for difference in differences(old, new) if difference.field not in changeable]
 
 
+def binding_fields(description: Description) -> Description:
+    """Return the fields that a resumed run must have too, for the manifest of a checkpoint; a long value as its hash.
+
+    Left out is the name, which a run gets with its directory.
+    """
+    changeable = {leaf.name for leaf in leaves(Config) if leaf.note.may_change} | {"name"}
+    if description.get("schedule") is None:
+        changeable |= {"max_epochs", "max_steps"}
+    return {key: _shortened(value) for key, value in description.items() if key not in changeable}
+
+
+def _shortened(value: JSON) -> JSON:
+    text = canonical(value)
+    return value if len(text) <= MAX_VALUE else f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
 def differences_that_matter(old: Description, new: Description) -> list[FieldDifference]:
     """Return the differences that may change the result of a step."""
     harmless = {leaf.name for leaf in leaves(Config) if leaf.note.harmless}
@@ -105,7 +129,7 @@ def read_overrides(file: Path) -> list[str]:
     if not file.exists():
         return []
     try:
-        content = json.loads(file.read_bytes())
+        content = read_json(file)
     except ValueError as error:
         raise ConfigError(f"{file}: expected a JSON list of KEY=VALUE, got no JSON ({error}); restore it.") from error
     if not isinstance(content, list) or not all(isinstance(text, str) for text in content):

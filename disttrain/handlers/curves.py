@@ -1,5 +1,6 @@
 """Write the training and validation curves of a run to `metrics/`: as JSONL, and for TensorBoard if it is installed."""
 
+import logging
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any, Literal
 from disttrain.errors import ConfigError
 from disttrain.files import JsonLines
 from disttrain.handlers.losses import Pace
+
+logger = logging.getLogger(__name__)
 
 
 class TensorBoard:
@@ -22,15 +25,24 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+        self._lost = False
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
         """Write the values that are single numbers; the JSONL file holds the others too."""
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self._writer.add_scalar(name, value, step)
+        try:
+            for name, value in values.items():
+                if isinstance(value, (int, float)) and not self._lost:
+                    self._writer.add_scalar(name, value, step)
+        except FileNotFoundError as error:  # the run directory is gone: the next save stops the run, and says so
+            self._lost = True
+            logger.warning("the curves for TensorBoard end here: %s", error)
 
     def close(self) -> None:
-        self._writer.close()
+        """Close the writer; a failure is only logged, for it may follow from the error that ends the run."""
+        try:
+            self._writer.close()
+        except OSError as error:
+            logger.warning("the last curves for TensorBoard are not written: %s", error)
 
 
 class Curves:

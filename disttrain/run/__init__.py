@@ -17,5 +17,12 @@ validation         the evaluation that a run does after a step
 reporter           ledger, curves and display, fed together
 handler_state      state that handlers hold and no checkpoint holds
 directory          the run directory: its files and its lock
+opening            locks the run directory before anything is built, and opens it afterwards
+result             reads result.json
+note_launch        keeps each launch, and says what has changed since
+launches           the launches that a run directory keeps
+source_files       the cfg.py and the modules of a launch, versions, the git commit
+launch_changes     the differences between two launches
+built_values       new values of optimizer and schedule, which a checkpoint's replace
 rank_log           the log file of a rank
 """

@@ -5,6 +5,8 @@
 these places, so a target may be set, changed or removed between two launches. Rank 0 decides for all ranks.
 """
 
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -13,17 +15,21 @@ from disttrain.backend import Backend
 from disttrain.checkpoint import (
     ELSEWHERE,
     AsynchronousSaver,
+    CheckpointStore,
+    DamagedError,
     DirectorySaver,
     Loaded,
+    Manifest,
     folder_under,
     folders_of,
     is_url,
     load_newest_of,
+    marked_place,
     on_one_rank,
     step_in,
     store_at,
 )
-from disttrain.config import Config
+from disttrain.config import Config, Description, binding_fields, blocking_differences, describe
 from disttrain.errors import ConfigError
 from disttrain.files import write_text
 from disttrain.handlers.progress import warn
@@ -60,17 +66,35 @@ def load_newest_checkpoint(run: Run) -> Loaded | None:
     folders = on_one_rank(run.backend, lambda: folders_of(run.directory.checkpoints, written_to))
     with run.backend.agree("opening the checkpoints"):
         stores = [store_at(each) for each in folders]
-    return load_newest_of(stores, run.backend, cuts)
+        if run.backend.rank == 0:
+            check_newest(run, stores[0])
+    return load_newest_of(stores, run.backend, cuts, partial(check_run, run))
 
 
-def check_run(run: Run, found: Loaded) -> None:
-    """Raise ConfigError for a checkpoint of another run, which a shared place may hold."""
-    expected = {"seed": run.config.seed, "num_slots": run.slots.num_slots}
-    got = {"seed": found.manifest.seed, "num_slots": found.manifest.num_slots}
-    if differing := [name for name, value in got.items() if value not in (None, expected[name])]:
-        listing = ", ".join(f"{name}={got[name]} in the checkpoint, {expected[name]} here" for name in differing)
+def check_newest(run: Run, store: CheckpointStore) -> None:
+    """Raise ConfigError if the store to which the run will write holds another run's checkpoints.
+
+    They may be older than the run's own, and would be removed one by one as the oldest.
+    """
+    for name in store.committed():
+        with suppress(DamagedError):  # found, and set aside, when it is loaded
+            check_run(run, store.manifest(name), str(store.path(name)))
+            return
+
+
+def check_run(run: Run, manifest: Manifest, place: str) -> None:
+    """Raise ConfigError for the checkpoint of a run whose binding fields are others; any place may hold one."""
+    mine = binding_fields(describe(run.config))
+    theirs: Description = dict(manifest.config)
+    if not theirs:  # a checkpoint of an older release, or of a loop of one's own
+        known: Description = {"seed": manifest.seed, "num_slots": manifest.num_slots}
+        known["global_batch_size"] = manifest.position.get("global_batch_size")
+        theirs = {name: value for name, value in known.items() if value is not None}
+        mine = {name: mine[name] for name in theirs}
+    if differing := blocking_differences(theirs, mine):
+        listing = ", ".join(f"{each.field}={each.old} in the checkpoint, {each.new} here" for each in differing)
         raise ConfigError(
-            f"the checkpoint {found.name} is of a run with other settings: {listing}; "
+            f"the checkpoint {place} is of a run with other settings: {listing}; "
             "set them alike, give this run another name=NAME, or start anew with --fresh"
         )
 
@@ -97,20 +121,21 @@ def check_best(run: Run, console: Console) -> None:
 
 def saver_of(run: Run) -> DirectorySaver:
     """Return the save handler that the config asks for; before each update the run waits for its copies."""
-    folder = folder_of(run.config, run.directory)
+    folder, guard = folder_of(run.config, run.directory), run.directory.check_held
     with run.backend.agree("opening checkpoint.target"):
         if not run.config.checkpoint.asynchronous:
-            return DirectorySaver(folder, describe=run.checkpoint_info, backend=run.backend)
+            return DirectorySaver(folder, describe=run.checkpoint_info, backend=run.backend, guard=guard)
         # A forward may change parameters; only the optimizer's next step changes its state. A handler may change both.
         harmless = all(getattr(handler, "changes_nothing", False) for handler in run.config.handlers)
         later = (lambda name: name.startswith("optimizer.state.")) if harmless else None
-        saver = AsynchronousSaver(folder, describe=run.checkpoint_info, backend=run.backend, later=later)
+        saver = AsynchronousSaver(folder, describe=run.checkpoint_info, backend=run.backend, later=later, guard=guard)
         run.updates.before_update.append(saver.copied)
         return saver
 
 
 def note_target(run: Run) -> None:
     """Write the place of the checkpoints into the run directory before the first goes there; on rank 0."""
+    run.directory.check_held()
     marker, text = run.directory.checkpoints / ELSEWHERE, f"{folder_of(run.config, run.directory)}\n"
     before = marker.read_text(encoding="utf-8") if marker.exists() else None
     if before != text and (before is not None or run.config.checkpoint.target is not None):
@@ -119,7 +144,5 @@ def note_target(run: Run) -> None:
 
 def location(directory: RunDirectory, name: str) -> str:
     """Return the path or URL of a checkpoint, for a person; an upload's name has a few more letters."""
-    marker = directory.checkpoints / ELSEWHERE
-    if not marker.is_file() or (directory.checkpoints / name).is_dir():
-        return str(directory.checkpoints / name)
-    return f"{marker.read_text(encoding='utf-8').strip()}/{name}"
+    place = None if (directory.checkpoints / name).is_dir() else marked_place(directory.checkpoints)
+    return str(directory.checkpoints / name) if place is None else f"{place}/{name}"

@@ -15,7 +15,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from disttrain.checkpoint.state_tree import flatten
-from disttrain.config import to_json
 from disttrain.data import StreamLoader
 from disttrain.errors import CheckpointError, ConfigError, DataError
 from disttrain.handlers.checkpoint import Checkpoint
@@ -23,6 +22,8 @@ from disttrain.handlers.progress import dropping, warn
 from disttrain.handlers.stateful import bare
 from disttrain.parallel.counterparts import Counterparts
 from disttrain.run import checkpoint_places
+from disttrain.run.built_values import built_values
+from disttrain.run.note_launch import note_launch
 from disttrain.run.restored import check_restored
 from disttrain.run.samples import compare_samples
 from disttrain.run.state import Run
@@ -66,12 +67,11 @@ def restore(run: Run, console: Console) -> int:
     found = checkpoint_places.load_newest_checkpoint(run)
     position = {} if found is None else found.manifest.position
     same_kernels = warn_of_kernels(run, position, console)
-    step = 0
+    step, built = 0, built_values(run)
     if found is not None:
         step = found.manifest.step
         for name, reason in found.skipped:
             warn(console, f"checkpoint {name} is damaged: {reason}")
-        checkpoint_places.check_run(run, found)
         check_position(run, step, position)
         load_parts(run, found.state, console)
         run.load_position(position)
@@ -80,10 +80,9 @@ def restore(run: Run, console: Console) -> int:
     compare_samples(run, position, same_kernels, console)
     if found is not None:
         catch_up_data(run, step, console)
-        console.print(f"resuming from step {step} (epoch {run.loader.epoch + 1})")
-    with run.backend.agree("describing the run"):
-        if run.backend.rank == 0 and (origin := run.config.origin) is not None:
-            run.directory.describe(to_json(run.config), origin.file, origin.overrides)
+        place = "" if found.place == str(run.directory.checkpoints) else f", from {found.place}"
+        console.print(f"resuming from step {step} (epoch {run.loader.epoch + 1}){place}", soft_wrap=True)
+    note_launch(run, step, built, console)
     return step
 
 
@@ -104,6 +103,11 @@ def check_position(run: Run, step: int, position: Mapping[str, Any]) -> None:
 
 def load_parts(run: Run, saved: Mapping[str, Any], console: Console) -> None:
     """Load a checkpoint's state into the parts of the run; warn about parts that only one of the two has."""
+    needed = ("model", OPTIMIZER, TRAINER, PRECISION)
+    if missing := [name for name in needed if not isinstance(saved, Mapping) or name not in saved]:
+        raise CheckpointError(
+            f"expected the checkpoint of a run, got one without {' and '.join(missing)}; remove it, or begin anew"
+        )
     parts, state = to_save(run), dict(saved)
     if DATA not in state:
         parts.pop(DATA, None)  # other data, which is accepted: the run began over samples with indices

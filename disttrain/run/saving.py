@@ -98,7 +98,12 @@ class Saving:
     def _save_near(self, engine: Engine, end: float) -> bool:
         """Save in the run directory; return False, after a warning, if that fails."""
         run = self._run
-        saver = DirectorySaver(run.directory.checkpoints, describe=run.checkpoint_info, backend=run.backend)
+        saver = DirectorySaver(
+            run.directory.checkpoints,
+            describe=run.checkpoint_info,
+            backend=run.backend,
+            guard=run.directory.check_held,
+        )
         try:
             self._into(saver)(engine)
         except CheckpointError as error:  # the same on every rank

@@ -1,5 +1,6 @@
 """The parts of an assembled run, its position, and the further objects that its handlers keep."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -9,11 +10,11 @@ from torch import Tensor, nn
 
 from disttrain.backend import Backend, kernels_of
 from disttrain.checkpoint import CheckpointInfo
-from disttrain.config import Config, config_hash
+from disttrain.config import Config, binding_fields, config_hash, describe
 from disttrain.data import SlotLoader, StreamLoader
 from disttrain.engine import Engine
 from disttrain.engine.supervised import StepFunction
-from disttrain.errors import ConfigError
+from disttrain.errors import CheckpointError, ConfigError
 from disttrain.evidence import state_tensors
 from disttrain.handlers.bad_steps import BadSteps
 from disttrain.handlers.best import Best
@@ -24,6 +25,8 @@ from disttrain.run.evaluation import Evaluation
 from disttrain.run.updates import Updates
 
 T = TypeVar("T")
+STEP = re.compile(r"[0-9]{1,15}")
+"""A step as the key of a JSON object."""
 
 
 @dataclass(kw_only=True)
@@ -184,15 +187,27 @@ class Run:
         }
 
     def load_position(self, position: Mapping[str, Any]) -> None:
-        """Restore the counters that `position` wrote into a checkpoint."""
-        skipped = position.get("skipped_steps", 0)
+        """Restore the counters that `position` wrote into a checkpoint; CheckpointError for what no run wrote."""
+        skipped, left_out, recent = (
+            position.get(name, kind())
+            for name, kind in (("skipped_steps", int), ("left_out", dict), ("recent_losses", list))
+        )
+        is_right = {
+            "left_out": isinstance(left_out, dict) and all(STEP.fullmatch(step) for step in left_out),
+            "recent_losses": isinstance(recent, list) and all(type(loss) in (int, float) for loss in recent),
+        }
+        if wrong := [name for name, right in is_right.items() if not right]:
+            raise CheckpointError(
+                f"the checkpoint's position has {wrong[0]}={str(position[wrong[0]])[:60]}, which no run wrote; "
+                "use another checkpoint, or start anew with --fresh"
+            )
         self.updates.num_skipped = skipped if isinstance(skipped, int) else 0
         self.evaluation_due = position.get("evaluation_due") is True
-        self.left_out.update({int(step): str(reason) for step, reason in position.get("left_out", {}).items()})
+        self.left_out.update({int(step): str(reason) for step, reason in left_out.items()})
         if self.best is not None:
             self.best.load_position(position)
         if self.bad_steps is not None:
-            self.bad_steps.recent.extend(position.get("recent_losses", ()))
+            self.bad_steps.recent.extend(recent)
 
     def checkpoint_info(self) -> CheckpointInfo:
         """Return the part of a checkpoint's manifest that describes the run."""
@@ -201,6 +216,7 @@ class Run:
             seed=self.config.seed,
             num_slots=self.slots.num_slots,
             config_sha256=config_hash(self.config),
+            config=binding_fields(describe(self.config)),
         )
 
 

@@ -34,7 +34,7 @@ from disttrain.run import checkpoint_places
 from disttrain.run.assemble import assemble
 from disttrain.run.directory import RunDirectory
 from disttrain.run.handler_state import unkept_objects
-from disttrain.run.rank_log import RankLog
+from disttrain.run.opening import lock_directory, open_directory
 from disttrain.run.reporter import Reporter
 from disttrain.run.resume import check_state, restore
 from disttrain.run.rollback import Attempts, go_back
@@ -83,6 +83,7 @@ def attempt(
 ) -> dict[str, Any] | None:
     """Train from the newest checkpoint on; return None if the run has to go back to it, without a bad step."""
     with ExitStack() as stack:
+        lock_directory(directory, backend, stack)
         run = assemble(config, backend, directory, attempts.left_out)
         stack.callback(run.close)
         check_state(run)
@@ -118,20 +119,6 @@ def attempt(
             if backend.rank == 0:
                 directory.finish(result)
         return result
-
-
-def open_directory(
-    directory: RunDirectory, backend: Backend, console: Console, *, fresh: bool, stack: ExitStack
-) -> None:
-    """Open the run directory on rank 0, and on every rank its log."""
-    with backend.agree("opening the run directory"):
-        if backend.rank == 0:
-            stack.callback(directory.close)
-            old = directory.open(fresh=fresh)
-            if old is not None:
-                console.print(f"the old run is kept as {old}", soft_wrap=True)
-    with backend.agree("opening the logs"):
-        stack.enter_context(RankLog(directory.logs, backend.rank))
 
 
 def warn_of_unkept(run: Run, console: Console) -> None:

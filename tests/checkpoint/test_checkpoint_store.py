@@ -12,6 +12,7 @@ from disttrain.checkpoint import ELSEWHERE, clean, committed, folder_under, fold
 from disttrain.checkpoint.local_store import LocalStore
 from disttrain.checkpoint.remote_store import RemoteStore
 from disttrain.checkpoint.storage import checkpoint_name
+from disttrain.errors import CheckpointError
 
 
 def test_a_path_means_a_directory_and_a_url_a_remote_store(tmp_path: Path) -> None:
@@ -58,3 +59,16 @@ def test_rotation_leaves_other_files_alone(tmp_path: Path) -> None:
     rotate(root, 2)
     clean(root)
     assert before - set(os.listdir(root)) == {"step-00000010"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\n", b"\xff\xfe", b"/a\n/b\n", b"/a\x1b[2J", b"/" + b"a" * 5000, b"s3://\0"],
+    ids=lambda c: str(c[:9]),
+)
+def test_a_file_that_names_no_other_place_is_one_clear_error(tmp_path: Path, content: bytes) -> None:
+    assert folders_of(tmp_path) == [str(tmp_path)]
+    (tmp_path / ELSEWHERE).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"elsewhere.txt: expected a path or a URL.*; remove it$") as caught:
+        folders_of(tmp_path)
+    assert str(caught.value).isprintable()

@@ -137,16 +137,17 @@ def test_prune_lists_checkpoints_and_removes_them_with_yes(run: Path, capsys: py
     code, out, _ = run_command(capsys, "prune", run, "--keep", 1)
     assert code == 0
     assert out.splitlines() == [
-        "keep    step-00000030",
-        "remove  step-00000020",
-        "remove  step-00000010",
+        f"keep    {run}/checkpoints/step-00000030",
+        f"remove  {run}/checkpoints/step-00000020",
+        f"remove  {run}/checkpoints/step-00000010",
         "nothing was removed; add --yes to remove them",
     ]
     assert len(names(run)) == 3
     code, out, _ = run_command(capsys, "prune", run, "--keep", 1, "--yes")
     assert (code, names(run)) == (0, ["step-00000030"])
-    assert "removed step-00000010" in out
-    assert run_command(capsys, "prune", run, "--keep", 1, "--yes")[1] == "keep    step-00000030\n"
+    assert f"removed {run}/checkpoints/step-00000010" in out
+    kept = f"keep    {run}/checkpoints/step-00000030\n"
+    assert run_command(capsys, "prune", run, "--keep", 1, "--yes")[1] == kept
 
 
 def test_the_best_checkpoint_is_shown_kept_and_found(
@@ -162,8 +163,8 @@ def test_the_best_checkpoint_is_shown_kept_and_found(
     assert re.search(r"^ *20 .*best", out, re.MULTILINE)
     _, out, _ = run_command(capsys, "prune", run, "--keep", 1, "--yes")
     assert out.splitlines() == [
-        *("keep    step-00000040", "keep    step-00000020"),
-        *("removed step-00000030", "removed step-00000010"),
+        *(f"keep    {run}/checkpoints/step-000000{step}" for step in (40, 20)),
+        *(f"removed {run}/checkpoints/step-000000{step}" for step in (30, 10)),
     ]
     monkeypatch.chdir(tmp_path)
     assert run_command(capsys, "export", run, "best.safetensors", "--best")[0] == 0
@@ -173,25 +174,6 @@ def test_the_best_checkpoint_is_shown_kept_and_found(
     save(run / "checkpoints", 50, {"model": {"0.weight": ones(3, 4)}}, info=info, keep=1)
     LocalStore(run / "checkpoints").discard("step-00000020")
     assert "the checkpoint of step 20, which was the best, is gone" in run_command(capsys, "show", run, "--best")[2]
-
-
-def test_the_checkpoints_of_a_run_may_be_in_several_stores(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    far = tmp_path / "far" / "digits"
-    info = CheckpointInfo(position={"best": {"step": 20, "monitor": "loss", "value": 0.5}})
-    save(far, 25, {"model": {"0.weight": ones(3, 4)}}, info=info)
-    save(far, 40, {"model": {"0.weight": ones(3, 4) * 40}}, info=info)
-    (run / "checkpoints" / "elsewhere.txt").write_text(f"{far}\n")
-    code, out, _ = run_command(capsys, "ls", run)
-    assert code == 0
-    assert [line.split()[0] for line in out.splitlines()[1:-1]] == ["40", "25"]
-    assert out.splitlines()[-1] == f"older ones, in {run}/checkpoints: 30, 20, 10"
-    for words, value in (([], 40), (["--step", "10"], 10), (["--best"], 20)):
-        file = tmp_path / f"{value}.safetensors"
-        assert run_command(capsys, "export", run, file, *words)[0] == 0
-        assert load_file(file)["0.weight"].unique().tolist() == [value]
-    assert f"no checkpoint of step 7 in {far} or {run}/checkpoints" in run_command(capsys, "show", run, "--step", 7)[2]
 
 
 def test_prune_never_removes_the_newest_good_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """`disttrain compare` over run directories: its exit code and its lines, whichever run is named first."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 from disttrain.commands.compare import compare_command
 from disttrain.commands.exit_codes import DIFFERENT, SAME, USAGE
 from disttrain.run.directory import RunDirectory
+from disttrain.run.launches import LaunchRecord, keep_launch, read_launches, record_files
+from disttrain.run.source_files import SourceFile
 
 NUM_STEPS = 6
 
@@ -94,3 +97,119 @@ def test_folders_that_cannot_be_compared(one: Path, tmp_path: Path, capsys: pyte
             assert (code, out) == (USAGE, "")
             assert err.startswith("ConfigError: ")
             assert words in err
+
+
+DEEP = "[" * 100_000
+LINE = {"step": 1, "epoch": 1, "loss": "0x1p+0", "grad_norm": None, "learning_rate": None}
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (DEEP, "recursion limit exceeded"),
+        ("[1]", "got Input should be an object"),
+        (json.dumps({**LINE, "step": "1"}), "got 'step': Input should be a valid integer"),
+        (json.dumps({**LINE, "step": 10**30}), "got 'step': Input should be"),
+        (json.dumps({**LINE, "step": [1]}), "got 'step': Input should be a valid integer"),
+        (json.dumps({**LINE, "loss": {"a": 1}}), "got 'loss': Input should be a valid string"),
+        (json.dumps({**LINE, "slots": {"batch": []}}), "got 'slots.loss': Field required"),
+        (json.dumps({**LINE, "state": ["a"]}), "got 'state': Input should be"),
+        (json.dumps({"step": 1, "loss": None}), "it has no grad_norm"),
+        ('{"step": 1e999}', "got 'step': Input should be"),
+    ],
+)
+def test_a_damaged_ledger_is_one_clear_error(
+    one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str, words: str
+) -> None:
+    other = write_run(tmp_path / "other")
+    lines = (other / "ledger.jsonl").read_text().splitlines()
+    (other / "ledger.jsonl").write_text("\n".join([*lines[:3], damage, *lines[3:]]) + "\n")
+    for runs in ((one, other), (other, one)):
+        code, out, err = compare(*runs, capsys=capsys)
+        assert (code, out) == (USAGE, "")
+        assert err.startswith(f"ConfigError: {other}/ledger.jsonl, line 4: expected the results of a step, got ")
+        assert words in err
+        assert err.count("\n") == 1
+    (other / "ledger.jsonl").write_text("\n".join([*lines, damage[:50]]))  # a kill cut the last line short
+    assert compare(one, other, capsys=capsys)[0] == SAME
+
+
+def test_a_number_beyond_all_floats_is_shown_as_it_is(
+    one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_run(tmp_path / "other")
+    text = (other / "ledger.jsonl").read_text()
+    (other / "ledger.jsonl").write_text(
+        text.replace('"loss": "0x1.0000000000000p+0"', '"loss": "0x1p+99999\\u001b[2J"')
+    )
+    code, out, _ = compare(one, other, capsys=capsys)
+    assert code == DIFFERENT
+    assert "1.0 (0x1.0000000000000p+0) and 0x1p+99999\\x1b[2J" in out
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("result.json", DEEP),
+        ("result.json", "[]"),
+        ("result.json", '{"step": 1e999}'),
+        ("result.json", '{"status": "completed", "step": 1}'),
+        ("config.json", DEEP),
+        ("config.json", "\x00"),
+    ],
+)
+def test_other_damaged_files_are_one_clear_error(
+    one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, content: str
+) -> None:
+    other = write_run(tmp_path / "other")
+    (other / file).write_text(content)
+    for runs in ((one, other), (other, one)):
+        code, out, err = compare(*runs, capsys=capsys)
+        assert (code, out) == (USAGE, "")
+        assert err.startswith(f"ConfigError: {other / file}: expected the ")
+        assert err.count("\n") == 1
+
+
+def keep_code(run: Path, step: int, text: str, torch: str = "2.9") -> None:
+    """Keep a launch of the run with this cfg.py."""
+    data = text.encode()
+    file = SourceFile("cfg.py", len(data), hashlib.sha256(data).hexdigest(), data)
+    record = LaunchRecord(step=step, files=record_files({"cfg.py": file}), versions={"torch": torch})
+    keep_launch(run / "launches", record, {"cfg.py": file}, read_launches(run / "launches", run / "cfg.py"))
+
+
+def test_the_code_of_the_launches_that_did_the_first_step_that_differs(
+    one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = write_run(tmp_path / "two", bad_step=4)
+    for run, step, text in ((one, 0, "a\nlr = 1\n"), (two, 0, "a\nlr = 1\n"), (two, 2, "a\nlr = 2\n"), (two, 5, "b")):
+        keep_code(run, step, text)
+    lines = compare(one, two, capsys=capsys)[1].splitlines()
+    assert lines[0] == "the runs differ in cfg.py (+1 -1)"
+    assert lines[1:7] == [f"--- {one}/cfg.py", f"+++ {two}/cfg.py", "@@ -1,2 +1,2 @@", " a", "-lr = 1", "+lr = 2"]
+    assert lines[7].startswith("first difference at step 4")
+    lines = compare(two, one, capsys=capsys)[1].splitlines()
+    assert lines[5:7] == ["-lr = 2", "+lr = 1"]
+
+
+def test_code_that_is_the_same_or_not_kept_is_not_mentioned(
+    one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = write_run(tmp_path / "two", bad_step=4)
+    keep_code(one, 0, "a\n")
+    assert compare(one, two, capsys=capsys)[1].startswith("first difference")
+    keep_code(two, 0, "a\n")
+    assert compare(one, two, capsys=capsys)[1].startswith("first difference")
+    (two / "launches" / "0001" / "launch.json").write_text("[" * 100_000)
+    assert compare(one, two, capsys=capsys)[1].startswith("first difference")
+
+
+def test_versions_that_differ_are_mentioned_of_runs_with_the_same_bits(
+    one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = write_run(tmp_path / "two")
+    keep_code(one, 0, "a\n", torch="2.9")
+    keep_code(two, 0, "a\n", torch="2.13")
+    code, out, _ = compare(one, two, capsys=capsys)
+    assert code == SAME
+    assert out.splitlines()[0] == f"the runs differ in torch: 2.9 in {one}, 2.13 in {two}"

@@ -10,11 +10,12 @@ from config_samples import adam, data, sample
 from disttrain.config import (
     Config,
     FieldDifference,
+    binding_fields,
     blocking_differences,
     config_hash,
     describe,
     differences,
-    from_json,
+    read_stored,
     to_json,
     with_num_slots,
 )
@@ -27,16 +28,38 @@ def blocking(old: Config, new: Config) -> list[str]:
     return [each.field for each in blocking_differences(describe(old), describe(new))]
 
 
-def test_config_json_gives_back_the_description() -> None:
+def test_config_json_gives_back_the_description(tmp_path: Path) -> None:
     config = sample(seed=3)
-    stored = from_json(to_json(config))
+    (tmp_path / "config.json").write_text(to_json(config))
+    stored = read_stored(tmp_path / "config.json")
     assert (stored.fields, stored.hash, stored.folder) == (describe(config), config_hash(config), None)
     assert differences(stored.fields, describe(config)) == []
 
 
-def test_a_damaged_config_json_names_the_file() -> None:
-    with pytest.raises(ConfigError, match=r"runs/x/config\.json: expected the JSON that a run writes, got KeyError"):
-        from_json("{}", str(Path("runs/x/config.json")))
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"{}", "KeyError: 'fields'"),
+        (b'{"fields": [["seed", 1]], "hash": "", "folder": null}', "TypeError: fields, hash and folder are not"),
+        (b'{"fields": {}, "hash": "", "folder": 5}', "TypeError: fields, hash and folder are not"),
+        (b'{"fields": {}, "hash": "", "folder": "a\\u0000b"}', "ValueError: the folder has a name that no folder"),
+        (b'{"fields": {"seed": NaN}, "hash": "", "folder": null}', "ValueError: NaN is not a JSON number"),
+        (
+            b'{"fields": {"a": ' + b"[" * 90 + b"]" * 90 + b'}, "hash": "", "folder": null}',
+            "ValueError: its values lie",
+        ),
+        (b"[" * 200_000, "ValueError: its values lie too deep in each other"),
+        (b"\xff\xfe{}", "UnicodeDecodeError"),
+        (b"[]", "TypeError"),
+    ],
+)
+def test_a_damaged_config_json_names_the_file(tmp_path: Path, content: bytes, reason: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        read_stored(file)
+    assert str(caught.value).startswith(f"{file}: expected the JSON that a run writes, got {reason}")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_difference_says_field_old_and_new() -> None:
@@ -108,3 +131,23 @@ def test_what_blocks_a_resume(changes: dict[str, Any], fields: list[str]) -> Non
 
 def test_the_length_of_a_scheduled_run_stays() -> None:
     assert blocking(sample(**SCHEDULE), sample(**SCHEDULE, max_epochs=40)) == ["max_epochs"]
+
+
+def test_binding_fields_are_those_that_a_resumed_run_must_have_too() -> None:
+    binding = binding_fields(describe(sample(grad_clip_norm=0.5)))
+    assert (binding["grad_clip_norm"], binding["optimizer.lr"], binding["seed"]) == (
+        0.5,
+        0.01,
+        describe(sample())["seed"],
+    )
+    assert not {"name", "max_epochs", "max_steps", "num_workers", "handlers", "checkpoint.keep"} & binding.keys()
+    assert "max_epochs" in binding_fields(describe(sample(**SCHEDULE)))
+
+
+def test_a_long_binding_value_is_kept_as_its_hash() -> None:
+    one, same, other = (
+        binding_fields(describe(sample(train_data=partial(data, paths))))
+        for paths in (["a" * 500], ["a" * 500], ["b" * 500])
+    )
+    assert str(one["train_data"]).startswith("sha256:")
+    assert one["train_data"] == same["train_data"] != other["train_data"]

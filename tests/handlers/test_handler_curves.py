@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +53,18 @@ def test_tensorboard_shows_the_steps_of_the_resumed_run(tmp_path: Path) -> None:
     assert [step for step, _ in written] == [1, 2, 3, 4]
     assert [value for _, value in written] == pytest.approx([1.0, 2.0, 3.2, 4.2])
     assert [step for step, _ in scalars(tmp_path / "tensorboard", "valid/accuracy")] == [1, 2, 3, 4]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
+def test_a_removed_folder_ends_the_curves_for_tensorboard_without_an_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "metrics").mkdir()
+    curves = Curves(tmp_path / "metrics", 0, tensorboard=True)
+    curves.trained([{"step": 1}], Pace(1, 1, 0.5, 0.1, 100.0))
+    shutil.rmtree(tmp_path / "metrics")
+    curves.trained([{"step": 2}], Pace(2, 1, 0.5, 0.1, 100.0))
+    curves.close()
+    assert "TensorBoard" in caplog.text
+    assert not (tmp_path / "metrics").exists()

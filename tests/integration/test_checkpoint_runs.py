@@ -206,7 +206,7 @@ def test_a_run_goes_on_from_its_target_without_its_directory(
     assert os.listdir(tmp_path / "runs" / "soak" / "checkpoints") == ["elsewhere.txt"]
     assert [entry.step for entry in survey(store_at(f"{store}/soak"))] == [3, 2]
     capsys.readouterr()
-    assert main(["checkpoint", "ls", str(tmp_path / "runs" / "soak")]) == 0
+    assert main(["checkpoint", "ls", "--elsewhere", str(tmp_path / "runs" / "soak")]) == 0
     assert capsys.readouterr().out.count("good") == 2
 
     refused = train(tmp_path, target, "--fresh")

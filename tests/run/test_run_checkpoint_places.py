@@ -1,11 +1,16 @@
 """The places of a run's checkpoints: its directory, its target, and the places of earlier launches."""
 
+import shutil
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from small_run import console, printed, single, small_config, small_run, trained
+from torch import nn
 
-from disttrain.checkpoint import BestStep
+from disttrain.checkpoint import BestStep, Manifest
 from disttrain.errors import ConfigError
 from disttrain.run import checkpoint_places
 from disttrain.run.directory import RunDirectory
@@ -45,13 +50,64 @@ def test_a_target_may_be_set_and_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"seed": 6}, "seed=5 in the checkpoint, 6 here"), ({"num_slots": 4}, "num_slots=2 in")]
+    ("changes", "message"),
+    [
+        ({"seed": 6}, "seed=5 in the checkpoint, 6 here"),
+        ({"num_slots": 4}, "num_slots=2 in the checkpoint, 4 here"),
+        ({"global_batch_size": 16}, "global_batch_size=8 in the checkpoint, 16 here"),
+        ({"precision": "bf16"}, "precision=fp32 in the checkpoint, bf16 here"),
+        ({"grad_clip_norm": 0.5}, "grad_clip_norm=None in the checkpoint, 0.5 here"),
+        ({"optimizer": partial(torch.optim.SGD, lr=0.1)}, "optimizer.momentum=0.9 in the checkpoint, (not set) here"),
+        ({"reduction": "fast", "cpu_threads": 2}, "reduction=invariant in the checkpoint, fast here, cpu_threads=1 in"),
+        ({"loss": nn.L1Loss()}, "loss=MSELoss() in the checkpoint, L1Loss() here"),
+    ],
 )
-def test_the_checkpoint_of_another_run_is_refused(tmp_path: Path, changes: dict[str, int], message: str) -> None:
-    trained(tmp_path, max_epochs=1)
+@pytest.mark.parametrize("place", ["the run directory", "the target"])
+def test_the_checkpoint_of_another_run_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str, place: str
+) -> None:
+    target = {"checkpoint": {"target": str(tmp_path / "kept")}} if place == "the target" else {}
+    trained(tmp_path, max_steps=2, max_epochs=None, valid_data=None, **target)
+    if target:
+        shutil.rmtree(tmp_path / "small")
     with pytest.raises(ConfigError) as caught:
-        trained(tmp_path, max_epochs=2, **changes)
-    assert message in str(caught.value)
+        trained(tmp_path, max_epochs=2, valid_data=None, **changes, **target)
+    folder = tmp_path / ("kept/small" if target else "small/checkpoints")
+    assert f"the checkpoint {folder / 'step-00000002'} is of a run with other settings: {message}" in str(caught.value)
+
+
+def test_a_target_that_holds_another_runs_older_checkpoints_is_refused(tmp_path: Path) -> None:
+    target = {"checkpoint": {"target": str(tmp_path / "kept")}}
+    trained(tmp_path / "other", max_steps=1, max_epochs=None, valid_data=None, seed=6, **target)
+    trained(tmp_path, max_epochs=1, valid_data=None)
+    with pytest.raises(ConfigError, match=r"kept/small/step-00000001 is of a run with other settings: seed=6 in"):
+        trained(tmp_path, max_epochs=2, valid_data=None, **target)
+    assert [path.name for path in (tmp_path / "kept" / "small").iterdir()] == ["step-00000001"]
+
+
+def test_fields_that_may_change_do_not_bind(tmp_path: Path) -> None:
+    target = str(tmp_path / "kept")
+    trained(tmp_path, max_epochs=1, checkpoint={"target": target})
+    shutil.rmtree(tmp_path / "small")
+    to = console()
+    trained(tmp_path, to, max_epochs=2, checkpoint={"target": target, "keep": 5}, timeout_s=60.0, on_nan="skip")
+    assert "resuming from step 4" in printed(to)
+
+
+def test_a_checkpoint_that_does_not_say_its_config_is_compared_by_what_it_says(tmp_path: Path) -> None:
+    def manifest(**info: Any) -> Manifest:
+        return Manifest(step=1, files={}, **info)
+
+    run = small_run(tmp_path)
+    checkpoint_places.check_run(run, manifest(), "there")
+    checkpoint_places.check_run(run, manifest(seed=5, num_slots=2, position={"global_batch_size": 8}), "there")
+    for info, message in (
+        ({"seed": 7}, "seed=7 in"),
+        ({"num_slots": 1}, "num_slots=1 in"),
+        ({"position": {"global_batch_size": 4}}, "global_batch_size=4 in"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            checkpoint_places.check_run(run, manifest(**info), "there")
 
 
 def test_a_best_checkpoint_that_is_gone_is_forgotten(tmp_path: Path) -> None:

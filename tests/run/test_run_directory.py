@@ -3,10 +3,11 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -144,20 +145,76 @@ def test_a_path_that_cannot_be_a_directory_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_small_files(tmp_path: Path) -> None:
-    cfg = tmp_path / "cfg.py"
-    cfg.write_text("config = ...  # \u00fc\n", encoding="utf-8")
+    cfg = "config = ...  # \u00fc\n".encode("latin-1")
     directory = RunDirectory(tmp_path / "mine")
     directory.open()
     assert directory.result() is None
     directory.describe('{"seed": 1}', cfg, ["optimizer.lr=0.1"])
     assert json.loads(directory.config_json.read_text()) == {"seed": 1}
     assert json.loads(directory.overrides_json.read_text()) == ["optimizer.lr=0.1"]
-    assert directory.cfg_py.read_bytes() == cfg.read_bytes()
-    directory.describe('{"seed": 1}', directory.cfg_py, [])  # a run that is started from its own directory
-    assert directory.cfg_py.read_bytes() == cfg.read_bytes()
-    directory.finish({"status": "completed", "metrics": {"loss": math.nan}})
-    assert directory.result() == {"status": "completed", "metrics": {"loss": None}}
+    assert directory.cfg_py.read_bytes() == cfg
+    directory.finish({"status": "interrupted", "metrics": {"loss": math.nan}})
+    assert directory.result() == {"status": "interrupted", "metrics": {"loss": None}}
     directory.result_json.write_text('{"status": "comp')
     assert directory.result() is None
     assert not [path for path in directory.path.iterdir() if path.suffix == ".tmp"]
     directory.close()
+
+
+def replaced(path: Path) -> None:
+    shutil.rmtree(path)
+    begin(path, "another's")
+
+
+def moved(path: Path) -> None:
+    path.rename(path.with_name("moved"))
+
+
+@pytest.mark.parametrize("lose", [shutil.rmtree, moved, replaced])
+def test_a_directory_that_is_lost_is_noticed(tmp_path: Path, lose: Callable[[Path], None]) -> None:
+    directory = RunDirectory(tmp_path / "mine")
+    directory.check_held()  # nothing is held yet
+    directory.open()
+    directory.check_held()
+    lose(directory.path)
+    there = sorted(str(path) for path in tmp_path.rglob("*"))
+    for write in (directory.check_held, lambda: directory.finish({"status": "completed"}), directory.open):
+        with pytest.raises(ConfigError, match=r"mine is no longer this run's: it was removed, moved or replaced while"):
+            write()
+    directory.close()
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == there
+
+
+def test_a_lock_that_was_dropped_is_taken_again(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "mine")
+    directory.open()
+    shutil.copytree(directory.path, tmp_path / "copy")  # closes a handle of .lock, and with it drops the lock
+    directory.check_held()
+    refused = subprocess.run(
+        [sys.executable, "-c", HOLDER, str(directory.path)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert f"in use by process {os.getpid()}" in refused.stderr
+    shutil.copytree(directory.path, tmp_path / "second copy")
+    with another_process(directory.path) as holder, pytest.raises(ConfigError, match=f"in use by process {holder.pid}"):
+        directory.check_held()
+
+
+def test_a_directory_that_was_locked_and_not_used_goes_again(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "a" / "b" / "mine")
+    directory.lock()
+    assert directory.path.is_dir()
+    directory.close()
+    assert os.listdir(tmp_path) == []
+    directory.lock()
+    directory.metrics.mkdir()  # as a handler may, when it is called
+    directory.close()
+    assert directory.open() is None
+    directory.close()
+
+
+def test_an_empty_directory_that_was_there_stays(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    directory = RunDirectory(tmp_path / "mine")
+    directory.lock()
+    directory.close()
+    assert (tmp_path / "mine").is_dir()

@@ -1,6 +1,7 @@
 """A part whose restored state differs from the saved one is named, whatever differs; an equal one is accepted."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ def test_every_part_of_a_small_run_is_accepted(tmp_path: Path) -> None:
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=100)
 
     changes: dict[str, Any] = {"schedule": schedule, "precision": "fp16", "max_epochs": None}
-    trained(tmp_path, max_steps=4, checkpoint={"every_steps": 2}, **changes)
+    trained(tmp_path, max_steps=6, checkpoint={"every_steps": 2}, **changes)
+    shutil.rmtree(tmp_path / "small" / "checkpoints" / "step-00000006")
     to = console()
     result = trained(tmp_path, to, max_steps=6, **changes)
     assert "resuming from step 4" in printed(to)

@@ -9,8 +9,9 @@ import torch
 from small_run import console, net, points, printed, small_run, trained
 from torch import Tensor
 
+from disttrain.checkpoint import CheckpointInfo, save
 from disttrain.engine import Engine, Events
-from disttrain.errors import ConfigError, DataError
+from disttrain.errors import CheckpointError, ConfigError, DataError
 from disttrain.parallel.counterparts import Counterparts
 from disttrain.run.resume import on_devices, restore, to_save
 from disttrain.run.state import Run
@@ -149,11 +150,17 @@ def test_user_keys_that_a_checkpoint_lacks_begin_anew(tmp_path: Path) -> None:
 
 
 def test_other_data_and_a_shorter_run_are_refused(tmp_path: Path) -> None:
-    trained(tmp_path, max_epochs=2)
-    with pytest.raises(DataError, match="the training data has changed since the run began"):
-        trained(tmp_path, train_data=lambda: points(40))
+    num_samples = [32]
+
+    def data() -> Any:
+        return points(num_samples[0])
+
+    trained(tmp_path, max_epochs=2, train_data=data)
     with pytest.raises(ConfigError, match="the run stands at step 8, beyond the 4 steps"):
-        trained(tmp_path, max_epochs=1)
+        trained(tmp_path, max_epochs=1, train_data=data)
+    num_samples[0] = 40
+    with pytest.raises(DataError, match="the training data has changed since the run began"):
+        trained(tmp_path, train_data=data)
 
 
 def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path: Path) -> None:
@@ -192,3 +199,13 @@ def test_a_copied_run_directory_is_resumed(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     a, b = (trained(tmp_path / name, max_epochs=2) for name in "ab")
     assert a["params_sha256"] == b["params_sha256"] != first["params_sha256"]
+
+
+@pytest.mark.parametrize("state", [{"model": {"a": torch.ones(1)}}, [torch.ones(1)], {}])
+def test_a_checkpoint_that_no_run_saved_is_one_clear_error(tmp_path: Path, state: Any) -> None:
+    info = CheckpointInfo(position=small_run(tmp_path).data)
+    save(tmp_path / "small" / "checkpoints", 3, state, info=info)
+    (tmp_path / "small" / ".lock").touch()
+    with pytest.raises(CheckpointError, match=r"^expected the checkpoint of a run, got one without ") as caught:
+        trained(tmp_path)
+    assert "\n" not in str(caught.value)

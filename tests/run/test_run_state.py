@@ -9,7 +9,7 @@ import torch
 from small_run import small_run
 from torch import nn
 
-from disttrain.errors import ConfigError
+from disttrain.errors import CheckpointError, ConfigError
 from disttrain.run.state import Run
 
 
@@ -124,3 +124,23 @@ def test_the_manifest_gets_seed_slots_and_position(tmp_path: Path) -> None:
     run = small_run(tmp_path)
     info = run.checkpoint_info()
     assert (info.seed, info.num_slots, info.position["samples_seen"]) == (5, 2, 0)
+
+
+@pytest.mark.parametrize(
+    "position",
+    [
+        {"left_out": [3]},
+        {"left_out": {"three": "bad"}},
+        {"left_out": {"9" * 5000: "bad"}},
+        {"recent_losses": {"a": 1}},
+        {"recent_losses": ["1"]},
+        {"recent_losses": [None]},
+    ],
+)
+def test_a_position_that_no_run_wrote_is_one_clear_error(tmp_path: Path, position: dict[str, Any]) -> None:
+    [name] = position
+    with pytest.raises(
+        CheckpointError, match=f"^the checkpoint's position has {name}=.*, which no run wrote"
+    ) as caught:
+        small_run(tmp_path).load_position(position)
+    assert "\n" not in str(caught.value)
