@@ -19,8 +19,9 @@ from rich.table import Table
 
 from disttrain.backend import Backend, connect
 from disttrain.backend.determinism import CUBLAS_WORKSPACES
+from disttrain.commands.closed_output import output_may_close
 from disttrain.commands.exit_codes import COMPLETED, FAILED, INTERRUPTED, USAGE
-from disttrain.commands.start_ranks import add_options, start_ranks
+from disttrain.commands.start_ranks import add_options, start_ranks, take_defaults
 from disttrain.commands.summary import print_beginning, print_summary
 from disttrain.config import (
     Config,
@@ -41,6 +42,7 @@ from disttrain.errors import ConfigError, DisttrainError, Interrupted, RemoteErr
 from disttrain.handlers.preemption import Preemption
 from disttrain.launching.end_with_launcher import end_with_launcher
 from disttrain.launching.torchrun import report_exit_code
+from disttrain.run.code_errors import explained
 from disttrain.run.directory import RunDirectory
 from disttrain.run.train import train
 from disttrain.version import __version__
@@ -51,7 +53,7 @@ WATCHDOG_ENDS_WITHIN_S = 10.0
 MEANINGS = {
     COMPLETED: "completed, now or before",
     FAILED: "failed while running; the last checkpoint is kept",
-    USAGE: "the command, the config or the data cannot be run",
+    USAGE: "a mistake in the command, the config, the data or their code; starting it again would not help",
     INTERRUPTED: "interrupted by a signal, after a checkpoint if a step was done; the same command resumes the run",
 }
 
@@ -62,11 +64,19 @@ def main(arguments: Sequence[str] | None = None, *, handlers: Handlers = ()) -> 
     """Run the command line and return the exit code; `handlers` are called after those of the config."""
     options = launch_parser().parse_intermixed_args(arguments)
     logging.getLogger("disttrain").addHandler(logging.NullHandler())  # only the ranks' log files get log messages
+    with output_may_close():
+        return run_options(options, handlers)
+
+
+def run_options(options: argparse.Namespace, handlers: Handlers) -> int:
+    """Start ranks, or run the command in this process, which may be a rank; return the exit code."""
     try:
         if options.grace is not None and not 1 <= options.grace <= LONGEST_GRACE_S:
             raise ConfigError(f"expected --grace to be from 1 to {LONGEST_GRACE_S} seconds, got {options.grace}")
-        if options.ranks is not None and not (options.check or options.print_config):
-            return start_ranks(options)
+        if not (options.check or options.print_config):
+            take_defaults(options)
+            if options.ranks is not None:
+                return start_ranks(options)
         with Preemption(starting=True) as preemption:
             return report_exit_code(run_command(options, handlers, preemption))
     except (ConfigError, KeyboardInterrupt) as error:  # before the ranks were started or connected
@@ -106,7 +116,7 @@ def run_command(options: argparse.Namespace, handlers: Handlers, preemption: Pre
             assert config is not None
             return check_and_train(config, options, backend, preemption)
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - nothing above this can report it
-            return report_failure(error, backend, options)
+            return report_failure(error, config, backend, options)
 
 
 def asks_spmd(config: Config | None) -> bool | None:
@@ -248,10 +258,11 @@ def is_finished(result: dict[str, Any], config: Config) -> bool:
     return int(result["epoch"]) >= (config.max_epochs or 0)
 
 
-def report_failure(error: BaseException, backend: Backend, options: argparse.Namespace) -> int:
+def report_failure(error: BaseException, config: Config | None, backend: Backend, options: argparse.Namespace) -> int:
     """Print an error on the rank that failed first, and send it to the other ranks; return this rank's exit code."""
     if isinstance(error, RemoteError):
-        return exit_code_of(error)
+        # The rank that failed may explain its error before it reports it: that report has the code.
+        return (backend.first_failure(wait_s=0.5) or error).failed_exit_code
     first: RemoteError | None = None
     if isinstance(error, RuntimeError) and not isinstance(error, DisttrainError):
         # A collective that broke is a result of another rank's failure, which that rank has reported.
@@ -261,18 +272,12 @@ def report_failure(error: BaseException, backend: Backend, options: argparse.Nam
             time.sleep(WATCHDOG_ENDS_WITHIN_S)
             return FAILED
     if first is None:
+        error = error if config is None else explained(error, config)
         backend.fail(error)
         first = backend.first_failure(wait_s=0.0)
     if first is not None and first.rank != backend.rank:
-        return exit_code_of(first)
+        return first.failed_exit_code
     return print_error(error, options)
-
-
-def exit_code_of(error: RemoteError) -> int:
-    """Return the exit code of the rank that failed, which all ranks take."""
-    if error.interrupted:
-        return INTERRUPTED
-    return USAGE if error.message.startswith(f"{ConfigError.__name__}: ") else FAILED
 
 
 def is_interrupted(error: BaseException, backend: Backend) -> bool:
@@ -290,4 +295,4 @@ def print_error(error: BaseException, options: argparse.Namespace) -> int:
         traceback.print_exception(error)
     else:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-    return USAGE if isinstance(error, ConfigError) else FAILED
+    return error.exit_code if isinstance(error, DisttrainError) else FAILED

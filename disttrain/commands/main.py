@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from disttrain.commands import checkpoint, launch, verify
+from disttrain.commands.closed_output import output_may_close
 from disttrain.commands.compare import compare_command
 from disttrain.commands.doctor import doctor
 from disttrain.version import __version__
@@ -22,7 +23,12 @@ MAINS: Mapping[str, Callable[[Sequence[str] | None], int]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    with output_may_close():
+        return run_words(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def run_words(words: Sequence[str]) -> int:
+    """Run the command that the first word names; return the exit code."""
     if words and words[0] in MAINS:
         return MAINS[words[0]](words[1:])
     parser = argparse.ArgumentParser(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from disttrain.environment import Topology, set_launch
+from disttrain.files import keep_socket_paths_short
 
 HOST = "127.0.0.1"
 _OTHERS_END_WITHIN_S = 5.0
@@ -34,6 +35,7 @@ class LocalRanks:
     def __init__(
         self, world_size: int, target: Callable[..., int], arguments: Sequence[Any], logs: Path, preload: Sequence[str]
     ) -> None:
+        keep_socket_paths_short()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(preload))
         port = _free_port()
