@@ -65,9 +65,14 @@ def quoted(error: BaseException) -> str:
 
 
 def place_of(error: BaseException) -> str | None:
-    """Return the innermost line of the user's own files at which an exception came, as `cfg.py:27 in forward`."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_of_user(frame.filename)]
-    return f"{shown_path(frames[-1].filename)}:{frames[-1].lineno} in {frames[-1].name}" if frames else None
+    """Return the innermost line of the user's own files at which an exception came, as `cfg.py:27 in forward`.
+
+    A program that calls disttrain is not meant, but what disttrain calls.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [number for number, frame in enumerate(frames) if is_of_disttrain(frame.filename)]
+    theirs = [frame for frame in frames[ours[0] if ours else 0 :] if is_of_user(frame.filename)]
+    return f"{shown_path(theirs[-1].filename)}:{theirs[-1].lineno} in {theirs[-1].name}" if theirs else None
 
 
 def placed(error: BaseException) -> str:

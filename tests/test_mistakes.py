@@ -44,7 +44,7 @@ REAL_MISTAKES: list[Callable[[], object]] = [
     lambda: torch.zeros(3, device="meta") + torch.zeros(3),
     lambda: bool(torch.zeros(2)),
     lambda: {}["label"],
-    lambda: [][0],
+    lambda: torch.zeros(2)[2],
     lambda: 1 / 0,
     lambda: "x".nonsense,  # type: ignore[attr-defined]
     lambda: int("many"),

@@ -10,6 +10,7 @@ lost_state   finds the state of handlers that a kill loses, for `verify`
 compare      finds the first difference of two runs
 checkpoint   lists, shows, verifies, prunes and exports checkpoints
 doctor       prints the versions and devices of this machine
+closed_output  drops what nobody reads any more
 exit_codes   defines the exit codes of all commands
 
 launch    one start of a run's ranks; torchrun may restart them within it

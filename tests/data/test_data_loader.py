@@ -205,8 +205,8 @@ def test_a_bad_sample_is_named_and_does_not_move_the_position(num_workers):
     bad = sampler.batch(0, 2, 5)[1]
     loader = SlotLoader(Broken(NUM_SAMPLES, bad, ValueError("bad pixels")), sampler, num_workers=num_workers)
     message = (
-        rf"dataset\[{bad}\] raised ValueError: bad pixels \(\S+:\d+ in __getitem__\); repair that sample or leave it out "
-        r"\(it is in the microbatch of epoch=0, step=2, slot=5\)"
+        rf"dataset\[{bad}\] raised ValueError: bad pixels \(\S+:\d+ in __getitem__\); repair that sample or leave it "
+        r"out \(it is in the microbatch of epoch=0, step=2, slot=5\)"
     )
     assert re.fullmatch(message, raised_by(loader))
     assert (loader.epoch, loader.step) == (0, 2)
