@@ -8,8 +8,6 @@ import argparse
 import json
 import logging
 import sys
-import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,8 +17,10 @@ from rich.table import Table
 
 from disttrain.backend import Backend, connect
 from disttrain.backend.determinism import CUBLAS_WORKSPACES
+from disttrain.backend.ended_before import mistake_before
 from disttrain.commands.closed_output import output_may_close
 from disttrain.commands.exit_codes import COMPLETED, FAILED, INTERRUPTED, USAGE
+from disttrain.commands.failures import is_interrupted, print_error, report_failure
 from disttrain.commands.start_ranks import add_options, start_ranks, take_defaults
 from disttrain.commands.summary import print_beginning, print_summary
 from disttrain.config import (
@@ -38,18 +38,16 @@ from disttrain.config import (
     with_num_slots,
 )
 from disttrain.environment import LONGEST_GRACE_S, grace_s, launch_ids, set_default
-from disttrain.errors import ConfigError, DisttrainError, Interrupted, RemoteError
+from disttrain.errors import ConfigError, DisttrainError
 from disttrain.handlers.preemption import Preemption
 from disttrain.launching.end_with_launcher import end_with_launcher
 from disttrain.launching.torchrun import report_exit_code
-from disttrain.run.code_errors import explained
 from disttrain.run.directory import RunDirectory
 from disttrain.run.train import train
 from disttrain.version import __version__
 
 SLACK, LEAST_SLACK_S = 0.25, 5.0
 """Collectives wait this much longer than `timeout_s`: the watchdog, which knows the rank that hangs, reports first."""
-WATCHDOG_ENDS_WITHIN_S = 10.0
 MEANINGS = {
     COMPLETED: "completed, now or before",
     FAILED: "failed while running; the last checkpoint is kept",
@@ -99,6 +97,8 @@ def run_command(options: argparse.Namespace, handlers: Handlers, preemption: Pre
         return COMPLETED
     if config is not None and options.check:
         return print_valid(config)
+    if mistake_before():
+        return USAGE
     try:
         end_with_launcher()
         set_default("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACES[0])  # before connecting starts CUDA
@@ -256,43 +256,3 @@ def is_finished(result: dict[str, Any], config: Config) -> bool:
     if config.max_steps is not None:
         return int(result["step"]) >= config.max_steps
     return int(result["epoch"]) >= (config.max_epochs or 0)
-
-
-def report_failure(error: BaseException, config: Config | None, backend: Backend, options: argparse.Namespace) -> int:
-    """Print an error on the rank that failed first, and send it to the other ranks; return this rank's exit code."""
-    if isinstance(error, RemoteError):
-        # The rank that failed may explain its error before it reports it: that report has the code.
-        return (backend.first_failure(wait_s=0.5) or error).failed_exit_code
-    first: RemoteError | None = None
-    if isinstance(error, RuntimeError) and not isinstance(error, DisttrainError):
-        # A collective that broke is a result of another rank's failure, which that rank has reported.
-        first = backend.first_failure(wait_s=0.5)
-        if first is not None and first.rank == backend.rank:
-            # Another thread of this process, the watchdog, has reported the failure and ends the process.
-            time.sleep(WATCHDOG_ENDS_WITHIN_S)
-            return FAILED
-    if first is None:
-        error = error if config is None else explained(error, config)
-        backend.fail(error)
-        first = backend.first_failure(wait_s=0.0)
-    if first is not None and first.rank != backend.rank:
-        return first.failed_exit_code
-    return print_error(error, options)
-
-
-def is_interrupted(error: BaseException, backend: Backend) -> bool:
-    """Return True if a signal, to this rank or to another one, ended the run."""
-    first = error if isinstance(error, RemoteError) else backend.first_failure(wait_s=0.0)
-    return isinstance(error, Interrupted) or (first is not None and first.interrupted)
-
-
-def print_error(error: BaseException, options: argparse.Namespace) -> int:
-    """Print a user's mistake as one message, and any other error with its traceback; return the exit code."""
-    if isinstance(error, KeyboardInterrupt):
-        print(f"Interrupted: {error or 'the same command resumes from the last checkpoint'}", file=sys.stderr)
-        return INTERRUPTED
-    if options.traceback or not isinstance(error, (DisttrainError, OSError)):
-        traceback.print_exception(error)
-    else:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-    return error.exit_code if isinstance(error, DisttrainError) else FAILED

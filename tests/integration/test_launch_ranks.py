@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import Done, checkpoints, environment, result, write_cfg
+from commands import Done, checkpoints, environment, launch_as_typed, result, write_cfg
 
 from disttrain.commands.main import main
 from disttrain.environment import TORCHRUN_READS_GRACE
@@ -81,6 +81,18 @@ def test_a_mistake_of_the_users_code_is_reported_once_in_one_line_and_nothing_re
     assert message.startswith(f"CodeError: cfg.py:{line} in loss: AttributeError: 'Tensor' object has no attribute")
     assert "Traceback" not in done.text
     assert "Traceback" in (tmp_path / "runs/small/logs/rank-0.log").read_text()
+
+
+@pytest.mark.slow
+def test_torchrun_by_hand_starts_ranks_again_and_they_end_at_once(tmp_path: Path) -> None:
+    write_cfg(
+        tmp_path, "print('loaded', flush=True)\ndef loss(y_pred, y): return y_pred.nonsense\nfields['loss'] = loss"
+    )
+    done = launch_as_typed("cfg.py", ranks=2, cwd=tmp_path, torchrun=("--max-restarts", "2"))
+    assert done.code == 1
+    assert done.out.count("loaded") == 6  # each of 2 ranks, three times
+    assert done.out.count("on 2 ranks") == 1
+    assert done.err.count("CodeError: cfg.py:") == 1
 
 
 @pytest.mark.slow
