@@ -1,4 +1,4 @@
-"""What ended a launch by a mistake is known to its next attempts, and to no other launch."""
+"""A mistake that ended a launch is known to its next attempts, and to no other launch."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""What the functions of a config give to each other is checked, in training and in evaluation."""
+"""The functions of a config are checked for what they give to each other, in training and in evaluation."""
 
 from collections.abc import Callable
 from pathlib import Path
