@@ -22,8 +22,9 @@ _WATCHDOG_ENDS_WITHIN_S = 10.0
 def report_failure(error: BaseException, config: Config | None, backend: Backend, options: argparse.Namespace) -> int:
     """Print an error on the rank that failed first, and send it to the other ranks; return this rank's exit code."""
     if isinstance(error, RemoteError):
+        code = error.failed_exit_code
         # The rank that failed may explain its error before it reports it: that report has the code.
-        return (backend.first_failure(wait_s=0.5) or error).failed_exit_code
+        return code if code != FAILED else (backend.first_failure(wait_s=0.5) or error).failed_exit_code
     first: RemoteError | None = None
     if isinstance(error, RuntimeError) and not isinstance(error, DisttrainError):
         # A collective that broke is a result of another rank's failure, which that rank has reported.
