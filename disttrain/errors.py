@@ -1,8 +1,9 @@
 """The exceptions of the package. Every message says what was expected, what was got and what to do.
 
-*Contract*: a person can act on a `DisttrainError`, so the launcher prints its message without a traceback. Any other
-exception that reaches the launcher is a defect, ours or the user's, and keeps its traceback. Each class is also one of
-Python's own exceptions, so a program may catch it without importing disttrain.
+*Contract*: a person can act on a `DisttrainError`, so the launcher prints its message without a traceback. It turns a
+mistake of the user's code into one (mistakes.py). Any other exception that reaches the launcher is a defect, ours or
+the user's, and keeps its traceback. Each class is also one of Python's own exceptions, so a program may catch it
+without importing disttrain.
 """
 
 
