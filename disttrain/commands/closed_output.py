@@ -6,7 +6,7 @@ starts afterwards. The run's files (ledger, curves, logs) hold everything that m
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -23,6 +23,10 @@ class _Dropping:
         except OSError:
             self._drop()
             return len(text)
+
+    def writelines(self, texts: Iterable[str]) -> None:
+        for text in texts:
+            self.write(text)
 
     def flush(self) -> None:
         try:
