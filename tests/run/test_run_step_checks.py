@@ -6,14 +6,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from small_run import single, small_config, trained
+from small_run import small_config, trained
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from disttrain.errors import ConfigError
-from disttrain.parallel.layout import ReplicatedLayout
-from disttrain.run.assemble import compute_of
-from disttrain.run.step_checks import checked_loss, forward_of, pairs_of
+from disttrain.run.step_checks import CheckedStep, checked_forward, checked_loss, pairs_of
 
 X, Y = torch.zeros(8, 3), torch.zeros(8, 1)
 
@@ -62,7 +60,8 @@ def test_a_batch_without_the_dimension_of_the_batch_is_named() -> None:
 
 
 def forward_returns(value: Any) -> Callable[..., Any]:
-    return forward_of(small_config(loss=None, forward=lambda model, batch: value))
+    forward = lambda model, batch: value  # noqa: E731
+    return checked_forward(small_config(loss=None, forward=forward), forward)
 
 
 @pytest.mark.parametrize(
@@ -117,8 +116,11 @@ def test_a_run_checks_its_batches_in_training_and_in_evaluation(field: str, tmp_
         trained(tmp_path, **{field: Dicts})
 
 
-def test_an_evaluation_checks_what_forward_returns() -> None:
-    config = small_config(loss=None, forward=lambda model, batch: batch[0].mean())
-    compute = compute_of(config, single().device, ReplicatedLayout())
+def test_a_step_checks_what_forward_returns_and_keeps_its_parts_once() -> None:
+    forward = lambda model, batch: batch[0].mean()  # noqa: E731
+    step = CheckedStep(small_config(loss=None, forward=forward), nn.Linear(3, 1), None, forward)
     with pytest.raises(ConfigError, match=r"^forward .*expected \(loss, outputs\), got float32"):
-        compute(nn.Identity(), (X, Y))
+        step((X, Y))
+    loss = nn.CrossEntropyLoss(weight=torch.ones(3))
+    whole = CheckedStep(small_config(loss=loss), nn.Linear(3, 1), loss, None)
+    assert list(whole.state_dict()) == ["model.weight", "model.bias", "loss.weight"]
