@@ -64,7 +64,7 @@ def quoted(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def place_of(error: BaseException) -> str | None:
+def line_of(error: BaseException) -> str | None:
     """Return the innermost line of the user's own files at which an exception came, as `cfg.py:27 in forward`.
 
     A program that calls disttrain is not meant, but what disttrain calls.
@@ -77,7 +77,7 @@ def place_of(error: BaseException) -> str | None:
 
 def placed(error: BaseException) -> str:
     """Return an error as `quoted` does, with its place in the user's files in brackets if it has one."""
-    place = place_of(error)
+    place = line_of(error)
     return quoted(error) + (f" ({place})" if place else "")
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from disttrain import mistakes
-from disttrain.mistakes import is_mistake, is_of_disttrain, is_of_user, may_pass, place_of, placed, quoted, shown_path
+from disttrain.mistakes import is_mistake, is_of_disttrain, is_of_user, line_of, may_pass, placed, quoted, shown_path
 
 
 def raised(function: Callable[[], object]) -> Exception:
@@ -117,15 +117,15 @@ def test_the_place_is_the_innermost_line_of_the_users_own_files(
     line = in_torch.__code__.co_firstlineno + 1
     monkeypatch.chdir(Path(__file__).parent)
     place = f"{os.path.basename(__file__)}:{line} in in_torch"
-    assert place_of(raised(in_torch)) == place
+    assert line_of(raised(in_torch)) == place
     assert placed(raised(in_torch)).endswith(f"(2x5 and 3x4) ({place})")
     monkeypatch.chdir(tmp_path)
-    assert place_of(raised(in_torch)) == f"{__file__}:{line} in in_torch"
+    assert line_of(raised(in_torch)) == f"{__file__}:{line} in in_torch"
     assert shown_path(str(tmp_path / "a" / "cfg.py")) == "a/cfg.py"
 
 
 def test_an_error_without_a_line_of_the_user_has_no_place() -> None:
-    assert place_of(ValueError("never raised")) is None
+    assert line_of(ValueError("never raised")) is None
     assert placed(ValueError("never raised")) == "ValueError: never raised"
 
 

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from disttrain.config import Config
 from disttrain.errors import CodeError, DisttrainError
-from disttrain.mistakes import is_mistake, is_of_disttrain, place_of, quoted
+from disttrain.mistakes import is_mistake, is_of_disttrain, line_of, quoted
 from disttrain.run.field_places import code_of, field_place
 
 _ADVICE = (
@@ -52,7 +52,7 @@ def explained(error: BaseException, config: Config) -> BaseException:
     """Return a CodeError for a mistake of the user's code, and every other error as it is."""
     if isinstance(error, DisttrainError) or not is_mistake(error):
         return error
-    where = place_of(error) or _part(error, config)
+    where = line_of(error) or _part(error, config)
     if where is None:
         return error
     text = str(error)
