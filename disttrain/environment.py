@@ -1,7 +1,8 @@
 """The reader of environment variables: the launch by torchrun or Slurm that this process belongs to.
 
 *Contract*: nothing else in the package reads a variable, except `launching/torchrun.py`, which sets them for its ranks,
-and `process.py`, which sets those that a process must have from its start.
+`launching/pet_variables.py`, which reads those of torchrun's options, and `process.py`, which sets those that a process
+must have from its start.
 `read_launch` is a function of the mapping that it gets. torchrun's variables win over Slurm's, because one agent per
 node inside `srun` is common. Slurm's variables count only in a step that `srun` started with several tasks: a batch
 script, or `srun --pty bash`, is one process.

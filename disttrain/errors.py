@@ -1,17 +1,29 @@
 """The exceptions of the package. Every message says what was expected, what was got and what to do.
 
-*Contract*: a person can act on a `DisttrainError`, so the launcher prints its message without a traceback. Any other
-exception that reaches the launcher is a defect, ours or the user's, and keeps its traceback. Each class is also one of
-Python's own exceptions, so a program may catch it without importing disttrain.
+*Contract*: a person can act on a `DisttrainError`, so the launcher prints its message without a traceback. It turns a
+mistake of the user's code into one (mistakes.py). Any other exception that reaches the launcher is a defect, ours or
+the user's, and keeps its traceback. Each class is also one of Python's own exceptions, so a program may catch it
+without importing disttrain.
 """
 
 
 class DisttrainError(Exception):
     """Base of all errors that a person sees as one message, without a traceback."""
 
+    exit_code = 1
+    """The exit code of a run that it ends: 2 if a restart would meet the error again, so that there is none."""
+
 
 class ConfigError(DisttrainError, ValueError):
     """A cfg.py, an override or a combination of fields that cannot be run."""
+
+    exit_code = 2
+
+
+class CodeError(DisttrainError, RuntimeError):
+    """An exception of the user's code while the run trained, at which every restart would end again (mistakes.py)."""
+
+    exit_code = 2
 
 
 class BackendError(DisttrainError, RuntimeError):
@@ -20,6 +32,8 @@ class BackendError(DisttrainError, RuntimeError):
 
 class DataError(DisttrainError, RuntimeError):
     """A dataset that is empty, too small or changed since the run began, or that raises on a sample."""
+
+    exit_code = 2
 
 
 class CheckpointError(DisttrainError, RuntimeError):
@@ -70,5 +84,16 @@ class RemoteError(DisttrainError, RuntimeError):
     def interrupted(self) -> bool:
         return self.message.startswith(f"{Interrupted.__name__}: ")
 
+    @property
+    def failed_exit_code(self) -> int:
+        """The exit code of the rank that failed, which all ranks take."""
+        name = self.message.partition(":")[0]
+        codes = {kind.__name__: kind.exit_code for kind in _kinds_of(DisttrainError)}
+        return {**codes, Interrupted.__name__: Interrupted.exit_code}.get(name, DisttrainError.exit_code)
+
     def __reduce__(self) -> tuple[type["RemoteError"], tuple[int, str]]:
         return type(self), (self.rank, self.message)
+
+
+def _kinds_of(kind: type[DisttrainError]) -> list[type[DisttrainError]]:
+    return [kind, *(each for narrower in kind.__subclasses__() for each in _kinds_of(narrower))]

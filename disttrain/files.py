@@ -1,4 +1,4 @@
-"""Small files that a crash never leaves half-written, and files of JSON lines that a resumed run continues.
+"""Small files that a crash never leaves half-written, files of JSON lines that a resumed run continues, short paths.
 
 *Contract*: `write_text` replaces a file in one step; a reader sees the old text or the new one. `JsonLines` appends; a
 kill may cut its last line short, and opening the file again removes that line. `read_json` reads a small file that may
@@ -7,10 +7,30 @@ be damaged, or written by a stranger: whatever is wrong with it is one ValueErro
 
 import json
 import math
+import multiprocessing.util
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
+
+_LONGEST_FOLDER = 60
+"""The most bytes of a temporary folder in which sockets have room: a socket's path has at most 103 on every system."""
+
+
+def keep_socket_paths_short() -> None:
+    """Let multiprocessing keep its sockets in a short folder if TMPDIR is long; children of this process do too.
+
+    Call it before processes are started or send tensors. Nothing else leaves TMPDIR.
+    """
+    if len(os.fsencode(tempfile.gettempdir())) <= _LONGEST_FOLDER:
+        return
+    short = next((f for f in ("/tmp", "/var/tmp", "/dev/shm") if os.access(f, os.W_OK | os.X_OK)), None)
+    before, tempfile.tempdir = tempfile.tempdir, short
+    try:
+        multiprocessing.util.get_temp_dir()  # it keeps the folder that it makes first
+    finally:
+        tempfile.tempdir = before
 
 
 def write_text(path: Path, text: str | bytes) -> None:

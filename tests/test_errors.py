@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 from disttrain import errors
 from disttrain.backend.headers import describe_error
+from disttrain.data.dataset import LoadingError, SampleError
 from disttrain.errors import (
     BackendError,
     CheckpointError,
+    CodeError,
     ConfigError,
     DamagedError,
     DataError,
@@ -28,6 +30,7 @@ from disttrain.errors import (
     [
         (BackendError, RuntimeError),
         (CheckpointError, RuntimeError),
+        (CodeError, RuntimeError),
         (ConfigError, ValueError),
         (DamagedError, CheckpointError),
         (DataError, RuntimeError),
@@ -74,3 +77,20 @@ def test_a_remote_error_knows_whether_a_signal_ended_the_other_rank() -> None:
 def test_a_non_finite_error_has_the_step_and_the_reason() -> None:
     error = NonFiniteError("the loss of step 7 is nan", step=7, reason="loss is nan")
     assert (str(error), error.step, error.reason) == ("the loss of step 7 is nan", 7, "loss is nan")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("a"), 2),
+        (CodeError("cfg.py:7 in forward: KeyError: 'x'"), 2),
+        (DataError("empty"), 2),
+        (SampleError("dataset[4] raised ValueError: bad"), 2),
+        (LoadingError("dataset[4] raised OSError: torn"), 1),
+        (CheckpointError("no permission"), 1),
+        (Interrupted("SIGTERM"), 75),
+        (ValueError("ConfigError: no"), 1),
+    ],
+)
+def test_all_ranks_take_the_exit_code_of_the_rank_that_failed(error: BaseException, code: int) -> None:
+    assert RemoteError(1, describe_error(error)).failed_exit_code == code

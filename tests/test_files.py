@@ -167,3 +167,45 @@ def test_a_line_that_no_run_wrote_ends_what_is_kept(tmp_path: Path, damage: str)
         file.write(damage + "\n")
     write(tmp_path / "lines.jsonl", 5, 6)
     assert steps(tmp_path / "lines.jsonl") == [1, 2, 6]
+
+
+SENDS = """
+import multiprocessing, os, sys, tempfile
+import torch
+from disttrain.files import keep_socket_paths_short
+
+def send(queue, received):
+    queue.put(torch.arange(3))  # torch passes its memory on through a socket of multiprocessing
+    received.wait(60)
+
+if __name__ == "__main__":
+    if sys.argv[1] == "short":
+        keep_socket_paths_short()
+    assert tempfile.gettempdir() == os.environ["TMPDIR"]
+    context = multiprocessing.get_context("forkserver")
+    queue, received = context.Queue(), context.Event()
+    process = context.Process(target=send, args=(queue, received))
+    process.start()
+    assert queue.get(timeout=60).tolist() == [0, 1, 2]
+    received.set()
+    process.join()
+"""
+
+
+@pytest.mark.parametrize("how", ["short", "as it is"])
+def test_processes_find_each_other_under_a_long_tmpdir(how: str, tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 100) / ("y" * 40)
+    folder.mkdir(parents=True)
+    (tmp_path / "sends.py").write_text(SENDS)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "sends.py", how],
+        env={**os.environ, "TMPDIR": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    if how == "short":
+        assert done.returncode == 0, done.stderr
+    elif done.returncode:  # newer Pythons do by themselves what is tested here
+        assert "AF_UNIX path too long" in done.stderr

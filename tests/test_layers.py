@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "disttrain"
 # From the ground up. A room imports from floors below its own and from itself, never from a room beside it.
 FLOORS = [
     ["version", "errors", "process"],
-    ["devices", "environment", "files", "seeding"],
+    ["devices", "environment", "files", "mistakes", "seeding"],
     ["config", "backend", "data", "precision", "parallel", "launching"],
     ["engine", "checkpoint"],
     ["handlers", "evidence"],
@@ -117,4 +117,4 @@ def test_environment_variables_are_read_in_three_files() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "putenv")
     }
-    assert readers == {"environment.py", "process.py", "launching/torchrun.py"}
+    assert readers == {"environment.py", "process.py", "launching/torchrun.py", "launching/pet_variables.py"}

@@ -14,6 +14,7 @@
     xla          ranks that are XLA devices
     xla_spmd     one rank that drives all XLA devices of a host
     rendezvous   brings the ranks of one attempt together at a new store
+    ended_before notes for ranks that are started again that a mistake ended their launch
     stores       the key-value stores of torch.distributed
     failure      the board on which a rank posts the first failure of the run
     sockets      the connections of a process group, which a failure breaks

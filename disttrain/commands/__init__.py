@@ -11,6 +11,8 @@ compare      finds the first difference of two runs
 checkpoint   lists, shows, verifies, prunes and exports checkpoints
 checkpoint_target  finds the checkpoints that such a command line names
 doctor       prints the versions and devices of this machine
+closed_output  drops what nobody reads any more
+failures     reports the error that ended a run, once for all ranks
 exit_codes   defines the exit codes of all commands
 
 launch    one start of a run's ranks; torchrun may restart them within it

@@ -8,8 +8,6 @@ import argparse
 import json
 import logging
 import sys
-import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,8 +17,11 @@ from rich.table import Table
 
 from disttrain.backend import Backend, connect
 from disttrain.backend.determinism import CUBLAS_WORKSPACES
+from disttrain.backend.ended_before import mistake_before
+from disttrain.commands.closed_output import output_may_close
 from disttrain.commands.exit_codes import COMPLETED, FAILED, INTERRUPTED, USAGE
-from disttrain.commands.start_ranks import add_options, start_ranks
+from disttrain.commands.failures import is_interrupted, print_error, report_failure
+from disttrain.commands.start_ranks import add_options, start_ranks, take_defaults
 from disttrain.commands.summary import print_beginning, print_summary
 from disttrain.config import (
     Config,
@@ -37,7 +38,7 @@ from disttrain.config import (
     with_num_slots,
 )
 from disttrain.environment import LONGEST_GRACE_S, grace_s, launch_ids, set_default
-from disttrain.errors import ConfigError, DisttrainError, Interrupted, RemoteError
+from disttrain.errors import ConfigError, DisttrainError
 from disttrain.handlers.preemption import Preemption
 from disttrain.launching.end_with_launcher import end_with_launcher
 from disttrain.launching.torchrun import report_exit_code
@@ -48,11 +49,10 @@ from disttrain.version import __version__
 
 SLACK, LEAST_SLACK_S = 0.25, 5.0
 """Collectives wait this much longer than `timeout_s`: the watchdog, which knows the rank that hangs, reports first."""
-WATCHDOG_ENDS_WITHIN_S = 10.0
 MEANINGS = {
     COMPLETED: "completed, now or before",
     FAILED: "failed while running; the last checkpoint is kept",
-    USAGE: "the command, the config or the data cannot be run",
+    USAGE: "a mistake in the command, the config, the data or their code; starting it again would not help",
     INTERRUPTED: "interrupted by a signal, after a checkpoint if a step was done; the same command resumes the run",
 }
 
@@ -64,11 +64,19 @@ def main(arguments: Sequence[str] | None = None, *, handlers: Handlers = ()) -> 
     options = launch_parser().parse_intermixed_args(arguments)
     options.words = list(sys.argv[1:] if arguments is None else arguments)
     logging.getLogger("disttrain").addHandler(logging.NullHandler())  # only the ranks' log files get log messages
+    with output_may_close():
+        return run_options(options, handlers)
+
+
+def run_options(options: argparse.Namespace, handlers: Handlers) -> int:
+    """Start ranks, or run the command in this process, which may be a rank; return the exit code."""
     try:
         if options.grace is not None and not 1 <= options.grace <= LONGEST_GRACE_S:
             raise ConfigError(f"expected --grace to be from 1 to {LONGEST_GRACE_S} seconds, got {options.grace}")
-        if options.ranks is not None and not (options.check or options.print_config):
-            return start_ranks(options)
+        if not (options.check or options.print_config):
+            take_defaults(options)
+            if options.ranks is not None:
+                return start_ranks(options)
         with Preemption(starting=True) as preemption:
             return report_exit_code(run_command(options, handlers, preemption))
     except (ConfigError, KeyboardInterrupt) as error:  # before the ranks were started or connected
@@ -91,6 +99,8 @@ def run_command(options: argparse.Namespace, handlers: Handlers, preemption: Pre
         return COMPLETED
     if config is not None and options.check:
         return print_valid(config)
+    if mistake_before():
+        return USAGE
     try:
         end_with_launcher()
         set_process_variables()  # for the loader's workers, if another program called this
@@ -109,7 +119,7 @@ def run_command(options: argparse.Namespace, handlers: Handlers, preemption: Pre
             assert config is not None
             return check_and_train(config, options, backend, preemption)
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - nothing above this can report it
-            return report_failure(error, backend, options)
+            return report_failure(error, config, backend, options)
 
 
 def asks_spmd(config: Config | None) -> bool | None:
@@ -250,48 +260,3 @@ def is_finished(result: dict[str, Any], config: Config) -> bool:
     if config.max_steps is not None:
         return int(result["step"]) >= config.max_steps
     return int(result["epoch"]) >= (config.max_epochs or 0)
-
-
-def report_failure(error: BaseException, backend: Backend, options: argparse.Namespace) -> int:
-    """Print an error on the rank that failed first, and send it to the other ranks; return this rank's exit code."""
-    if isinstance(error, RemoteError):
-        return exit_code_of(error)
-    first: RemoteError | None = None
-    if isinstance(error, RuntimeError) and not isinstance(error, DisttrainError):
-        # A collective that broke is a result of another rank's failure, which that rank has reported.
-        first = backend.first_failure(wait_s=0.5)
-        if first is not None and first.rank == backend.rank:
-            # Another thread of this process, the watchdog, has reported the failure and ends the process.
-            time.sleep(WATCHDOG_ENDS_WITHIN_S)
-            return FAILED
-    if first is None:
-        backend.fail(error)
-        first = backend.first_failure(wait_s=0.0)
-    if first is not None and first.rank != backend.rank:
-        return exit_code_of(first)
-    return print_error(error, options)
-
-
-def exit_code_of(error: RemoteError) -> int:
-    """Return the exit code of the rank that failed, which all ranks take."""
-    if error.interrupted:
-        return INTERRUPTED
-    return USAGE if error.message.startswith(f"{ConfigError.__name__}: ") else FAILED
-
-
-def is_interrupted(error: BaseException, backend: Backend) -> bool:
-    """Return True if a signal, to this rank or to another one, ended the run."""
-    first = error if isinstance(error, RemoteError) else backend.first_failure(wait_s=0.0)
-    return isinstance(error, Interrupted) or (first is not None and first.interrupted)
-
-
-def print_error(error: BaseException, options: argparse.Namespace) -> int:
-    """Print a user's mistake as one message, and any other error with its traceback; return the exit code."""
-    if isinstance(error, KeyboardInterrupt):
-        print(f"Interrupted: {error or 'the same command resumes from the last checkpoint'}", file=sys.stderr)
-        return INTERRUPTED
-    if options.traceback or not isinstance(error, (DisttrainError, OSError)):
-        traceback.print_exception(error)
-    else:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-    return USAGE if isinstance(error, ConfigError) else FAILED

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from disttrain.commands.closed_output import output_may_close
 from disttrain.process import begin_process
 from disttrain.version import __version__
 
@@ -20,9 +21,15 @@ _TRAINS = ("launch", "verify")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None and words and words[0] in _TRAINS:
+        begin_process()
+    with output_may_close():
+        return run_words(words)
+
+
+def run_words(words: Sequence[str]) -> int:
+    """Run the command that the first word names; return the exit code."""
     if words and words[0] in _OWN_PARSERS:
-        if words[0] in _TRAINS and arguments is None:
-            begin_process()
         code: int = import_module(f"disttrain.commands.{words[0]}").main(words[1:])
         return code
     parser = argparse.ArgumentParser(

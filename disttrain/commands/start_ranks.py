@@ -6,6 +6,7 @@ from pathlib import Path
 from disttrain.config import load_config
 from disttrain.environment import grace_s
 from disttrain.errors import ConfigError
+from disttrain.launching.pet_variables import hosts_as_set
 from disttrain.launching.torchrun import run_torchrun, torchrun_words
 from disttrain.process import SETTINGS, set_process_variables
 
@@ -20,38 +21,58 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     ranks.add_argument("--ranks", metavar="N", type=int, help="number of ranks on this host")
     ranks.add_argument(
-        "--max-restarts", metavar="N", type=int, default=3, help="how often ranks that died are restarted (default: 3)"
+        "--max-restarts", metavar="N", type=int, help="how often ranks that died are restarted (default: 3)"
     )
     ranks.add_argument(
         "--grace", metavar="S", type=int, help="seconds from a signal to SIGKILL (default with --ranks: torchrun's, 30)"
     )
     ranks.add_argument(
-        "--nodes", metavar="N", default="1", help="number of hosts, or MIN:MAX; use the same on every host (default: 1)"
+        "--nodes", metavar="N", help="number of hosts, or MIN:MAX; use the same on every host (default: 1)"
     )
     ranks.add_argument("--rdzv", metavar="HOST:PORT", help="rendezvous of several hosts: an address of one of them")
     ranks.add_argument(
         "--no-rdzv-host", action="store_true", help="open no store at HOST:PORT, because one runs there already"
     )
+    parser.set_defaults(opens_store=None)
+
+
+def take_defaults(options: argparse.Namespace) -> None:
+    """Take ranks, hosts and rendezvous from torchrun's variables (PET_NNODES, ...) where all are there and none typed.
+
+    What is taken is printed, as it would be typed.
+    """
+    if options.nodes is not None or options.rdzv is not None or (found := hosts_as_set(options.ranks)) is None:
+        return
+    given, options.ranks = options.ranks, found.ranks
+    options.nodes, options.rdzv, options.opens_store = found.nodes, found.endpoint, found.opens_store
+    if options.max_restarts is None:
+        options.max_restarts = found.max_restarts
+    words = [f"--ranks {found.ranks}"] * (given is None) + [f"--nodes {found.nodes} --rdzv {found.endpoint}"] * (
+        found.endpoint is not None
+    )
+    if words:
+        print(f"from the environment's PET_ variables: {' '.join(words)}", flush=True)
 
 
 def start_ranks(options: argparse.Namespace) -> int:
     """Start the ranks that the options ask for, wait until they end, and return the run's exit code."""
+    nodes = options.nodes or "1"
     if options.ranks < 1:
         raise ConfigError(f"expected --ranks to be at least 1, got {options.ranks}")
-    if (options.nodes != "1") != (options.rdzv is not None):
+    if (nodes != "1") != (options.rdzv is not None):
         raise ConfigError(
-            f"expected --nodes and --rdzv together, got --nodes {options.nodes} and --rdzv {options.rdzv}; "
+            f"expected --nodes and --rdzv together, got --nodes {nodes} and --rdzv {options.rdzv}; "
             "one host needs neither, several need both"
         )
     grace_s(in_agent=True)  # refuse an unreadable variable here; torchrun would fail with a traceback
     config = load_config(Path(options.config), options.overrides)  # report a mistake once, and not on every rank
     words = torchrun_words(
         options.ranks,
-        nodes=options.nodes,
+        nodes=nodes,
         endpoint=options.rdzv,
-        opens_store=not options.no_rdzv_host,
+        opens_store=False if options.no_rdzv_host else options.opens_store,
         run_id=str(config.name),
-        max_restarts=options.max_restarts,
+        max_restarts=3 if options.max_restarts is None else options.max_restarts,
     )
     arguments = [options.config, *options.overrides, "--runs", str(options.runs)]
     arguments += ["--fresh"] * options.fresh + ["--traceback"] * options.traceback

@@ -16,19 +16,21 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 from disttrain.data.probes import Probe
 from disttrain.data.sampler import SeededBatch
 from disttrain.errors import DataError
+from disttrain.mistakes import is_mistake, placed, quoted
 from disttrain.seeding import SeededConfig, seed_for, seed_position
 
-LONGEST_QUOTE = 300
 NUM_HASHED_ROWS = 16
 
 
 class LoadingError(DataError):
-    """A sample or a batch could not be made. The message is one line, also if a worker process raised it.
+    """A sample or a batch could not be made, and perhaps can be after a restart. The message is one line, always.
 
     A DataLoader sends an error of a worker to the main process as its class and a text: "Caught ... Original
     Traceback ...". The last line of that text is our message. The whole text becomes a note, which a printed traceback
     shows.
     """
+
+    exit_code = 1
 
     def __init__(self, message: str) -> None:
         in_worker = message.startswith("Caught ")
@@ -38,11 +40,15 @@ class LoadingError(DataError):
             self.add_note(message)
 
 
-def quoted(error: Exception) -> str:
-    """Return an error as part of a one-line message: its type and its text, which is cut if it is long."""
-    text = " ".join(str(error).split())
-    text = text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE] + "..."
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+class SampleError(LoadingError):
+    """A mistake in the code of the data: the same sample or batch fails again after every restart."""
+
+    exit_code = 2
+
+
+def loading_error(message: str, cause: BaseException) -> LoadingError:
+    """Return the error of a sample or a batch for which the user's code raised `cause`."""
+    return (SampleError if is_mistake(cause) else LoadingError)(message)
 
 
 def _batch_name(batch: SeededBatch) -> str:
@@ -84,15 +90,16 @@ class SeededDataset(Dataset[Any]):
             return getitems(list(batch))
         except Exception as error:
             self._raise_for_bad_sample(batch)
-            raise LoadingError(f"dataset.__getitems__ raised {quoted(error)}, loading {_batch_name(batch)}") from error
+            raised = f"dataset.__getitems__ raised {placed(error)}, loading {_batch_name(batch)}"
+            raise loading_error(raised, error) from error
 
     def _sample(self, index: int, batch: SeededBatch) -> Any:
         try:
             return self.dataset[index]
         except Exception as error:
-            raise LoadingError(
-                f"dataset[{index}] raised {quoted(error)}; repair that sample or leave it out (it is in {batch.name})"
-            ) from error
+            raised = f"dataset[{index}] raised {placed(error)}"
+            advice = f"repair that sample or leave it out (it is in {batch.name})"
+            raise loading_error(f"{raised}; {advice}", error) from error
 
     def _raise_for_bad_sample(self, batch: SeededBatch) -> None:
         """Load the samples one by one, and raise a LoadingError that names the first bad one, if there is one."""
@@ -137,10 +144,9 @@ def collated(collate_fn: Callable[[Any], Any], samples: Any, name: str) -> Any:
         return collate_fn(samples)
     except Exception as error:
         function = getattr(collate_fn, "__name__", type(collate_fn).__name__)
-        raise LoadingError(
-            f"{function} raised {quoted(error)}, collating {name}; give all samples one shape and type, "
-            "or set a collate function that accepts them as they are"
-        ) from error
+        raised = f"{function} raised {placed(error)}, collating {name}"
+        advice = "give all samples one shape and type, or set a collate function that accepts them as they are"
+        raise loading_error(f"{raised}; {advice}", error) from error
 
 
 def is_iterable_style(dataset: Any) -> bool:

@@ -6,7 +6,7 @@ sends to every process of a job. It ends within about a second of the process th
 the default method of `multiprocessing`.
 
 *Errors*: an exception of a sample or of a collate function becomes a `LoadingError` of one line. If a worker dies
-before its batch arrives, that is a `DataError`.
+before its batch arrives, that is one too.
 """
 
 import functools
@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from disttrain.data.dataset import LoadingError
-from disttrain.errors import DataError
+from disttrain.files import keep_socket_paths_short
 from disttrain.seeding import random_state_kept
 
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -67,6 +67,8 @@ class Fetching:
             num_workers=self._num_workers,
             pin_memory=self._pin_memory,
         )
+        if self._num_workers:
+            keep_socket_paths_short()
         if self._num_workers and multiprocessing.get_start_method() != "fork":
             resource_tracker.ensure_running()  # else it starts below, and on some Pythons that unblocks signals
         with _signals_blocked(), _collection_paused():
@@ -85,7 +87,7 @@ class Fetching:
             died = suspicious and self._has_dead_worker()
             self.stop()
             if died:
-                raise DataError(
+                raise LoadingError(
                     "a data loading worker ended, expected it to live as long as the run "
                     f"({type(error).__name__}: {error}); it was killed, perhaps because memory or shared memory "
                     "(/dev/shm) ran out: use fewer workers or smaller batches"

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from torch.utils.data._utils import worker
 
-from disttrain.data.dataset import LoadingError, collated, quoted
+from disttrain.data.dataset import LoadingError, SampleError, collated, loading_error
+from disttrain.mistakes import placed
 from disttrain.seeding import SeededConfig, seed_for, seed_position
 
 StreamState = dict[str, Any]
@@ -149,7 +150,8 @@ class StreamReader:
             raise
         except Exception as error:
             advice = "; it is called for each slot: use at most as many num_slots as shards" if self.sharded else ""
-            raise LoadingError(f"{call} raised {quoted(error)}, when pass {self._epoch} began{advice}") from error
+            raised = f"{call} raised {placed(error)}, when pass {self._epoch} began{advice}"
+            raise loading_error(raised, error) from error
         return self._streams[number]
 
     def too_short_message(self, epoch: int, left: Mapping[int, int]) -> str:
@@ -197,10 +199,8 @@ class _OpenStream:
             except StopIteration:
                 self._ended = True  # `next` is not called again: some iterators would begin anew
             except Exception as error:
-                raise LoadingError(
-                    f"the stream raised {quoted(error)}, making sample {len(samples)} of {name}; "
-                    "repair that sample or leave it out"
-                ) from error
+                raised = f"the stream raised {placed(error)}, making sample {len(samples)} of {name}"
+                raise loading_error(f"{raised}; repair that sample or leave it out", error) from error
         return samples
 
     def state(self) -> StreamState | None:
@@ -233,7 +233,7 @@ def _set_epoch(stream: Any, epoch: int) -> None:
 
 def _restore(stream: Any, state: Any) -> None:
     if not _is_stateful(stream):
-        raise LoadingError(
+        raise SampleError(
             f"the checkpoint holds the state of a stream, and {type(stream).__name__} has no load_state_dict(state) "
             "to load it; restore that method, or start a new run with --fresh"
         )
@@ -252,7 +252,7 @@ def _plain(value: Any, path: str) -> Any:
         return kind(_plain(item, f"{path}[{index}]") for index, item in enumerate(value))
     if kind in (dict, OrderedDict, Counter) and all(type(key) in (str, int) for key in value):
         return kind({key: _plain(item, f"{path}[{key!r}]") for key, item in value.items()})
-    raise LoadingError(
+    raise SampleError(
         f"{path} is of type {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold; expected None, "
         "bool, int, float, str, list, tuple, dict with str or int keys, or a tensor: convert it in state_dict()"
     )

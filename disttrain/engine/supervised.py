@@ -22,6 +22,7 @@ by hand.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,14 +133,18 @@ class StepFunction(nn.Module):
         self.model = model
         self.loss = loss
         self.step = step
+        # Functions, which a subclass may replace, and no Modules: loss and step are parts of this Module already.
+        self.pair: Callable[[Any], tuple[Any, Any]] = identity
+        self.loss_of: LossFn | None = None if loss is None else partial(loss)
+        self.result_of = None if step is None else partial(step)
 
     def forward(self, batch: Any) -> tuple[Tensor, Any]:
-        if self.step is not None:
-            return self.step(self.model, batch)
-        assert self.loss is not None, "a Config has loss or forward"
-        x, y = batch
+        if self.result_of is not None:
+            return self.result_of(self.model, batch)
+        assert self.loss_of is not None, "a Config has loss or forward"
+        x, y = self.pair(batch)
         y_pred = self.model(x)
-        return self.loss(y_pred, y), (y_pred, y)
+        return self.loss_of(y_pred, y), (y_pred, y)
 
 
 def _nothing() -> None:

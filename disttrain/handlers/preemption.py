@@ -15,7 +15,8 @@ from which a thread reads it. The signals are not blocked, as `sigwait` would ne
 every program that is started from here, and the threads that numpy's libraries start at their import would still
 receive it and end the process. A forked process receives signals as if this module did not exist.
 
-A rank's signal handlers are installed here and nowhere else; leaving the context restores the old ones.
+A rank's signal handlers are installed here and nowhere else; leaving the context restores the old ones. In another
+thread than the main one, where Python installs none, the context warns and does nothing; timed checkpoints work.
 
 *Source*: signal(7), "Execution of signal handlers"; Python's signal.set_wakeup_fd.
 """
@@ -27,6 +28,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
@@ -45,6 +47,10 @@ FAILS_PEERS_AFTER_S = 1.0
 ENDS_PROCESS_AFTER_S = 10.0
 """How long the main thread may take to end; after that the listener ends the process."""
 _STOP_LISTENING = b"\0"
+IN_A_THREAD = (
+    "a signal will not save and stop this run: it was started in a thread, and Python gives signals to the main thread "
+    "alone; start it in the main thread, or in a process of its own"
+)
 
 
 class Preemption:
@@ -77,11 +83,15 @@ class Preemption:
         self._old_handlers: dict[signal.Signals, Any] = {}
         self._old_fd = -1
         self._ended = threading.Event()
+        self._listener: threading.Thread | None = None
         self.outer: Preemption | None = None
         """The instance that was installed before this one."""
 
     def __enter__(self) -> "Preemption":
         global _installed  # signals belong to the process: one instance is installed at a time
+        if threading.current_thread() is not threading.main_thread():
+            warnings.warn(IN_A_THREAD, RuntimeWarning, stacklevel=2)
+            return self
         self._main_thread = threading.get_ident()
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
@@ -98,6 +108,8 @@ class Preemption:
 
     def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
         global _installed
+        if self._listener is None:
+            return
         _installed = self.outer
         self.uninstall()
         self._ended.set()

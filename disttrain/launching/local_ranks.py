@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from disttrain.environment import Topology, set_launch
+from disttrain.files import keep_socket_paths_short
 from disttrain.process import set_process_variables
 
 HOST = "127.0.0.1"
@@ -36,6 +37,7 @@ class LocalRanks:
         self, world_size: int, target: Callable[..., int], arguments: Sequence[Any], logs: Path, preload: Sequence[str]
     ) -> None:
         set_process_variables()  # ranks have those of the process off which they are forked
+        keep_socket_paths_short()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(preload))
         port = _free_port()

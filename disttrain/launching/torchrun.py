@@ -9,7 +9,7 @@ could not print anything, so one line names it. A new interpreter a rank would i
 DDP import at their first use, for 4 s of a core. So ranks are forked off one process per host, the server, which has
 imported these modules and has run nothing. The server ends with this process, and the ranks end with the server.
 
-*Environment*: this is the one file beside `environment.py` that reads and sets variables. It sets the variables of its
+*Environment*: this file reads and sets variables, as `environment.py` and `pet_variables.py` do. It sets those of its
 ranks, and the folder through which they report their exit codes.
 
 *Source*: torch.distributed.run and torch.distributed.elastic; `multiprocessing`, "forkserver"; prctl(2).
@@ -37,7 +37,9 @@ import torch
 
 from disttrain import environment
 from disttrain.errors import ConfigError, Interrupted
+from disttrain.files import keep_socket_paths_short
 from disttrain.launching.local_ranks import as_if_started_by_hand
+from disttrain.launching.pet_variables import hidden_variables
 
 _EXIT_CODES_FOLDER = "DISTTRAIN_EXIT_CODES"
 """The variable that holds the folder into which the ranks of this host write their exit codes."""
@@ -56,18 +58,20 @@ RENDEZVOUS = "last_call_timeout=1,join_timeout=600,close_timeout=5,keep_alive_in
 
 
 def torchrun_words(
-    ranks: int, *, nodes: str, endpoint: str | None, run_id: str, max_restarts: int, opens_store: bool = True
+    ranks: int, *, nodes: str, endpoint: str | None, run_id: str, max_restarts: int, opens_store: bool | None = None
 ) -> list[str]:
     """Return torchrun's options: for this host alone, or for `nodes` hosts (N or MIN:MAX) that meet at `endpoint`.
 
-    The host at `endpoint` opens a store there; with `opens_store=False` a store runs there already.
+    The host at `endpoint` opens a store there, which torchrun knows by the address, or by `opens_store`: this host does
+    or does not.
     """
     words = ["--nproc-per-node", str(ranks), "--max-restarts", str(max_restarts), "--monitor-interval", "0.2"]
     words += ["--signals-to-handle", _SIGNAL_NAMES]
     if endpoint is None:
         return ["--standalone", *words]
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", run_id]
-    rendezvous += ["--rdzv-conf", RENDEZVOUS if opens_store else f"{RENDEZVOUS},is_host=false"]
+    is_host = "" if opens_store is None else f",is_host={str(opens_store).lower()}"
+    rendezvous += ["--rdzv-conf", RENDEZVOUS + is_host]
     return ["--nnodes", nodes, *words, *rendezvous]
 
 
@@ -112,7 +116,8 @@ def run_torchrun(
         try:
             parse: Callable[[list[str]], object] = torchrun.parse_args
             config_of: Callable[[object], tuple[Any, Any, Any]] = torchrun.config_from_args
-            config, _, _ = config_of(parse([*words, "--start-method", "forkserver", "-m", module]))
+            with hidden_variables():
+                config, _, _ = config_of(parse([*words, "--start-method", "forkserver", "-m", module]))
             config.rdzv_backend = elastic.NAME
             with _no_main_module():
                 _wait_for_server()
@@ -176,6 +181,7 @@ def _wait_for_ranks() -> None:
 
 def _start_server(preload: Sequence[str]) -> None:
     """Start the process off which ranks are forked; signals to its whole process group do not end it."""
+    keep_socket_paths_short()
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
     resource_tracker.ensure_running()  # first: starting it unblocks SIGTERM, and the server would start it otherwise
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -208,12 +214,14 @@ def _run_rank(module: str, arguments: list[str], method: str) -> None:
         os.close(server._forkserver_alive_fd)
         server._forkserver_alive_fd = None
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        if stream is not None:  # it was closed when the launcher began
+            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     program: Any = importlib.import_module(module)
     sys.argv = [str(program.__file__), *arguments]
     code = program.main(arguments)
-    sys.stdout.flush()
+    if sys.stdout is not None:
+        sys.stdout.flush()
     if code:
         sys.exit(code)
     if _reported_code() == Interrupted.exit_code:

@@ -76,6 +76,7 @@ class SlotBuffers:
 
     def step_ends(self) -> None:
         """Give every rank the buffers of slot 0, which rank 0 runs."""
+        self._reset_constants()
         self._take_moved(self._frozen.moved_on_any_rank(self._group))
         if not self._places:
             return

@@ -206,6 +206,7 @@ class XlaSlotBuffers(SlotBuffers):
 
     @torch.no_grad()
     def step_ends(self) -> None:
+        self._reset_constants()
         self._take_moved(self._frozen.moved_on_any_rank(None))
         if not self._places:
             return

@@ -3,6 +3,9 @@
 state              `Run`: the parts of a run, complete, built once
 assemble           makes a `Run` of a Config and a Backend
 factories          calls the factories of a Config
+step_checks        checks what the functions of a config give to each other in a step
+field_places       the line of a field's value in the user's files
+code_errors        explains an exception of the user's code in one line
 data               training data with its loader and identity, and validation data
 updates            around each update: gradient norm, clipping, schedule, updates that are left out
 train              the way of a run: assemble, restore, attach, train, result

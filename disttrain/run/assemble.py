@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 from disttrain.backend import Backend, set_cpu_threads
 from disttrain.config import Config, check_devices
+from disttrain.config.wording import got
 from disttrain.data import check_dataset, evaluation_loader
 from disttrain.data.weighted import WeightedBatch, weight_of, without_weight
 from disttrain.devices import device_row
@@ -40,8 +41,10 @@ from disttrain.run.data import build_data, collate_of
 from disttrain.run.directory import RunDirectory
 from disttrain.run.evaluation import Evaluation
 from disttrain.run.evaluation_point import begin_training
-from disttrain.run.factories import build
+from disttrain.run.factories import build, built
+from disttrain.run.field_places import field_place
 from disttrain.run.state import Run, total_steps
+from disttrain.run.step_checks import CheckedStep
 from disttrain.run.updates import Updates
 from disttrain.seeding import manual_seed, seed_for
 
@@ -163,7 +166,7 @@ def call_handlers(run: Run) -> None:
 def build_model(config: Config, backend: Backend) -> nn.Module:
     """Build the model under its own seed, on this rank's device."""
     manual_seed(seed_for(config.seed, "init"))
-    model: nn.Module = backend.move(build("model", config.model))
+    model: nn.Module = backend.move(built(config, "model", nn.Module))
     if config.compile:
         backend.compile(model)
     return model
@@ -176,7 +179,7 @@ def build_step_function(config: Config, model: nn.Module, backend: Backend) -> S
     """
     given: list[Any] = [config.loss, config.forward]
     loss, step = (copy.deepcopy(part) if isinstance(part, nn.Module) else part for part in given)
-    step_function: StepFunction = backend.move(StepFunction(model, loss, step))
+    step_function: StepFunction = backend.move(CheckedStep(config, model, loss, step))
     check_model(step_function, backend.device)
     return step_function
 
@@ -187,8 +190,8 @@ def build_optimizer(config: Config, step_function: StepFunction, layout: Layout)
     optimizer = build("optimizer", config.optimizer, trained)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(
-            f"optimizer: expected a function that returns a torch.optim.Optimizer, got {type(optimizer).__name__}; "
-            "return one optimizer over all the parameters, with groups where they differ"
+            f"{field_place(config, 'optimizer')}: expected a function that returns a torch.optim.Optimizer, got "
+            f"{got(optimizer)}; return one optimizer over all the parameters, with groups where they differ"
         )
     if needed := required_arguments(optimizer.step):
         raise ConfigError(
@@ -214,7 +217,8 @@ def build_schedule(config: Config, optimizer: torch.optim.Optimizer, num_steps: 
     schedule = build("schedule", config.schedule, optimizer, num_steps)
     if not callable(getattr(schedule, "step", None)):
         raise ConfigError(
-            f"schedule: expected a function that returns a schedule with step(), got {type(schedule).__name__}"
+            f"{field_place(config, 'schedule')}: expected a function that returns a schedule with step(), got "
+            f"{got(schedule)}"
         )
     if needed := required_arguments(schedule.step):
         raise ConfigError(
@@ -272,7 +276,7 @@ def build_evaluation(
     """Build the evaluation; its batches are as large as a slot's, on any number of ranks."""
     num_samples = check_dataset(dataset, "valid_data")["dataset_length"]
     batch_size = config.global_batch_size // slots.num_slots
-    metrics = {name: build(f"metric {name}", make).to(backend.metrics_device) for name, make in config.metrics.items()}
+    metrics = {name: build_metric(name, make).to(backend.metrics_device) for name, make in config.metrics.items()}
     return Evaluation(
         step_function,
         lambda: evaluation_loader(
@@ -296,6 +300,16 @@ def build_evaluation(
         optimizer=optimizer,
         gathered=layout.gathered,
     )
+
+
+def build_metric(name: str, make: Callable[[], Any]) -> Any:
+    """Build a metric; ConfigError for anything else than one of torchmetrics."""
+    from torchmetrics import Metric, MetricCollection  # slow to import, and needed only where metrics are
+
+    metric = build(f"metric {name}", make)
+    if not isinstance(metric, Metric | MetricCollection):
+        raise ConfigError(f"metric {name}: expected a function that returns a torchmetrics.Metric, got {got(metric)}")
+    return metric
 
 
 def build_best(config: Config, evaluation: Evaluation, backend: Backend) -> Best | None:

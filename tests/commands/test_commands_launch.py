@@ -1,6 +1,7 @@
 """`launch` before its ranks are connected; integration/ tests the rest by real commands."""
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,21 @@ def test_one_rank_drives_all_xla_devices_if_the_config_asks_for_it(fields: list[
     config = load_config(Path(__file__).parents[2] / "examples" / "digits.py", fields)
     assert launch.asks_spmd(config) is asks
     assert launch.asks_spmd(None) is False
+
+
+@pytest.mark.parametrize(("words", "code"), [([], launch.FAILED), (["modle=3"], launch.USAGE)])
+def test_a_launch_from_a_thread_returns_its_code(words: list[str], code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(name: str, *, timeout_s: float, spmd: bool | None) -> None:
+        raise BackendError("no ranks here")
+
+    monkeypatch.setattr(launch, "connect", connect)
+    codes: list[int] = []
+
+    def run() -> None:
+        with pytest.warns(RuntimeWarning, match="started in a thread"):
+            codes.append(launch.main([str(Path(__file__).parents[2] / "examples" / "digits.py"), *words]))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert codes == [code]

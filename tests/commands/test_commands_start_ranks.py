@@ -10,7 +10,7 @@ from torch.distributed.run import parse_args
 
 from disttrain.commands import start_ranks as module
 from disttrain.commands.launch import launch_parser
-from disttrain.commands.start_ranks import start_ranks
+from disttrain.commands.start_ranks import start_ranks, take_defaults
 from disttrain.errors import ConfigError
 
 CFG = """
@@ -105,3 +105,46 @@ def test_a_mistake_is_an_error_before_anything_starts(
     with pytest.raises(ConfigError, match=message):
         typed(cfg, *words)
     assert not hasattr(torchrun, "options")
+
+
+POD = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "4", "PET_MASTER_ADDR": "job-0", "PET_MASTER_PORT": "23456"}
+
+
+@pytest.fixture
+def pod(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**POD, "PET_NODE_RANK": "1", "PET_MAX_RESTARTS": "9"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+
+@pytest.mark.usefixtures("pod")
+def test_a_pod_takes_its_launch_from_torchruns_variables(
+    cfg: str, torchrun: Torchrun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, ranks in (([], "4"), (["--ranks", "2"], "2")):
+        options = launch_parser().parse_intermixed_args([cfg, *words])
+        take_defaults(options)
+        start_ranks(options)
+        got = torchrun.options
+        assert (got.nnodes, got.nproc_per_node, got.rdzv_endpoint, got.max_restarts) == ("2", ranks, "job-0:23456", 9)
+        assert "is_host=false" in got.rdzv_conf
+    assert capsys.readouterr().out.splitlines() == [
+        "from the environment's PET_ variables: --ranks 4 --nodes 2 --rdzv job-0:23456",
+        "from the environment's PET_ variables: --nodes 2 --rdzv job-0:23456",
+    ]
+
+
+@pytest.mark.usefixtures("pod")
+def test_what_is_typed_wins(cfg: str, torchrun: Torchrun) -> None:
+    options = launch_parser().parse_intermixed_args([cfg, "--ranks", "2", "--nodes", "1"])
+    take_defaults(options)
+    start_ranks(options)
+    assert torchrun.options.standalone
+
+
+@pytest.mark.usefixtures("pod")
+def test_half_a_launch_in_the_environment_is_no_default(cfg: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PET_MASTER_ADDR")
+    options = launch_parser().parse_intermixed_args([cfg])
+    take_defaults(options)
+    assert (options.ranks, options.nodes, options.rdzv) == (None, None, None)

@@ -290,3 +290,24 @@ def test_a_start_that_nothing_can_interrupt_is_ended() -> None:
     done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == Interrupted.exit_code
     assert "SIGTERM came before the first step" in done.stderr
+
+
+def test_in_a_thread_there_are_no_signals_and_a_warning_says_so() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    seen: list[object] = []
+
+    def run() -> None:
+        context = Preemption(starting=True)
+        with pytest.warns(RuntimeWarning, match="started in a thread"):
+            context.__enter__()
+        with connect("single") as backend:
+            context.begin(backend, save_every_s=1e-9)  # timed checkpoints work as ever
+            context.ask()
+            seen.extend([context.agreed(anew=True), context.left_s(), context.asked()])
+        context.__exit__()
+        seen.append([signal.getsignal(number) for number in SIGNALS])
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [SAVE, math.inf, False, before]

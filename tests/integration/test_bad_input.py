@@ -148,6 +148,36 @@ def test_dataset_that_raises_on_one_sample(tmp_path: Path, ranks: int, workers: 
     refused(done, "the scan is torn", "123")
 
 
+MISTAKES = [
+    (
+        "fields['train_data'] = lambda: [{'x': torch.zeros(64), 'y': 0}] * 80",
+        ["ConfigError: train_data (cfg.py:", "'x', 'y'"],
+    ),
+    ("fields.update(loss=None, forward=lambda model, batch: {'loss': 0})", ["ConfigError: forward (cfg.py:", "'loss'"]),
+    ("fields['model'] = lambda: nn.Linear(64, 3)", ["CodeError: loss (cfg.py:", "Target", "one more output"]),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), MISTAKES)
+def test_a_mistake_in_what_a_step_calls(tmp_path: Path, change: str, words: list[str]) -> None:
+    write_cfg(tmp_path, change)
+    refused(launch("cfg.py", cwd=tmp_path), *words, code=2)
+
+
+def test_a_mistake_that_one_rank_alone_meets(tmp_path: Path) -> None:
+    change = """
+    import os
+    class Uneven(Noisy):
+        def __getitem__(self, i):
+            x, y = super().__getitem__(i)
+            return x[:63] if os.environ["RANK"] == "1" else x, y
+    fields["train_data"] = Uneven
+    """
+    write_cfg(tmp_path, change)
+    done = launch("cfg.py", ranks=2, cwd=tmp_path)
+    refused(done, "CodeError: model (cfg.py:", "in its module 0 (Linear)", "63")
+
+
 @pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_loss_that_becomes_nan(tmp_path: Path, ranks: int) -> None:
     change = """

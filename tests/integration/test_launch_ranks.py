@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import Done, checkpoints, environment, result, write_cfg
+from commands import Done, checkpoints, environment, launch_as_typed, result, write_cfg
 
 from disttrain.commands.main import main
 from disttrain.environment import TORCHRUN_READS_GRACE
@@ -58,7 +58,7 @@ def test_a_rank_that_is_killed_starts_again_and_the_command_is_printed(tmp_path:
 @pytest.mark.parametrize(
     ("change", "code", "expected"),
     [
-        ("def net(): raise OSError('no such weights')\nfields['model'] = net", 2, "no such weights"),
+        ("def net(): raise FileNotFoundError('no such weights')\nfields['model'] = net", 2, "no such weights"),
         pytest.param("fields['optimizer'] = 3", 2, "optimizer", marks=pytest.mark.slow),
     ],
 )
@@ -72,13 +72,66 @@ def test_a_mistake_is_reported_once_and_nothing_restarts(tmp_path: Path, change:
     assert "ChildFailedError" not in done.text
 
 
-@pytest.mark.slow
-def test_an_error_of_the_users_code_is_reported_once_and_the_exit_code_is_1(tmp_path: Path) -> None:
+def test_a_mistake_of_the_users_code_is_reported_once_in_one_line_and_nothing_restarts(tmp_path: Path) -> None:
     write_cfg(tmp_path, "def loss(y_pred, y): return y_pred.nonsense\nfields['loss'] = loss")
-    done = launch("cfg.py", "--ranks", 2, "--max-restarts", 0, cwd=tmp_path)
-    assert done.code == 1, done.text
-    assert done.err.count("Traceback (most recent call last)") == 1
-    assert "ChildFailedError" not in done.text
+    done = launch("cfg.py", "--ranks", 2, cwd=tmp_path)
+    assert done.code == 2, done.text
+    line = len((tmp_path / "cfg.py").read_text().partition("y_pred.nonsense")[0].splitlines())
+    (message,) = [text for text in done.err.splitlines() if "Error" in text]
+    assert message.startswith(f"CodeError: cfg.py:{line} in loss: AttributeError: 'Tensor' object has no attribute")
+    assert "Traceback" not in done.text
+    assert "Traceback" in (tmp_path / "runs/small/logs/rank-0.log").read_text()
+
+
+@pytest.mark.slow
+def test_torchrun_by_hand_starts_ranks_again_and_they_end_at_once(tmp_path: Path) -> None:
+    write_cfg(
+        tmp_path, "print('loaded', flush=True)\ndef loss(y_pred, y): return y_pred.nonsense\nfields['loss'] = loss"
+    )
+    done = launch_as_typed("cfg.py", ranks=2, cwd=tmp_path, torchrun=("--max-restarts", "2"))
+    assert done.code == 1
+    assert done.out.count("loaded") == 6  # each of 2 ranks, three times
+    assert done.out.count("on 2 ranks") == 1
+    assert done.err.count("CodeError: cfg.py:") == 1
+
+
+@pytest.mark.slow
+def test_an_error_that_may_pass_is_tried_again(tmp_path: Path) -> None:
+    away = """
+    import pathlib
+    class Away(Noisy):
+        def __getitem__(self, i):
+            if i == 99 and not pathlib.Path("tried").exists():
+                pathlib.Path("tried").touch()
+                raise ConnectionResetError("the server is away")
+            return super().__getitem__(i)
+    fields["train_data"] = Away
+    """
+    write_cfg(tmp_path, away)
+    done = launch("cfg.py", "--ranks", 2, "max_epochs=1", cwd=tmp_path)
+    assert done.code == 0, done.text
+    assert done.err.count("LoadingError: dataset[99] raised ConnectionResetError: the server is away (cfg.py:") == 1
+
+
+def test_a_run_needs_no_reader_no_short_tmpdir_and_no_second_host_of_the_environment(tmp_path: Path) -> None:
+    write_cfg(tmp_path)
+    long = tmp_path / ("x" * 70) / ("y" * 70)
+    long.mkdir(parents=True)
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head -n 0` does
+    with open(writer, "wb") as pipe:
+        done = subprocess.run(
+            [*MAIN, "cfg.py", "--ranks", "2", "num_workers=1", "max_epochs=1", "log.tensorboard=false"],
+            cwd=tmp_path,
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            env={**environment(), "TMPDIR": str(long), "PET_NNODES": "2"},
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    assert result(tmp_path / "runs/small")["status"] == "completed"
 
 
 SLOW = """

@@ -261,7 +261,7 @@ class TestFinished:
         assert "train_data" in refused.err
         write_cfg(folder, "Noisy.__len__ = lambda self: 160")
         refused = launch("cfg.py", "max_epochs=5", cwd=folder)
-        assert refused.code == 1
+        assert refused.code == 2
         assert "'dataset_length': 200" in refused.err
         assert "'dataset_length': 160" in refused.err
         accepted = launch("cfg.py", "max_epochs=5", "accept_other_data=true", cwd=folder)

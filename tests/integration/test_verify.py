@@ -121,8 +121,8 @@ def test_a_config_that_fails_while_running_is_reported_with_its_own_message(
     cfg = write_cfg(tmp_path, "def broken(): raise OSError('the disk of the model is gone')\nfields['model'] = broken")
     assert main(["verify", str(cfg), "--steps", "3", "--keep", str(tmp_path / "kept")]) == 2
     output = capsys.readouterr()
-    assert "reference, on 1 rank with 0 workers: the ranks ended with 2, expected 0" in output.err
-    assert "ConfigError: model raised OSError: the disk of the model is gone" in output.err
+    assert "reference, on 1 rank with 0 workers: the ranks ended with 1, expected 0" in output.err
+    assert "DisttrainError: model raised OSError: the disk of the model is gone" in output.err
 
 
 @pytest.fixture(scope="module")

@@ -128,9 +128,9 @@ def test_the_number_of_slots_must_be_known(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"optimizer": torch.optim.LBFGS}, "optimizer: LBFGS.step needs closure"),
-        ({"optimizer": lambda parameters: [torch.optim.SGD(parameters)]}, "got list; return one optimizer over all"),
+        ({"optimizer": lambda parameters: [torch.optim.SGD(parameters)]}, "got a list; return one optimizer over all"),
         ({"schedule": lambda optimizer, n: ReduceLROnPlateau(optimizer)}, "ReduceLROnPlateau.step needs metrics"),
-        ({"schedule": lambda optimizer, n: 0.1}, "expected a function that returns a schedule with step(), got float"),
+        ({"schedule": lambda optimizer, n: 0.1}, "expected a function that returns a schedule with step(), got 0.1"),
     ],
 )
 def test_an_optimizer_or_a_schedule_that_cannot_step_is_refused_before_the_first_step(

@@ -10,7 +10,6 @@ from ranks import Err, Ok, Ranks
 from small_run import console, small_config, trained
 
 from disttrain.backend import Backend
-from disttrain.commands.launch import exit_code_of
 from disttrain.engine import Engine, Events
 from disttrain.errors import ConfigError, RemoteError
 from disttrain.handlers.preemption import Preemption
@@ -70,7 +69,7 @@ def test_a_run_that_has_lost_its_directory_ends_with_one_error_on_every_rank(
     assert isinstance(errors[0], ConfigError)
     for error in errors[1:]:
         assert isinstance(error, RemoteError)
-        assert exit_code_of(error) == 2  # a restart would begin a new run in the other's place
+        assert error.failed_exit_code == 2  # a restart would begin a new run in the other's place
     assert all("small is no longer this run's: it was removed, moved or replaced" in str(error) for error in errors)
     assert all("\n" not in str(error) for error in errors)
     there = tmp_path / "small"

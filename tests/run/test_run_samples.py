@@ -96,11 +96,21 @@ def test_other_data_is_named_and_not_trained_on(tmp_path: Path) -> None:
     assert trained(tmp_path, max_epochs=3, train_data=lambda: shifted(0.5))["step"] == 12  # its own samples now
 
 
-def test_the_validation_data_counts(tmp_path: Path) -> None:
-    trained(tmp_path, max_epochs=1, valid_data=lambda: shifted(0.0))
+SHIFT = {0: 0.0}
+"""A number outside the config, on which data may depend."""
+
+
+def moving() -> Any:
+    return shifted(SHIFT[0])
+
+
+def test_the_validation_data_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained(tmp_path, max_epochs=1, valid_data=moving)
+    monkeypatch.setitem(SHIFT, 0, 0.5)
     with pytest.raises(DataError, match=r"valid_data\[0\] was"):
-        trained(tmp_path, max_epochs=2, valid_data=lambda: shifted(0.5))
-    assert trained(tmp_path, max_epochs=2, valid_data=None)["step"] == 8  # none is not other data
+        trained(tmp_path, max_epochs=2, valid_data=moving)
+    monkeypatch.setitem(SHIFT, 0, 0.0)
+    assert trained(tmp_path, max_epochs=2, valid_data=moving)["step"] == 8
 
 
 def test_a_checkpoint_without_hashes_resumes(tmp_path: Path) -> None:
