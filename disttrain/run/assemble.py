@@ -12,7 +12,6 @@ are called last, with the complete run.
 """
 
 import copy
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -41,6 +40,7 @@ from disttrain.run.directory import RunDirectory
 from disttrain.run.evaluation import Evaluation
 from disttrain.run.evaluation_point import begin_training
 from disttrain.run.factories import build
+from disttrain.run.optimizer_checks import check_optimizer_steps, required_arguments
 from disttrain.run.state import Run, total_steps
 from disttrain.run.updates import Updates
 from disttrain.seeding import manual_seed, seed_for
@@ -110,6 +110,7 @@ def build_updates(
         model,
         layout,
         schedule,
+        seed=config.seed,
         on_nan=config.on_nan,
         grad_clip_norm=config.grad_clip_norm,
         left_out=left_out,
@@ -190,11 +191,6 @@ def build_optimizer(config: Config, step_function: StepFunction, layout: Layout)
             f"optimizer: expected a function that returns a torch.optim.Optimizer, got {type(optimizer).__name__}; "
             "return one optimizer over all the parameters, with groups where they differ"
         )
-    if needed := required_arguments(optimizer.step):
-        raise ConfigError(
-            f"optimizer: {type(optimizer).__name__}.step needs {', '.join(needed)}, and computes a step's loss several "
-            "times; a run computes it once: use an optimizer that steps from the gradients alone"
-        )
     known = set(step_function.parameters())
     for parameter in (each for group in optimizer.param_groups for each in group["params"]):
         if parameter not in known:
@@ -204,6 +200,7 @@ def build_optimizer(config: Config, step_function: StepFunction, layout: Layout)
                 "every rank; make it part of the model, or give the Module that holds it as `loss` or `forward`"
             )
     layout.check_optimizer(optimizer)
+    check_optimizer_steps(optimizer, sharded=config.strategy == "fsdp")
     return optimizer
 
 
@@ -222,16 +219,6 @@ def build_schedule(config: Config, optimizer: torch.optim.Optimizer, num_steps: 
             "step, without arguments: use one that depends on the number of steps alone"
         )
     return schedule
-
-
-def required_arguments(method: Callable[..., Any]) -> list[str]:
-    """Return the names of the arguments without which a method cannot be called."""
-    try:
-        parameters = inspect.signature(method).parameters.values()
-    except (TypeError, ValueError):  # a function of an extension, of which nothing is known
-        return []
-    positional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in positional]
 
 
 def world_of(config: Config, slots: Slots, backend: Backend) -> World:

@@ -1,7 +1,11 @@
-"""The update of each step: gradient norm, clipping, the schedule, and the updates that are left out.
+"""The update of each step: its seed, gradient norm, clipping, the schedule, and the updates that are left out.
 
 *Contract*: `before_step` and `after_step` are what the step body calls around the optimizer. The gradient is the same
 on every rank, so every rank clips, skips and counts alike. The schedule steps exactly when the optimizer does.
+
+Python's, numpy's and torch's generators are seeded by position when a step begins, before its handlers run, and again
+before its update. What the optimizer, the schedule and the handlers of the step's end draw is then the same on every
+rank, though each rank has drawn for other slots.
 
 *Cost*: one pass over the gradients for the norm; with on_nan="skip" the host waits for it.
 """
@@ -16,6 +20,7 @@ from torch import Tensor, nn
 from disttrain.engine import Engine, Events
 from disttrain.handlers.losses import Update
 from disttrain.parallel import Layout
+from disttrain.seeding import seed_for, seed_position
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +34,7 @@ class Updates:
         layout: Layout,
         schedule: Any,
         *,
+        seed: int,
         on_nan: Literal["stop", "skip", "rollback"],
         grad_clip_norm: float | None,
         left_out: dict[int, str],
@@ -45,13 +51,20 @@ class Updates:
         self._model = model
         self._layout = layout
         self._schedule = schedule
+        self._seed = seed
+        self._step = 0
         self._skips = on_nan == "skip"
         self._nothing_counts = nothing_counts
         self._grad_clip_norm = grad_clip_norm
         self._reason: str | None = None
 
     def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_STARTED, self._begin)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._count)
+
+    def _begin(self, engine: Engine) -> None:
+        self._step = engine.state.iteration
+        seed_position(seed_for(self._seed, "handlers", self._step))
 
     def leaves_out(self, step: int) -> bool:
         """Return whether the whole step is left out."""
@@ -64,6 +77,7 @@ class Updates:
         self.grad_norm = norm
         if self._grad_clip_norm is not None:
             self._layout.clip(parameters, self._grad_clip_norm, norm)
+        seed_position(seed_for(self._seed, "update", self._step))
         for call in self.before_update:
             call()
         if self._nothing_counts():
