@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from ranks import Ranks
-from zoo_catalogue import AWAITED, REFUSED, REFUSED_SHARDED, variants
+from zoo_catalogue import AWAITED, REFUSED, REFUSED_SHARDED, SHORT, variants
 from zoo_lives import (
     ONE_RANK_SHARDED,
     RESIZED,
@@ -21,7 +21,8 @@ LIVES = {"one": WHOLE, "one-fsdp": ONE_RANK_SHARDED, **RESIZED}
 
 
 def marked(variant: str):
-    marks = [pytest.mark.xfail(strict=True, reason=AWAITED[variant])] if variant in AWAITED else []
+    marks = [] if variant in SHORT else [pytest.mark.slow]
+    marks += [pytest.mark.xfail(strict=True, reason=AWAITED[variant])] if variant in AWAITED else []
     return pytest.param(variant, marks=marks, id=variant)
 
 
@@ -47,7 +48,9 @@ def test_a_variant_has_the_same_bits_or_is_refused(ranks: Ranks, tmp_path: Path,
 def unexpected(outcomes: list[Outcome], expected: str | None) -> list[str]:
     if expected is None:
         return sorted({f"{each.status}: {each.message}" for each in outcomes if each.status != "completed"})
-    problems = {f"{each.status}: {each.message}" for each in outcomes if each.status not in ("ConfigError", "DataError")}
+    problems = {
+        f"{each.status}: {each.message}" for each in outcomes if each.status not in ("ConfigError", "DataError")
+    }
     problems |= {f"other words: {each.message}" for each in outcomes if expected not in each.message}
     problems |= {"after a step" for each in outcomes if each.num_steps}
     return sorted(problems)

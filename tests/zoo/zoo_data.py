@@ -169,15 +169,20 @@ VARIANTS: dict[str, Callable[[], Fields]] = {
     "list_samples": mapped(lambda i, x, y: [x, y]),
     "tuples_of_three": mapped(lambda i, x, y: (x, y, i), forward=of_pair),
     "nested": mapped(lambda i, x, y: {"x": x, "y": y, "more": {"n": i, "t": (x, [y])}}, forward=of_pair),
-    "records": mapped(lambda i, x, y: Record(x, y), forward=of_record, collate=lambda s: Record(
-        torch.stack([r.x for r in s]), torch.stack([r.y for r in s]))),
+    "records": mapped(
+        lambda i, x, y: Record(x, y),
+        forward=of_record,
+        collate=lambda s: Record(torch.stack([r.x for r in s]), torch.stack([r.y for r in s])),
+    ),
     "numpy_samples": mapped(lambda i, x, y: (x.numpy(), y.numpy())),
     "numbers": mapped(lambda i, x, y: (x, float(y)), loss=lambda y_pred, y: F.mse_loss(y_pred[:, 0], y.float())),
     "strings": mapped(lambda i, x, y: (f"word{i * i}", y), model=Worded),
     "strings_beside": mapped(lambda i, x, y: {"x": x, "y": y, "name": f"{i}"}, forward=of_pair),
     "bytes_and_none": mapped(
-        lambda i, x, y: (x, y, b"x", None), forward=of_pair, collate=lambda s: (
-            torch.stack([e[0] for e in s]), torch.stack([e[1] for e in s]), [e[2] for e in s], None)),
+        lambda i, x, y: (x, y, b"x", None),
+        forward=of_pair,
+        collate=lambda s: (torch.stack([e[0] for e in s]), torch.stack([e[1] for e in s]), [e[2] for e in s], None),
+    ),
     "ragged_list": mapped(lambda i, x, y: x * (1 + i % 3), forward=of_list, collate=list),
     "ragged_padded": mapped(ragged, forward=of_padded, collate=padded),
     "time_first": mapped(lambda i, x, y: x, forward=of_time_first, collate=time_first),

@@ -76,7 +76,7 @@ def by_parts(model: Any, batch: Any) -> Answer:
 
 
 def with_a_parameter(model: Any, batch: Any) -> Answer:
-    x, y = batch
+    x, _ = batch
     return F.mse_loss(model(x) * model.temperature.exp(), x), None
 
 
@@ -127,7 +127,7 @@ def no_model_at_all(model: nn.Module, batch: Any) -> Answer:
 
 
 def times_zero(model: nn.Module, batch: Any) -> Answer:
-    """What torch's forum advises for a slot with nothing to learn."""
+    """A slot with nothing to learn, as torch's forum advises."""
     x, y = batch
     loss = F.mse_loss(model(x), y)
     return loss * 0 if y.max() < 2.5 else loss, None

@@ -105,7 +105,7 @@ def freeze(when: Any, *, frozen: bool, layer: int = 0) -> Handler:
 
 
 def freeze_by_step(trainer: Any, run: Any) -> None:
-    """What is frozen follows from the step alone: thawed from the top downwards."""
+    """The step alone says which layers are frozen."""
 
     def set_all(engine: Any) -> None:
         run.model[0].requires_grad_(engine.state.iteration > 4)
@@ -168,9 +168,9 @@ def on_whole_forward(module: Any) -> None:
 
 
 def on_backward(module: Any) -> None:
-    module.first.register_full_backward_hook(lambda layer, inputs, outputs: tuple(
-        None if gradient is None else gradient * 0.5 for gradient in inputs
-    ))
+    module.first.register_full_backward_hook(
+        lambda layer, inputs, outputs: tuple(None if gradient is None else gradient * 0.5 for gradient in inputs)
+    )
 
 
 def before_backward(module: Any) -> None:
@@ -206,7 +206,7 @@ def module_hook_in_a_handler(trainer: Any, run: Any) -> None:
 
 # -- buffers
 class Buffered(nn.Module):
-    """What a forward does with a buffer."""
+    """A buffer that the forward moves in one way or another."""
 
     def __init__(self, move: Callable[[Any, Tensor], None], *, persistent: bool = True, whole: bool = True) -> None:
         super().__init__()
@@ -375,6 +375,8 @@ VARIANTS: dict[str, Callable[[], Fields]] = {
     "weights_clamped": handled(clamps),
     "terminated": handled(stops),
     "user_keys": handled(remembers),
-    "metric_of_classes": handled(metrics={"accuracy": partial(MulticlassAccuracy, 3)}, **LABELLED),
+    "metric_of_classes": handled(
+        metrics={"accuracy": partial(MulticlassAccuracy, 3)}, loss=nn.CrossEntropyLoss(), **LABELLED
+    ),
     "skips_bad_steps": handled(on_nan="skip"),
 }

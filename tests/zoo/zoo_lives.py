@@ -34,7 +34,7 @@ KILLED_AT = 5
 Fields = dict[str, Any]
 
 
-class Killed(Exception):  # noqa: N818 - no error of the code under test
+class Killed(Exception):
     """Ends a life as SIGKILL would."""
 
 
@@ -85,7 +85,7 @@ USUAL: Fields = {
     "global_batch_size": 12,
     "num_slots": 3,
     "max_epochs": 3,
-    "timeout_s": 30.0,
+    "timeout_s": 90.0,
     "checkpoint": CheckpointConfig(every_steps=2, monitor="loss"),
     "log": LogConfig(every_steps=2, tensorboard=False),
     "ledger": LedgerConfig(every_steps=1),
@@ -175,7 +175,7 @@ def run_lives(ranks: Ranks, variant: Variant, lives: tuple[Life, ...], folder: P
     """Live one life after the other in one run directory; return the outcomes of the last life's ranks."""
     outcomes: list[Outcome] = []
     for life in lives:
-        lived = ranks.outcomes(life.world_size, live, variant, life, str(folder), timeout_s=60.0)
+        lived = ranks.outcomes(life.world_size, live, variant, life, str(folder), timeout_s=150.0)
         outcomes = [each.value if isinstance(each, Ok) else ended(each) for each in lived]
         if any(outcome.status != ("killed" if life.killed else "completed") for outcome in outcomes):
             break
@@ -188,7 +188,7 @@ def ended(outcome: Err | Died) -> Outcome:
 
 
 def evidence(folder: Path) -> Mapping[str, Any]:
-    """Return what a whole run has left: each step's hashes and losses, the curves, the results, the best step."""
+    """Return the traces of a whole run: each step's hashes and losses, the curves, the results, the best step."""
     result = json.loads((folder / "result.json").read_text())
     same = ("status", "step", "epoch", "metrics", "params_sha256", "best", "skipped_steps", "rollbacks")
     found: dict[str, Any] = {key: result.get(key) for key in same}

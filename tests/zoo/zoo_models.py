@@ -405,9 +405,7 @@ VARIANTS: dict[str, Callable[[], Fields]] = {
     "batch_norm_untracked": body(lambda: nn.BatchNorm1d(4, track_running_stats=False)),
     "batch_norm_2d": body(lambda: nn.BatchNorm2d(1), before=as_image),
     "group_norm": body(lambda: nn.GroupNorm(2, 4)),
-    "instance_norm_tracked": body(
-        lambda: nn.InstanceNorm2d(1, affine=True, track_running_stats=True), before=as_image
-    ),
+    "instance_norm_tracked": body(lambda: nn.InstanceNorm2d(1, affine=True, track_running_stats=True), before=as_image),
     "layer_norm": body(lambda: nn.LayerNorm(4)),
     "rms_norm": body(lambda: nn.RMSNorm(4)),
     "sync_batch_norm": body(lambda: nn.SyncBatchNorm(4)),
