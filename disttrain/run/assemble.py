@@ -114,6 +114,7 @@ def build_updates(
         on_nan=config.on_nan,
         grad_clip_norm=config.grad_clip_norm,
         left_out=left_out,
+        monitor=config.checkpoint.monitor or "loss",
         nothing_counts=lambda: config.weight is not None and gradients.weights.total == 0,
     )
 
@@ -205,7 +206,7 @@ def build_optimizer(config: Config, step_function: StepFunction, layout: Layout)
 
 
 def build_schedule(config: Config, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
-    """Build the schedule, which is stepped without arguments after each step; None without one."""
+    """Build the schedule, which is stepped after each step, or with a value after each evaluation; None without one."""
     if config.schedule is None:
         return None
     schedule = build("schedule", config.schedule, optimizer, num_steps)
@@ -213,7 +214,13 @@ def build_schedule(config: Config, optimizer: torch.optim.Optimizer, num_steps: 
         raise ConfigError(
             f"schedule: expected a function that returns a schedule with step(), got {type(schedule).__name__}"
         )
-    if needed := required_arguments(schedule.step):
+    needed = required_arguments(schedule.step)
+    if needed == ["metrics"] and config.valid_data is None:
+        raise ConfigError(
+            f"schedule: {type(schedule).__name__}.step needs metrics: a run gives it the monitored value after each "
+            "evaluation, but there is no valid_data; set it, or use a schedule that depends on the step alone"
+        )
+    if needed and needed != ["metrics"]:
         raise ConfigError(
             f"schedule: {type(schedule).__name__}.step needs {', '.join(needed)}; a run steps its schedule after each "
             "step, without arguments: use one that depends on the number of steps alone"

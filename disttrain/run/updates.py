@@ -1,7 +1,8 @@
 """The update of each step: its seed, gradient norm, clipping, the schedule, and the updates that are left out.
 
 *Contract*: `before_step` and `after_step` are what the step body calls around the optimizer. The gradient is the same
-on every rank, so every rank clips, skips and counts alike. The schedule steps exactly when the optimizer does.
+on every rank, so every rank clips, skips and counts alike. The schedule steps exactly when the optimizer does; one
+whose step needs a value (ReduceLROnPlateau) steps after each evaluation instead, with the value of `monitor`.
 
 Python's, numpy's and torch's generators are seeded by position when a step begins, before its handlers run, and again
 before its update. What the optimizer, the schedule and the handlers of the step's end draw is then the same on every
@@ -12,7 +13,7 @@ rank, though each rank has drawn for other slots.
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from disttrain.engine import Engine, Events
 from disttrain.handlers.losses import Update
 from disttrain.parallel import Layout
+from disttrain.run.optimizer_checks import required_arguments
 from disttrain.seeding import seed_for, seed_position
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ class Updates:
         grad_clip_norm: float | None,
         left_out: dict[int, str],
         nothing_counts: Callable[[], bool] = lambda: False,
+        monitor: str = "loss",
     ) -> None:
         self.grad_norm: Tensor | None = None
         """2-norm of the newest step's gradient before clipping, 0-dimensional, on the device; None if unknown."""
@@ -51,6 +54,8 @@ class Updates:
         self._model = model
         self._layout = layout
         self._schedule = schedule
+        self._follows_values = schedule is not None and bool(required_arguments(schedule.step))
+        self._monitor = monitor
         self._seed = seed
         self._step = 0
         self._skips = on_nan == "skip"
@@ -93,8 +98,13 @@ class Updates:
         if not stepped and self._reason is None:
             norm = math.nan if self.grad_norm is None else float(self.grad_norm)
             self._reason = f"its gradient's norm is {norm}"
-        elif stepped and self._schedule is not None:
+        elif stepped and self._schedule is not None and not self._follows_values:
             self._schedule.step()
+
+    def evaluated(self, values: Mapping[str, Any]) -> None:
+        """Step a schedule that follows the results of evaluations; called after each one, before anything is saved."""
+        if self._follows_values:
+            self._schedule.step(values[self._monitor])
 
     def _count(self, engine: Engine) -> None:
         """Count a step whose update was left out, and log it."""

@@ -65,6 +65,33 @@ def test_the_waits_of_an_update_are_called_before_it() -> None:
     assert called == ["first", "second"]
 
 
+class Plateau:
+    """A schedule that follows a value."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def step(self, metrics: float) -> None:
+        self.values.append(metrics)
+
+
+def test_a_schedule_whose_step_needs_a_value_steps_after_evaluations_alone() -> None:
+    schedule = Plateau()
+    following = updates(model_with_gradient(1.0), schedule=schedule, monitor="accuracy")
+    following.before_step()
+    following.after_step(True)
+    assert schedule.values == []
+    following.evaluated({"loss": 3.0, "accuracy": 0.5})
+    following.evaluated({"loss": 2.0, "accuracy": 0.75})
+    assert schedule.values == [0.5, 0.75]
+
+
+def test_other_schedules_do_not_step_after_an_evaluation() -> None:
+    schedule = Schedule()
+    updates(model_with_gradient(1.0), schedule=schedule).evaluated({"loss": 3.0})
+    assert schedule.num_steps == 0
+
+
 @pytest.mark.parametrize("draw", [lambda: torch.rand(2).tolist(), lambda: np.random.rand(2).tolist(), random.random])
 def test_what_handlers_and_the_update_draw_depends_on_the_step_alone(draw: Any) -> None:
     drawn: dict[tuple[str, int], list[Any]] = {}

@@ -104,7 +104,6 @@ AWAITED: dict[str, str] = {
     "zoo_handlers.noise_on_the_weights": "draws of a shard's shape in a handler",
     "zoo_handlers.average_by_torch": "a deep copy of a sharded model",
     "zoo_handlers.average_with_buffers": "a deep copy of a sharded model",
-    "zoo_schedules.torch_ReduceLROnPlateau": "the monitored value steps the schedule",
 }
 SHORT = (
     "zoo_optimizers.torch_SparseAdam",
