@@ -180,7 +180,19 @@ def build_step_function(config: Config, model: nn.Module, backend: Backend) -> S
     loss, step = (copy.deepcopy(part) if isinstance(part, nn.Module) else part for part in given)
     step_function: StepFunction = backend.move(StepFunction(model, loss, step))
     check_model(step_function, backend.device)
+    if config.strategy == "fsdp":
+        refuse_scripted(model)
     return step_function
+
+
+def refuse_scripted(model: nn.Module) -> None:
+    """Raise ConfigError for a module of TorchScript, which takes none of the hooks by which FSDP2 gathers it."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ConfigError(
+                f'strategy="fsdp": {name or "the model"} is compiled by torch.jit, which takes no hooks; use the '
+                'module that was scripted, or strategy="ddp"'
+            )
 
 
 def build_optimizer(config: Config, step_function: StepFunction, layout: Layout) -> torch.optim.Optimizer:

@@ -149,6 +149,14 @@ def test_an_optimizer_or_a_schedule_that_cannot_step_is_refused_before_the_first
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("make", [lambda layer: layer, lambda layer: torch.nn.Sequential(torch.nn.Flatten(), layer)])
+def test_a_model_of_torchscript_is_refused_with_fsdp_alone(tmp_path: Path, make: Any) -> None:
+    changes = {"model": lambda: make(torch.jit.script(torch.nn.Linear(3, 1))), "optimizer": no_closure}
+    assert small_run(tmp_path, **changes).optimizer is not None
+    with pytest.raises(ConfigError, match=r"(the model|1) is compiled by torch.jit, which takes no hooks"):
+        small_run(tmp_path, **changes, strategy="fsdp")
+
+
 def no_closure(parameters: Any) -> Any:
     return torch.optim.SGD(parameters, lr=0.1)
 

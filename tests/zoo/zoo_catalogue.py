@@ -8,7 +8,16 @@ soon as it does not.
 
 import importlib
 
-MODULES = ("zoo_optimizers", "zoo_schedules", "zoo_models", "zoo_forwards", "zoo_losses", "zoo_data", "zoo_handlers")
+MODULES = (
+    "zoo_optimizers",
+    "zoo_schedules",
+    "zoo_models",
+    "zoo_forwards",
+    "zoo_losses",
+    "zoo_data",
+    "zoo_handlers",
+    "zoo_histories",
+)
 
 REFUSED: dict[str, str] = {
     "zoo_optimizers.torch_LBFGS": "LBFGS",
@@ -38,6 +47,7 @@ REFUSED_SHARDED: dict[str, str] = {
     "zoo_optimizers.sgd_fused_momentum": "SGD(fused=True)",
     "zoo_optimizers.own_centred_gradients": "Centred gives other values on a part of a parameter",
     "zoo_optimizers.own_noise_in_the_step": "Noisy gives other values on a part of a parameter",
+    "zoo_histories.scripted": "the model is compiled by torch.jit",
     "zoo_models.mixed_with_float64": "needs one dtype",
     "zoo_models.mixed_with_bfloat16": "needs one dtype",
     "zoo_models.scalars_and_nothing": "cannot cut the parameter scale of shape ()",
@@ -104,6 +114,20 @@ AWAITED: dict[str, str] = {
     "zoo_handlers.noise_on_the_weights": "draws of a shard's shape in a handler",
     "zoo_handlers.average_by_torch": "a deep copy of a sharded model",
     "zoo_handlers.average_with_buffers": "a deep copy of a sharded model",
+    "zoo_histories.draws_from_numpy": "draws from numpy in a forward",
+    "zoo_histories.draws_from_its_own_generator": "state that is neither parameter nor buffer",
+    "zoo_histories.closure_counts_calls": "state that is neither parameter nor buffer",
+    "zoo_histories.forward_counts_calls": "state that is neither parameter nor buffer",
+    "zoo_histories.momentum_changed": "attributes that a handler changes",
+    "zoo_histories.layer_added": "a model that changes its form",
+    "zoo_histories.layer_made_anew": "a model that changes its form",
+    "zoo_histories.group_added_under_way": "requires_grad that changes under way",
+    "zoo_histories.rate_from_the_loss": "losses of one rank alone in a handler",
+    "zoo_histories.handler_calls_the_model": "gathered parameters for the whole function under fsdp",
+    "zoo_histories.handler_changes_the_batch": "draws of a handler for each microbatch of a rank",
+    "zoo_histories.samples_changed_in_place": "samples that a forward changes",
+    "zoo_histories.buffer_sparse": "sparse and expanded buffers",
+    "zoo_histories.buffer_expanded": "sparse and expanded buffers",
 }
 SHORT = (
     "zoo_optimizers.torch_SparseAdam",

@@ -85,7 +85,7 @@ USUAL: Fields = {
     "global_batch_size": 12,
     "num_slots": 3,
     "max_epochs": 3,
-    "timeout_s": 90.0,
+    "timeout_s": 45.0,
     "checkpoint": CheckpointConfig(every_steps=2, monitor="loss"),
     "log": LogConfig(every_steps=2, tensorboard=False),
     "ledger": LedgerConfig(every_steps=1),
