@@ -1,8 +1,10 @@
 """The zoo has every optimizer and every schedule of torch, and its lists name variants that exist."""
 
 import torch
+from test_zoo_parts import MODULES as PARTS
+from test_zoo_runs import MODULES as RUNS
 from torch.optim import Optimizer, lr_scheduler
-from zoo_catalogue import AWAITED, REFUSED, REFUSED_SHARDED, SHORT, variants
+from zoo_catalogue import AWAITED, MODULES, REFUSED, REFUSED_SHARDED, SHORT, variants
 from zoo_optimizers import TORCHS as OPTIMIZERS
 from zoo_schedules import TORCHS as SCHEDULES
 
@@ -21,6 +23,7 @@ def test_every_schedule_of_torch_has_a_variant() -> None:
 
 
 def test_the_lists_name_variants_and_no_variant_is_in_two() -> None:
+    assert sorted((*PARTS, *RUNS)) == sorted(MODULES)
     names = variants()
     assert len(names) == len(set(names)) >= LEAST_VARIANTS
     lists = [REFUSED, REFUSED_SHARDED, AWAITED]

@@ -1,4 +1,4 @@
-"""The zoo of variants: each has the same bits on one rank, resized and sharded, or is refused with the listed words."""
+"""The check of a variant: the same bits on one rank, resized and sharded, or a refusal with the listed words."""
 
 from pathlib import Path
 
@@ -21,22 +21,28 @@ LIVES = {"one": WHOLE, "one-fsdp": ONE_RANK_SHARDED, **RESIZED}
 
 
 def marked(variant: str):
+    """Return the variant as a parameter of a test: slow unless it is short, and expected to fail if it is awaited."""
     marks = [] if variant in SHORT else [pytest.mark.slow]
     marks += [pytest.mark.xfail(strict=True, reason=AWAITED[variant])] if variant in AWAITED else []
     return pytest.param(variant, marks=marks, id=variant)
 
 
-@pytest.mark.parametrize("variant", [marked(variant) for variant in variants()])
-def test_a_variant_has_the_same_bits_or_is_refused(ranks: Ranks, tmp_path: Path, variant: str) -> None:
+def variants_of(*modules: str):
+    """Return the variants of some modules as parameters of a test."""
+    return [marked(variant) for variant in variants() if variant.partition(".")[0] in modules]
+
+
+def check_variant(ranks: Ranks, folder: Path, variant: str) -> None:
+    """Run all lives of a variant."""
     found, problems = {}, []
     for name, lives in LIVES.items():
         if name == "one-fsdp" and variant not in {**REFUSED, **REFUSED_SHARDED}:
             continue  # on one rank nothing is cut: the strategy's checks alone differ
         expected = REFUSED.get(variant) or (REFUSED_SHARDED.get(variant) if "fsdp" in name else None)
-        outcomes = run_lives(ranks, variant, lives, tmp_path / name)
+        outcomes = run_lives(ranks, variant, lives, folder / name)
         problems += [f"{name}: {problem}" for problem in unexpected(outcomes, expected)]
         if expected is None and all(outcome.status == "completed" for outcome in outcomes):
-            found[name] = evidence(tmp_path / name)
+            found[name] = evidence(folder / name)
     if "one" in found:
         if (plain := ranks(1, live_plainly, variant)[0]) is not None:
             problems += [f"plain: {text}" for text in [difference_from_plain(found["one"], plain)] if text]
@@ -46,6 +52,7 @@ def test_a_variant_has_the_same_bits_or_is_refused(ranks: Ranks, tmp_path: Path,
 
 
 def unexpected(outcomes: list[Outcome], expected: str | None) -> list[str]:
+    """Return the deviations: a life is completed, or with `expected` refused before its first step in these words."""
     if expected is None:
         return sorted({f"{each.status}: {each.message}" for each in outcomes if each.status != "completed"})
     problems = {
