@@ -6,7 +6,7 @@ the one that holds the whole. Only one that treats each element by itself does.
 
 *Errors*: ConfigError that names the optimizer's class. An optimizer that cannot be copied is not checked.
 
-*Cost*: a few steps over some hundred numbers.
+*Cost*: a few steps over a thousand numbers for each parameter.
 """
 
 import copy
@@ -22,9 +22,12 @@ from torch.optim import Optimizer
 from disttrain.errors import ConfigError
 from disttrain.seeding import keep_random_state
 
-ROWS, PARTS, NUM_STEPS = 24, (slice(0, 10), slice(10, 20), slice(20, 24)), 3
+ROWS, COLUMNS, NUM_STEPS = 24, 37, 3
+PARTS = (slice(0, 10), slice(10, 20), slice(20, 24))
 WITHOUT_DTENSORS = ("Rprop",)
 """Optimizers of torch whose step writes by index, which no DTensor supports."""
+ROUNDS_TAILS = ("SGD", "ASGD")
+"""Optimizers of torch whose step in 16 bits on a CPU rounds the last elements of a tensor otherwise than the others."""
 ELEMENTWISE = 'use an optimizer that treats each element by itself (SGD, Adam, AdamW, RMSprop), or strategy="ddp"'
 
 
@@ -43,6 +46,12 @@ def check_optimizer_steps(optimizer: Optimizer, *, sharded: bool) -> None:
         )
     if sharded and any(kind.__name__ in WITHOUT_DTENSORS for kind in type(optimizer).__mro__):
         raise ConfigError(f'strategy="fsdp": {name} writes by index, which shards do not support; {ELEMENTWISE}')
+    if sharded and type(optimizer).__name__ in ROUNDS_TAILS and (dtype := short_dtype_on_cpu(optimizer)) is not None:
+        raise ConfigError(
+            f'strategy="fsdp": {name} over parameters of {dtype} rounds the last elements of a tensor otherwise on a '
+            'CPU, so its bits change with the number of ranks; use float32 parameters with precision="bf16", another '
+            'optimizer, or strategy="ddp"'
+        )
     try:
         whole = stepped(optimizer, slice(0, ROWS))
         parts = [stepped(optimizer, part) for part in PARTS] if sharded and whole is not None else []
@@ -57,6 +66,16 @@ def check_optimizer_steps(optimizer: Optimizer, *, sharded: bool) -> None:
                 f'strategy="fsdp": {name} gives other values on a part of a parameter than on the whole, but each '
                 f"rank holds a part; {ELEMENTWISE}"
             )
+
+
+def short_dtype_on_cpu(optimizer: Optimizer) -> torch.dtype | None:
+    """Return the dtype of 16 bits that a parameter on a CPU has; None if there is none."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.device.type == "cpu" and parameter.dtype in (torch.bfloat16, torch.float16):
+                dtype: torch.dtype = parameter.dtype
+                return dtype
+    return None
 
 
 def required_arguments(method: Callable[..., Any]) -> list[str]:
@@ -89,8 +108,8 @@ def stepped(optimizer: Optimizer, rows: slice) -> list[Tensor] | None:
 
 
 def _like(parameter: Tensor) -> Tensor:
-    """Return random values of a parameter's dtype, device and number of dimensions: [24, 3, 1, ...]."""
-    shape = (ROWS, 3, *[1] * parameter.ndim)[: parameter.ndim]
+    """Return random values of a parameter's dtype, device and number of dimensions: [24, 37, 1, ...]."""
+    shape = (ROWS, COLUMNS, *[1] * parameter.ndim)[: parameter.ndim]
     return torch.randn(shape, dtype=torch.complex64 if parameter.is_complex() else torch.float32).to(
         parameter.device, parameter.dtype
     )

@@ -97,6 +97,15 @@ def test_rprop_is_refused_with_fsdp_alone() -> None:
         check_optimizer_steps(Rprop(parameters()), sharded=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sgd_in_16_bits_is_refused_with_fsdp_alone(dtype: torch.dtype) -> None:
+    given = [nn.Parameter(torch.zeros(3, 2, dtype=dtype))]
+    check_optimizer_steps(SGD(given, lr=0.1), sharded=False)
+    check_optimizer_steps(AdamW(given, lr=0.1), sharded=True)
+    with pytest.raises(ConfigError, match=f"SGD over parameters of {dtype} rounds the last elements"):
+        check_optimizer_steps(SGD(given, lr=0.1), sharded=True)
+
+
 def test_a_state_dict_of_another_form_is_refused() -> None:
     optimizer = Own(parameters(), torch.sign)
     optimizer.state_dict = lambda: {"mine": 1}  # type: ignore[method-assign,assignment]

@@ -1,4 +1,4 @@
-"""The zoo's forwards, losses, data, handlers and histories: the same bits on one rank, resized and sharded, or a listed refusal."""
+"""The zoo's forwards, losses, data, handlers and histories: the same bits in each life, or a listed refusal."""
 
 from pathlib import Path
 

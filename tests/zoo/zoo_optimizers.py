@@ -45,6 +45,8 @@ def half_of_them(parameters: Parameters) -> optim.Optimizer:
 
 
 class Lion(optim.Optimizer):
+    elementwise = True
+
     def __init__(self, parameters: Parameters, lr: float = 1e-2) -> None:
         super().__init__(parameters, {"lr": lr, "betas": (0.9, 0.99)})
 
@@ -60,6 +62,8 @@ class Lion(optim.Optimizer):
 
 class Quantized(optim.Optimizer):
     """A moment in uint8, a count in int64, a rate in float64 and a text."""
+
+    elementwise = True
 
     def __init__(self, parameters: Parameters, lr: float = 1e-2) -> None:
         super().__init__(parameters, {"lr": lr})
@@ -89,6 +93,8 @@ class Quantized(optim.Optimizer):
 class Masters(optim.Optimizer):
     """Float32 masters of bfloat16 weights."""
 
+    elementwise = True
+
     def __init__(self, parameters: Parameters, lr: float = 3e-2) -> None:
         super().__init__(parameters, {"lr": lr})
 
@@ -104,6 +110,8 @@ class Masters(optim.Optimizer):
 
 class ScheduleFree(optim.Optimizer):
     """Trains at one point and evaluates at another, so it has `eval` and `train`."""
+
+    elementwise = True
 
     def __init__(self, parameters: Parameters, lr: float = 3e-2, beta: float = 0.9) -> None:
         super().__init__(parameters, {"lr": lr, "beta": beta, "k": 0, "train_mode": True})
@@ -140,6 +148,8 @@ class ScheduleFree(optim.Optimizer):
 class Lookahead(optim.Optimizer):
     """Slow weights that follow the fast ones each third step; the count is in the group."""
 
+    elementwise = True
+
     def __init__(self, parameters: Parameters, lr: float = 1e-2) -> None:
         super().__init__(parameters, {"lr": lr, "count": 0})
 
@@ -156,8 +166,16 @@ class Lookahead(optim.Optimizer):
                     p.copy_(slow.lerp_(p, 0.5))
 
 
+class Unknown(Lion):
+    """Does not say that it is elementwise."""
+
+    elementwise = False
+
+
 class Centred(optim.Optimizer):
     """Subtracts a gradient's mean over its parameter: it looks across a parameter."""
+
+    elementwise = True
 
     def __init__(self, parameters: Parameters, lr: float = 1e-2) -> None:
         super().__init__(parameters, {"lr": lr})
@@ -172,6 +190,8 @@ class Centred(optim.Optimizer):
 
 class Noisy(optim.Optimizer):
     """Langevin: draws from torch's generator in its step."""
+
+    elementwise = True
 
     def __init__(self, parameters: Parameters, lr: float = 1e-2) -> None:
         super().__init__(parameters, {"lr": lr})
@@ -293,6 +313,7 @@ VARIANTS: dict[str, Callable[[], Fields]] = {
     "radam_double": double(optim.RAdam, lr=1e-2),
     "nadam_bfloat16": brain(optim.NAdam, lr=1e-2),
     "adam_bfloat16": brain(optim.Adam, lr=1e-2),
+    "sgd_bfloat16": brain(optim.SGD, lr=1e-2, momentum=0.9),
     "sgd_half_precision_masters": brain(Masters),
     "adam_in_groups": lambda: {"optimizer": in_groups},
     "sgd_group_added_later": lambda: {"optimizer": grouped_later},
@@ -302,6 +323,7 @@ VARIANTS: dict[str, Callable[[], Fields]] = {
     "own_quantized_state": used(Quantized),
     "own_schedule_free": used(ScheduleFree),
     "own_lookahead": used(Lookahead),
+    "own_unknown": used(Unknown),
     "own_centred_gradients": used(Centred),
     "own_noise_in_the_step": used(Noisy),
     "own_two_in_one": used(Both),
