@@ -40,6 +40,7 @@ from disttrain.run.directory import RunDirectory
 from disttrain.run.evaluation import Evaluation
 from disttrain.run.evaluation_point import begin_training
 from disttrain.run.factories import build
+from disttrain.run.module_settings import ModuleSettings
 from disttrain.run.optimizer_checks import check_optimizer_steps, required_arguments
 from disttrain.run.state import Run, total_steps
 from disttrain.run.updates import Updates
@@ -99,6 +100,7 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out
         valid_data=data.valid,
     )
     call_handlers(run)
+    run.settings = ModuleSettings(step_function)
     return run
 
 

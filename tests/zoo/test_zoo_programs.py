@@ -42,7 +42,7 @@ def check(ranks: Ranks, program: Program, folder: Path) -> None:
         assert len({each.message for of_life in outcomes.values() for each in of_life}) == 1
         return
     for name, of_life in outcomes.items():
-        assert {(each.status, each.message) for each in of_life} == {("completed", "")}, name
+        assert {(each.status, each.message) for each in of_life} == {("completed", "")}, (name, of_life)
     found = {name: evidence(folder / name) for name in outcomes}
     plain = ranks(1, live_plainly, program)[0]
     assert plain is not None

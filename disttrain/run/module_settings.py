@@ -1,0 +1,58 @@
+"""Settings of modules that handlers may change under way: `requires_grad`, and plain attributes such as `Dropout.p`.
+
+*Contract*: no `state_dict` holds them. A checkpoint's position holds those that differ from when the run was assembled,
+and a resumed run sets them again. Plain attributes are numbers, texts, True, False and None. The mode (`training`) is
+left out, because each step sets it.
+
+*Cost*: one pass over the attributes of all modules at each save.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+OF_TORCH = ("training", "_is_full_backward_hook", "call_super_init", "dump_patches")
+REQUIRES_GRAD = "requires_grad"
+
+Key = tuple[str, str]
+"""(path of a module or a parameter, attribute)."""
+
+
+class ModuleSettings:
+    """The settings of `module` and of all modules inside."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._at_start = dict(self._now())
+
+    def changed(self) -> dict[str, Any]:
+        """Return the settings that differ from those at the start, as "PATH:ATTRIBUTE"; JSON can hold them."""
+        return {
+            ":".join(key): {"float": value.hex()} if isinstance(value, float) else value
+            for key, value in self._now()
+            if key not in self._at_start or not _same(self._at_start[key], value)
+        }
+
+    def load(self, changed: Mapping[str, Any]) -> None:
+        """Set what `changed` returned when the checkpoint was saved."""
+        for name, value in changed.items():
+            path, _, attribute = name.rpartition(":")
+            if attribute == REQUIRES_GRAD:
+                self._module.get_parameter(path).requires_grad_(value)
+            else:
+                decoded = float.fromhex(value["float"]) if isinstance(value, Mapping) else value
+                setattr(self._module.get_submodule(path), attribute, decoded)
+
+    def _now(self) -> Iterator[tuple[Key, Any]]:
+        for path, module in self._module.named_modules():
+            for attribute, value in vars(module).items():
+                if (value is None or isinstance(value, bool | int | float | str)) and attribute not in OF_TORCH:
+                    yield (path, attribute), value
+        for path, parameter in self._module.named_parameters():
+            yield (path, REQUIRES_GRAD), parameter.requires_grad
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Return whether two plain values are the same to the last bit; nan is the same as nan."""
+    return type(one) is type(other) and repr(one) == repr(other)
