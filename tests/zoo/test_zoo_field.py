@@ -99,6 +99,12 @@ FIELD: dict[str, tuple[str, ...]] = {
         "zoo_models.gumbel",
         "run/test_run_evaluation.py::test_a_model_that_samples_has_one_loss_on_any_number_of_ranks",
     ),
+    "losses over targets": (
+        "zoo_losses.cross_entropy_ignoring",
+        "zoo_losses.weighted_in_four_slots",
+        "zoo_losses.weighted_in_six_slots",
+        "zoo_data.ragged_weighted",
+    ),
     "time-first batches": (
         "zoo_data.time_first",
         "run/test_run_evaluation.py::test_the_number_of_samples_is_that_of_the_sampler",

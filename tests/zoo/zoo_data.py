@@ -185,6 +185,9 @@ VARIANTS: dict[str, Callable[[], Fields]] = {
     ),
     "ragged_list": mapped(lambda i, x, y: x * (1 + i % 3), forward=of_list, collate=list),
     "ragged_padded": mapped(ragged, forward=of_padded, collate=padded),
+    "ragged_weighted": mapped(
+        ragged, forward=of_padded, collate=padded, weight=lambda batch: int(batch["mask"].sum()), num_slots=6
+    ),
     "time_first": mapped(lambda i, x, y: x, forward=of_time_first, collate=time_first),
     "graphs": mapped(lambda i, x, y: (x.repeat(1 + i % 4, 1), y), forward=of_graph, collate=as_graph),
     "packed": mapped(

@@ -206,7 +206,7 @@ def difference_from_plain(one: Mapping[str, Any], plain: list[list[str]]) -> str
     losses = [line["slots"]["loss"] for line in lines if "slots" in line]
     assert len(losses) == len(plain), f"{len(losses)} steps, {len(plain)} plain ones"
     for step, (mine, theirs) in enumerate(zip(losses, plain, strict=True), 1):
-        if [float.fromhex(loss) for loss in mine] != [float.fromhex(loss) for loss in theirs]:
+        if [float.fromhex(loss).hex() for loss in mine] != [float.fromhex(loss).hex() for loss in theirs]:
             return f"the slots of step {step} have the losses {mine}, in a plain loop {theirs}"
     return ""
 

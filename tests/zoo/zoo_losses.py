@@ -145,6 +145,15 @@ def unreduced(y_pred: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(y_pred, y, reduction="none")
 
 
+def not_ignored(batch: Any) -> int:
+    """Return the number of targets that count; a slot may have none."""
+    return int((batch[1] != 1).sum())
+
+
+def large(batch: Any) -> int:
+    return int((batch[1] > 1).sum())
+
+
 VARIANTS: dict[str, Callable[[], Fields]] = {
     "l1": loss(nn.L1Loss),
     "huber": loss(lambda: nn.HuberLoss(delta=0.5)),
@@ -152,7 +161,12 @@ VARIANTS: dict[str, Callable[[], Fields]] = {
     "gaussian": loss(lambda: lambda y_pred, y: F.gaussian_nll_loss(y_pred, y, torch.ones_like(y))),
     "cross_entropy": loss(lambda: nn.CrossEntropyLoss(label_smoothing=0.1), **LABELLED),
     "cross_entropy_with_weights": loss(lambda: nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0])), **LABELLED),
-    "cross_entropy_ignoring": loss(lambda: nn.CrossEntropyLoss(ignore_index=1), **LABELLED),
+    "cross_entropy_ignoring": loss(lambda: nn.CrossEntropyLoss(ignore_index=1), weight=not_ignored, **LABELLED),
+    "weighted_in_four_slots": loss(nn.MSELoss, weight=large, num_slots=4),
+    "weighted_in_six_slots": loss(nn.MSELoss, weight=large, num_slots=6),
+    "weighted_by_nothing_at_all": loss(
+        nn.MSELoss, weight=lambda batch: 0, valid_data=None, checkpoint={"every_steps": 2}
+    ),
     "margin": loss(lambda: nn.MultiMarginLoss(), **LABELLED),
     "focal": loss(lambda: focal, **LABELLED),
     "hard_examples": loss(lambda: hard_examples),

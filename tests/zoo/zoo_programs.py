@@ -140,6 +140,7 @@ class Program:
     num_slots: int = 3
     slot_size: int = 3
     grad_clip_norm: float | None = None
+    weighted: bool = False
     freezes: tuple[tuple[int, int, bool], ...] = field(default=())
     """(step, block, frozen): set when the step begins."""
 
@@ -171,6 +172,7 @@ class Program:
             "global_batch_size": size,
             "num_slots": self.num_slots,
             "grad_clip_norm": self.grad_clip_norm,
+            "weight": positive if self.weighted else None,
             **answer,
         }
 
@@ -191,6 +193,11 @@ def set_hook(net: Net, hook: str) -> None:
         net.out.register_forward_hook(lambda module, args, output: output * 0.9)
     elif hook == "backward":
         net.out.register_full_backward_pre_hook(lambda module, gradients: tuple(g * 0.5 for g in gradients))
+
+
+def positive(batch: Any) -> int:
+    """Return the weight of a slot: its samples whose first value is positive, of which there may be none."""
+    return int((batch[0][:, 0] > 0).sum())
 
 
 def halve(parameter: Tensor) -> None:
@@ -230,5 +237,11 @@ def programs() -> st.SearchStrategy[Program]:
         num_slots=st.sampled_from([3, 3, 4, 5, 6]),
         slot_size=st.sampled_from([2, 3]),
         grad_clip_norm=st.sampled_from([None, 0.1]),
+        weighted=st.booleans(),
         freezes=st.lists(st.tuples(st.integers(1, 7), st.integers(0, 4), st.booleans()), max_size=2).map(tuple),
-    )
+    ).filter(is_valid)
+
+
+def is_valid(program: Program) -> bool:
+    """Return whether torch itself can run a program: a second call must not move what the first one's backward needs."""
+    return not ("teacher" in program.kinds and program.loss in ("twice", "method"))
