@@ -24,8 +24,6 @@ from disttrain.seeding import keep_random_state
 
 ROWS, COLUMNS, NUM_STEPS = 24, 37, 3
 PARTS = (slice(0, 10), slice(10, 20), slice(20, 24))
-WITHOUT_DTENSORS = ("Rprop",)
-"""Optimizers of torch whose step writes by index, which no DTensor supports."""
 ROUNDS_TAILS = ("SGD", "ASGD")
 """Optimizers of torch whose step in 16 bits on a CPU rounds the last elements of a tensor otherwise than the others."""
 ELEMENTWISE = 'use an optimizer that treats each element by itself (SGD, Adam, AdamW, RMSprop), or strategy="ddp"'
@@ -44,8 +42,6 @@ def check_optimizer_steps(optimizer: Optimizer, *, sharded: bool) -> None:
             f"optimizer: expected a state_dict with state and param_groups, as torch's have, got one of {name} without "
             f"{' and '.join(sorted(missing))}; keep an optimizer's own values in its param_groups"
         )
-    if sharded and any(kind.__name__ in WITHOUT_DTENSORS for kind in type(optimizer).__mro__):
-        raise ConfigError(f'strategy="fsdp": {name} writes by index, which shards do not support; {ELEMENTWISE}')
     if sharded and type(optimizer).__name__ in ROUNDS_TAILS and (dtype := short_dtype_on_cpu(optimizer)) is not None:
         raise ConfigError(
             f'strategy="fsdp": {name} over parameters of {dtype} rounds the last elements of a tensor otherwise on a '

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, Rprop, SparseAdam
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, SparseAdam
 
 from disttrain.errors import ConfigError
 from disttrain.run.optimizer_checks import check_optimizer_steps, required_arguments
@@ -89,12 +89,6 @@ def test_one_whose_step_fails_is_refused_by_its_words(make: Any, words: str) -> 
     with pytest.raises(ConfigError, match=words) as caught:
         check_optimizer_steps(make(parameters()), sharded=False)
     assert "\n" not in str(caught.value)
-
-
-def test_rprop_is_refused_with_fsdp_alone() -> None:
-    check_optimizer_steps(Rprop(parameters()), sharded=False)
-    with pytest.raises(ConfigError, match="Rprop writes by index"):
-        check_optimizer_steps(Rprop(parameters()), sharded=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

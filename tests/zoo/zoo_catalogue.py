@@ -43,7 +43,7 @@ REFUSED: dict[str, str] = {
 REFUSED_SHARDED: dict[str, str] = {
     "zoo_optimizers.torch_Adafactor": "Adafactor needs whole parameters",
     "zoo_optimizers.torch_Muon": "Muon needs whole parameters",
-    "zoo_optimizers.torch_Rprop": "Rprop writes by index",
+    "zoo_optimizers.torch_Rprop": "Rprop needs whole parameters",
     "zoo_optimizers.adam_fused": "Adam(fused=True)",
     "zoo_optimizers.adamw_fused_amsgrad": "AdamW(fused=True)",
     "zoo_optimizers.adagrad_fused": "Adagrad(fused=True)",

@@ -243,5 +243,5 @@ def programs() -> st.SearchStrategy[Program]:
 
 
 def is_valid(program: Program) -> bool:
-    """Return whether torch itself can run a program: a second call must not move what the first one's backward needs."""
+    """Return whether torch can run a program: a second call must not move what the first one's backward needs."""
     return not ("teacher" in program.kinds and program.loss in ("twice", "method"))
