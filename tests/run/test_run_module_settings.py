@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from disttrain.errors import CheckpointError
 from disttrain.run.module_settings import ModuleSettings
 
 
@@ -65,3 +66,21 @@ def test_a_setting_that_is_changed_back_is_no_change() -> None:
     module[0].requires_grad_(True)
     module[1].p = 0.5
     assert set(settings.changed()) == {"2:momentum", "3.0:extra", ":beta", ":count"}
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        [],
+        {"gone:p": 1},
+        {"1:p": [1]},
+        {"1:p": {"float": "x"}},
+        {"1:p": {}},
+        {"0.weight:requires_grad": "yes"},
+        {"1:forward": 3},
+        {"0:weight": 1},
+    ],
+)
+def test_what_no_run_wrote_is_refused(damaged: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"module_settings=.*which no run of this model wrote"):
+        ModuleSettings(net()).load(damaged)

@@ -207,6 +207,8 @@ class Noisy(optim.Optimizer):
 class Both(optim.Optimizer):
     """Two optimizers in one: Adam for matrices and SGD for vectors."""
 
+    elementwise = True
+
     def __init__(self, parameters: Parameters) -> None:
         listed = list(parameters)
         self.parts = [
