@@ -57,6 +57,16 @@ def make_deterministic(cpu_threads: int = 1, *, strict: bool = True) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False  # else cuDNN takes the kernel that is fastest in a trial
     torch.backends.cudnn.deterministic = True  # some operations, such as the CTC loss, read this flag only
+    let_torchscript_compile_once()
+
+
+def let_torchscript_compile_once() -> None:
+    """Let TorchScript compile a function at its first call, and not anew after a few calls.
+
+    The two programs round differently, and how often a rank has called a function depends on the number of ranks.
+    """
+    for switch in ("_jit_set_profiling_executor", "_jit_set_profiling_mode"):
+        getattr(torch._C, switch, lambda on: None)(False)
 
 
 def set_cpu_threads(num_threads: int) -> None:

@@ -160,7 +160,9 @@ class Config(Declaration):
     optimizer: Annotated[OptimizerFactory, FieldNote(takes="(parameters) -> Optimizer")]
     """Builds the optimizer, for example partial(torch.optim.AdamW, lr=1e-3)."""
     schedule: Annotated[ScheduleFactory | None, FieldNote(takes="(optimizer, total_steps) -> LRScheduler")] = None
-    """Builds the schedule of the learning rate. It steps once after each step of the optimizer. None: no schedule."""
+    """Builds the schedule of the learning rate. It steps once after each step of the optimizer. One whose step needs
+    `metrics` (ReduceLROnPlateau) steps after each evaluation, with the result that `checkpoint.monitor` names, or the
+    loss. None: no schedule."""
     metrics: Annotated[Mapping[str, MetricFactory], FieldNote(takes="() -> Metric", within="dict of name: ")] = Field(
         default_factory=dict
     )

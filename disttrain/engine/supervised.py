@@ -136,7 +136,7 @@ class StepFunction(nn.Module):
         # Functions, which a subclass may replace, and no Modules: loss and step are parts of this Module already.
         self.pair: Callable[[Any], tuple[Any, Any]] = identity
         self.loss_of: LossFn | None = None if loss is None else partial(loss)
-        self.result_of = None if step is None else partial(step)
+        self.result_of: Callable[[Any, Any], tuple[Tensor, Any]] | None = None if step is None else partial(step)
 
     def forward(self, batch: Any) -> tuple[Tensor, Any]:
         if self.result_of is not None:

@@ -39,6 +39,7 @@ class SlotBuffers:
         persistent = model.state_dict(keep_vars=True).keys()
         by_name = {name: place_of(model, name) for name, _ in model.named_buffers()}
         self._places = [place for name, place in by_name.items() if name in persistent]
+        self._names = {place: name for name, place in by_name.items()}
         self._forms = [(buffer.shape, buffer.dtype) for buffer in self._now()]
         self._constants = [
             (place, getattr(*place).detach().clone()) for name, place in by_name.items() if name not in persistent
@@ -94,6 +95,7 @@ class SlotBuffers:
         for place, start in moved:
             value = getattr(*place).detach()
             self._places.append(place)
+            self._names[place] = self._frozen.names[place]
             self.moved.append(place)
             self._forms.append((value.shape, value.dtype))
             for values in (self._at_start, self._after_first):
@@ -134,9 +136,12 @@ class SlotBuffers:
         return [getattr(module, name).detach() for module, name in self._places]
 
     def _widest_first(self) -> list[Tensor]:
-        """Return the buffers in the order in which they are packed as bytes: each then begins at a multiple of the size
-        of its own elements."""
-        return sorted(self._now(), key=lambda buffer: -buffer.element_size())
+        """Return the buffers in the order in which they are packed as bytes, which is the same on every rank.
+
+        Each then begins at a multiple of the size of its own elements.
+        """
+        places = sorted(self._places, key=lambda place: (-getattr(*place).element_size(), self._names[place]))
+        return [getattr(*place).detach() for place in places]
 
     def _copies(self) -> list[Tensor]:
         return [buffer.clone() for buffer in self._now()]
@@ -161,6 +166,8 @@ class FrozenParameters:
         self._at_start: dict[str, Tensor] = {}
         self._before: Versions = {}
         self._moved: set[str] = set()
+        self.names = {place_of(model, name): name for name, _ in model.named_parameters()}
+        """The name of each parameter by its place."""
 
     def _watched(self) -> dict[str, nn.Parameter]:
         return {

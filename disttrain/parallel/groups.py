@@ -92,7 +92,7 @@ def check_shardable(model: nn.Module) -> None:
 
 def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
     """Raise ConfigError unless the optimizer's step on a part of a parameter equals that part of the whole step."""
-    own = not type(optimizer).__module__.startswith("torch.optim.")
+    own = not f"{type(optimizer).__module__}.".startswith("torch.optim.")  # Adafactor's and Muon's is "torch.optim"
     if own and getattr(optimizer, "elementwise", None) is not True:
         raise ConfigError(
             f'strategy="fsdp": each rank steps its own part of each parameter, and {type(optimizer).__name__} is not '

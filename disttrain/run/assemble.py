@@ -12,7 +12,6 @@ are called last, with the complete run.
 """
 
 import copy
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -43,6 +42,8 @@ from disttrain.run.evaluation import Evaluation
 from disttrain.run.evaluation_point import begin_training
 from disttrain.run.factories import build, built
 from disttrain.run.field_places import field_place
+from disttrain.run.module_settings import ModuleSettings
+from disttrain.run.optimizer_checks import check_optimizer_steps, required_arguments
 from disttrain.run.state import Run, total_steps
 from disttrain.run.step_checks import CheckedStep
 from disttrain.run.updates import Updates
@@ -102,6 +103,7 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out
         valid_data=data.valid,
     )
     call_handlers(run)
+    run.settings = ModuleSettings(step_function)
     return run
 
 
@@ -113,9 +115,11 @@ def build_updates(
         model,
         layout,
         schedule,
+        seed=config.seed,
         on_nan=config.on_nan,
         grad_clip_norm=config.grad_clip_norm,
         left_out=left_out,
+        monitor=config.checkpoint.monitor or "loss",
         nothing_counts=lambda: config.weight is not None and gradients.weights.total == 0,
     )
 
@@ -181,7 +185,19 @@ def build_step_function(config: Config, model: nn.Module, backend: Backend) -> S
     loss, step = (copy.deepcopy(part) if isinstance(part, nn.Module) else part for part in given)
     step_function: StepFunction = backend.move(CheckedStep(config, model, loss, step))
     check_model(step_function, backend.device)
+    if config.strategy == "fsdp":
+        refuse_scripted(model)
     return step_function
+
+
+def refuse_scripted(model: nn.Module) -> None:
+    """Raise ConfigError for a module of TorchScript, which takes none of the hooks by which FSDP2 gathers it."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ConfigError(
+                f'strategy="fsdp": {name or "the model"} is compiled by torch.jit, which takes no hooks; use the '
+                'module that was scripted, or strategy="ddp"'
+            )
 
 
 def build_optimizer(config: Config, step_function: StepFunction, layout: Layout) -> torch.optim.Optimizer:
@@ -193,11 +209,6 @@ def build_optimizer(config: Config, step_function: StepFunction, layout: Layout)
             f"{field_place(config, 'optimizer')}: expected a function that returns a torch.optim.Optimizer, got "
             f"{got(optimizer)}; return one optimizer over all the parameters, with groups where they differ"
         )
-    if needed := required_arguments(optimizer.step):
-        raise ConfigError(
-            f"optimizer: {type(optimizer).__name__}.step needs {', '.join(needed)}, and computes a step's loss several "
-            "times; a run computes it once: use an optimizer that steps from the gradients alone"
-        )
     known = set(step_function.parameters())
     for parameter in (each for group in optimizer.param_groups for each in group["params"]):
         if parameter not in known:
@@ -207,11 +218,12 @@ def build_optimizer(config: Config, step_function: StepFunction, layout: Layout)
                 "every rank; make it part of the model, or give the Module that holds it as `loss` or `forward`"
             )
     layout.check_optimizer(optimizer)
+    check_optimizer_steps(optimizer, sharded=config.strategy == "fsdp")
     return optimizer
 
 
 def build_schedule(config: Config, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
-    """Build the schedule, which is stepped without arguments after each step; None without one."""
+    """Build the schedule, which is stepped after each step, or with a value after each evaluation; None without one."""
     if config.schedule is None:
         return None
     schedule = build("schedule", config.schedule, optimizer, num_steps)
@@ -220,22 +232,18 @@ def build_schedule(config: Config, optimizer: torch.optim.Optimizer, num_steps: 
             f"{field_place(config, 'schedule')}: expected a function that returns a schedule with step(), got "
             f"{got(schedule)}"
         )
-    if needed := required_arguments(schedule.step):
+    needed = required_arguments(schedule.step)
+    if needed == ["metrics"] and config.valid_data is None:
+        raise ConfigError(
+            f"schedule: {type(schedule).__name__}.step needs metrics: a run gives it the monitored value after each "
+            "evaluation, but there is no valid_data; set it, or use a schedule that depends on the step alone"
+        )
+    if needed and needed != ["metrics"]:
         raise ConfigError(
             f"schedule: {type(schedule).__name__}.step needs {', '.join(needed)}; a run steps its schedule after each "
             "step, without arguments: use one that depends on the number of steps alone"
         )
     return schedule
-
-
-def required_arguments(method: Callable[..., Any]) -> list[str]:
-    """Return the names of the arguments without which a method cannot be called."""
-    try:
-        parameters = inspect.signature(method).parameters.values()
-    except (TypeError, ValueError):  # a function of an extension, of which nothing is known
-        return []
-    positional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in positional]
 
 
 def world_of(config: Config, slots: Slots, backend: Backend) -> World:

@@ -22,6 +22,7 @@ from disttrain.parallel import Gradients, Layout, Slots
 from disttrain.precision import Precision
 from disttrain.run.directory import RunDirectory
 from disttrain.run.evaluation import Evaluation
+from disttrain.run.module_settings import ModuleSettings
 from disttrain.run.updates import Updates
 
 T = TypeVar("T")
@@ -67,6 +68,8 @@ class Run:
     """Further objects that checkpoints hold, by name; `keep` adds one."""
     samples: dict[str, str] = field(default_factory=dict)
     """Hashes of a few samples, by name: a run resumes with the data it began with."""
+    settings: ModuleSettings | None = None
+    """What handlers change of the modules beside tensors; set when the run is assembled."""
     evaluation_due: bool = False
     """True if a signal interrupted this step's evaluation; a resumed run evaluates before its next step."""
     training: bool = False
@@ -171,6 +174,7 @@ class Run:
         """Return the position of the run, for a checkpoint's manifest."""
         recent = [] if self.bad_steps is None else list(self.bad_steps.recent)
         left_out = {str(step): reason for step, reason in sorted(self.left_out.items())}
+        settings = {} if self.settings is None else self.settings.changed()
         return {
             "epoch": self.loader.epoch,
             "step_in_epoch": self.loader.step,
@@ -179,6 +183,7 @@ class Run:
             "global_batch_size": self.config.global_batch_size,
             "kernels": self.kernels,
             **({"evaluation_due": True} if self.evaluation_due else {}),
+            **({"module_settings": settings} if settings else {}),
             **({"left_out": left_out} if left_out else {}),
             **({"recent_losses": recent} if recent else {}),
             **({} if self.best is None else self.best.position()),
@@ -204,6 +209,8 @@ class Run:
         self.updates.num_skipped = skipped if isinstance(skipped, int) else 0
         self.evaluation_due = position.get("evaluation_due") is True
         self.left_out.update({int(step): str(reason) for step, reason in left_out.items()})
+        if self.settings is not None:
+            self.settings.load(position.get("module_settings", {}))
         if self.best is not None:
             self.best.load_position(position)
         if self.bad_steps is not None:

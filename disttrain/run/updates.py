@@ -1,14 +1,19 @@
-"""The update of each step: gradient norm, clipping, the schedule, and the updates that are left out.
+"""The update of each step: its seed, gradient norm, clipping, the schedule, and the updates that are left out.
 
 *Contract*: `before_step` and `after_step` are what the step body calls around the optimizer. The gradient is the same
-on every rank, so every rank clips, skips and counts alike. The schedule steps exactly when the optimizer does.
+on every rank, so every rank clips, skips and counts alike. The schedule steps exactly when the optimizer does; one
+whose step needs a value (ReduceLROnPlateau) steps after each evaluation instead, with the value of `monitor`.
+
+Python's, numpy's and torch's generators are seeded by position when a step begins, before its handlers run, and again
+before its update. What the optimizer, the schedule and the handlers of the step's end draw is then the same on every
+rank, though each rank has drawn for other slots.
 
 *Cost*: one pass over the gradients for the norm; with on_nan="skip" the host waits for it.
 """
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -16,6 +21,8 @@ from torch import Tensor, nn
 from disttrain.engine import Engine, Events
 from disttrain.handlers.losses import Update
 from disttrain.parallel import Layout
+from disttrain.run.optimizer_checks import required_arguments
+from disttrain.seeding import seed_for, seed_position
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +36,12 @@ class Updates:
         layout: Layout,
         schedule: Any,
         *,
+        seed: int,
         on_nan: Literal["stop", "skip", "rollback"],
         grad_clip_norm: float | None,
         left_out: dict[int, str],
         nothing_counts: Callable[[], bool] = lambda: False,
+        monitor: str = "loss",
     ) -> None:
         self.grad_norm: Tensor | None = None
         """2-norm of the newest step's gradient before clipping, 0-dimensional, on the device; None if unknown."""
@@ -45,13 +54,22 @@ class Updates:
         self._model = model
         self._layout = layout
         self._schedule = schedule
+        self._follows_values = schedule is not None and bool(required_arguments(schedule.step))
+        self._monitor = monitor
+        self._seed = seed
+        self._step = 0
         self._skips = on_nan == "skip"
         self._nothing_counts = nothing_counts
         self._grad_clip_norm = grad_clip_norm
         self._reason: str | None = None
 
     def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_STARTED, self._begin)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._count)
+
+    def _begin(self, engine: Engine) -> None:
+        self._step = engine.state.iteration
+        seed_position(seed_for(self._seed, "handlers", self._step))
 
     def leaves_out(self, step: int) -> bool:
         """Return whether the whole step is left out."""
@@ -64,6 +82,7 @@ class Updates:
         self.grad_norm = norm
         if self._grad_clip_norm is not None:
             self._layout.clip(parameters, self._grad_clip_norm, norm)
+        seed_position(seed_for(self._seed, "update", self._step))
         for call in self.before_update:
             call()
         if self._nothing_counts():
@@ -79,8 +98,13 @@ class Updates:
         if not stepped and self._reason is None:
             norm = math.nan if self.grad_norm is None else float(self.grad_norm)
             self._reason = f"its gradient's norm is {norm}"
-        elif stepped and self._schedule is not None:
+        elif stepped and self._schedule is not None and not self._follows_values:
             self._schedule.step()
+
+    def evaluated(self, values: Mapping[str, Any]) -> None:
+        """Step a schedule that follows the results of evaluations; called after each one, before anything is saved."""
+        if self._follows_values:
+            self._schedule.step(values[self._monitor])
 
     def _count(self, engine: Engine) -> None:
         """Count a step whose update was left out, and log it."""

@@ -1,7 +1,7 @@
 """The evaluation that a run does after a step: run it, watch it, report its results.
 
 *Contract*: called by every rank at the same step. A signal to any rank ends it on all; then the run remembers that the
-evaluation of this step is due, and a resumed run does it first.
+evaluation of this step is due, and a resumed run does it first. A schedule that follows the results steps here.
 """
 
 from typing import Any
@@ -42,5 +42,6 @@ class Validation:
             )
         self._run.evaluation_due = values is None
         if values is not None:
+            self._run.updates.evaluated(values)
             self._reporter.validated(engine.state.iteration, self._run.epochs_begun, values)
         return values

@@ -33,6 +33,21 @@ def test_everything_that_changes_bits_is_set(ranks: Ranks) -> None:
     assert ranks(1, settings, None, 1, False) == [(":4096:8", True, True, False, False, True, 1)]
 
 
+def scripted_bits(backend: Backend, num_calls: int) -> list[str]:
+    make_deterministic()
+    torch.manual_seed(0)
+    scripted = torch.jit.script(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)))
+    for _ in range(num_calls):
+        scripted(torch.ones(4, 4)).sum().backward()
+    scripted.zero_grad()
+    scripted(torch.linspace(-2, 2, 16).reshape(4, 4)).pow(2).mean().backward()
+    return [value.hex() for parameter in scripted.parameters() for value in parameter.grad.flatten().tolist()]
+
+
+def test_a_scripted_module_has_the_same_bits_after_any_number_of_calls(ranks: Ranks) -> None:
+    assert len({str(ranks(1, scripted_bits, num_calls)) for num_calls in range(4)}) == 1
+
+
 def test_a_workspace_of_the_users_is_kept(ranks: Ranks) -> None:
     assert ranks(1, settings, ":16:8", 1)[0][0] == ":16:8"
     assert ranks(1, settings, ":0:0", 1, False)[0][0] == ":0:0"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from disttrain.errors import ConfigError
 from disttrain.parallel import Slots, World, strategy_for
-from disttrain.parallel.groups import groups_of, own_parameters
+from disttrain.parallel.groups import check_elementwise, groups_of, own_parameters
 
 CPU = torch.device("cpu")
 
@@ -77,6 +77,12 @@ def test_optimizers_that_docs_name_step_a_part_as_a_part_of_the_whole(name: str)
     assert not torch.equal(expected, whole)
     for rows in (1, 7, 14, 21):
         assert torch.equal(after_steps([slice(i, min(41, i + rows)) for i in range(0, 41, rows)]), expected)
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "Muon", "LBFGS"])
+def test_torchs_optimizers_that_need_whole_parameters_are_named_as_such(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} needs whole parameters"):
+        check_elementwise(getattr(torch.optim, name)([nn.Parameter(torch.zeros(2, 2))]))
 
 
 class Centred(torch.optim.SGD):

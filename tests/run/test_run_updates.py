@@ -2,13 +2,15 @@
 
 import logging
 import math
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from disttrain.engine import Engine
+from disttrain.engine import Engine, Events
 from disttrain.parallel import ReplicatedLayout
 from disttrain.run.updates import Updates
 
@@ -30,7 +32,7 @@ def model_with_gradient(*values: float) -> nn.Module:
 
 
 def updates(model: nn.Module, **changes: Any) -> Updates:
-    defaults: dict[str, Any] = {"on_nan": "stop", "grad_clip_norm": None, "left_out": {}}
+    defaults: dict[str, Any] = {"seed": 3, "on_nan": "stop", "grad_clip_norm": None, "left_out": {}}
     schedule = changes.pop("schedule", None)
     return Updates(model, ReplicatedLayout(), schedule, **(defaults | changes))
 
@@ -61,6 +63,56 @@ def test_the_waits_of_an_update_are_called_before_it() -> None:
     waiting.before_update += [lambda: called.append("first"), lambda: called.append("second")]
     waiting.before_step()
     assert called == ["first", "second"]
+
+
+class Plateau:
+    """A schedule that follows a value."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def step(self, metrics: float) -> None:
+        self.values.append(metrics)
+
+
+def test_a_schedule_whose_step_needs_a_value_steps_after_evaluations_alone() -> None:
+    schedule = Plateau()
+    following = updates(model_with_gradient(1.0), schedule=schedule, monitor="accuracy")
+    following.before_step()
+    following.after_step(True)
+    assert schedule.values == []
+    following.evaluated({"loss": 3.0, "accuracy": 0.5})
+    following.evaluated({"loss": 2.0, "accuracy": 0.75})
+    assert schedule.values == [0.5, 0.75]
+
+
+def test_other_schedules_do_not_step_after_an_evaluation() -> None:
+    schedule = Schedule()
+    updates(model_with_gradient(1.0), schedule=schedule).evaluated({"loss": 3.0})
+    assert schedule.num_steps == 0
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(2).tolist(), lambda: np.random.rand(2).tolist(), random.random])
+def test_what_handlers_and_the_update_draw_depends_on_the_step_alone(draw: Any) -> None:
+    drawn: dict[tuple[str, int], list[Any]] = {}
+    for num_slots in (1, 3):  # a rank with more slots has drawn more before its update
+        drawing = updates(model_with_gradient(1.0))
+        drawing.before_update.append(lambda e=drawing: drawn.setdefault(("update", e._step), []).append(draw()))
+
+        def step(engine: Engine, batch: int, e: Updates = drawing, n: int = num_slots) -> None:
+            for _ in range(n):
+                draw()
+            e.before_step()
+
+        engine = Engine(step)  # type: ignore[arg-type]
+        drawing.attach(engine)
+        engine.add_event_handler(
+            Events.ITERATION_STARTED, lambda e: drawn.setdefault(("begins", e.state.iteration), []).append(draw())
+        )
+        engine.run([0, 0], max_epochs=1)
+    assert len(drawn) == 4
+    assert all(first == second for first, second in drawn.values())
+    assert len({str(values) for values in drawn.values()}) == 4
 
 
 def test_the_schedule_steps_only_with_the_optimizer_and_skipped_steps_count(caplog: pytest.LogCaptureFixture) -> None:
