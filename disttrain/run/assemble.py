@@ -11,7 +11,6 @@ are called last, with the complete run.
 *Errors*: ConfigError, with the file and line, for anything that a factory of the config raises.
 """
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -34,20 +33,16 @@ from disttrain.handlers.bad_steps import BadSteps
 from disttrain.handlers.best import Best, mode_of
 from disttrain.parallel import Layout, Slots, World, strategy_for
 from disttrain.parallel.leaving_out import LeavingOut
-from disttrain.parallel.model_checks import check_model
 from disttrain.precision import Precision, choose_precision
+from disttrain.run.builders import build_model, build_optimizer, build_schedule, build_step_function
 from disttrain.run.data import build_data, collate_of
 from disttrain.run.directory import RunDirectory
 from disttrain.run.evaluation import Evaluation
 from disttrain.run.evaluation_point import begin_training
-from disttrain.run.factories import build, built
-from disttrain.run.field_places import field_place
+from disttrain.run.factories import build
 from disttrain.run.module_settings import ModuleSettings
-from disttrain.run.optimizer_checks import check_optimizer_steps, required_arguments
 from disttrain.run.state import Run, total_steps
-from disttrain.run.step_checks import CheckedStep
 from disttrain.run.updates import Updates
-from disttrain.seeding import manual_seed, seed_for
 
 
 def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out: dict[int, str]) -> Run:
@@ -165,85 +160,6 @@ def call_handlers(run: Run) -> None:
             run.attached.append((name, handler))
             run.attached.extend((name, partial(each.function, *each.args, **each.kwargs)) for each in added)
     set_cpu_threads(run.config.cpu_threads)  # again: a factory may have set the number of the machine's cores
-
-
-def build_model(config: Config, backend: Backend) -> nn.Module:
-    """Build the model under its own seed, on this rank's device."""
-    manual_seed(seed_for(config.seed, "init"))
-    model: nn.Module = backend.move(built(config, "model", nn.Module))
-    if config.compile:
-        backend.compile(model)
-    return model
-
-
-def build_step_function(config: Config, model: nn.Module, backend: Backend) -> StepFunction:
-    """Put the model and the config's loss or forward together, on this rank's device.
-
-    A loss or a forward that is a Module is copied, because a Config may be run several times.
-    """
-    given: list[Any] = [config.loss, config.forward]
-    loss, step = (copy.deepcopy(part) if isinstance(part, nn.Module) else part for part in given)
-    step_function: StepFunction = backend.move(CheckedStep(config, model, loss, step))
-    check_model(step_function, backend.device)
-    if config.strategy == "fsdp":
-        refuse_scripted(model)
-    return step_function
-
-
-def refuse_scripted(model: nn.Module) -> None:
-    """Raise ConfigError for a module of TorchScript, which takes none of the hooks by which FSDP2 gathers it."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ConfigError(
-                f'strategy="fsdp": {name or "the model"} is compiled by torch.jit, which takes no hooks; use the '
-                'module that was scripted, or strategy="ddp"'
-            )
-
-
-def build_optimizer(config: Config, step_function: StepFunction, layout: Layout) -> torch.optim.Optimizer:
-    """Build the optimizer over the parameters that are trained: the model's, then those of a loss."""
-    trained = [parameter for parameter in step_function.parameters() if parameter.requires_grad]
-    optimizer = build("optimizer", config.optimizer, trained)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ConfigError(
-            f"{field_place(config, 'optimizer')}: expected a function that returns a torch.optim.Optimizer, got "
-            f"{got(optimizer)}; return one optimizer over all the parameters, with groups where they differ"
-        )
-    known = set(step_function.parameters())
-    for parameter in (each for group in optimizer.param_groups for each in group["params"]):
-        if parameter not in known:
-            raise ConfigError(
-                f"optimizer: {type(optimizer).__name__} has a parameter of shape {list(parameter.shape)} that belongs "
-                "neither to the model nor to the config's loss or forward: it would not be saved, nor be the same on "
-                "every rank; make it part of the model, or give the Module that holds it as `loss` or `forward`"
-            )
-    layout.check_optimizer(optimizer)
-    check_optimizer_steps(optimizer, sharded=config.strategy == "fsdp")
-    return optimizer
-
-
-def build_schedule(config: Config, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
-    """Build the schedule, which is stepped after each step, or with a value after each evaluation; None without one."""
-    if config.schedule is None:
-        return None
-    schedule = build("schedule", config.schedule, optimizer, num_steps)
-    if not callable(getattr(schedule, "step", None)):
-        raise ConfigError(
-            f"{field_place(config, 'schedule')}: expected a function that returns a schedule with step(), got "
-            f"{got(schedule)}"
-        )
-    needed = required_arguments(schedule.step)
-    if needed == ["metrics"] and config.valid_data is None:
-        raise ConfigError(
-            f"schedule: {type(schedule).__name__}.step needs metrics: a run gives it the monitored value after each "
-            "evaluation, but there is no valid_data; set it, or use a schedule that depends on the step alone"
-        )
-    if needed and needed != ["metrics"]:
-        raise ConfigError(
-            f"schedule: {type(schedule).__name__}.step needs {', '.join(needed)}; a run steps its schedule after each "
-            "step, without arguments: use one that depends on the number of steps alone"
-        )
-    return schedule
 
 
 def world_of(config: Config, slots: Slots, backend: Backend) -> World:
