@@ -13,12 +13,10 @@ from rich.console import Console
 
 from disttrain.commands.exit_codes import DIFFERENT, SAME, USAGE
 from disttrain.commands.scenarios import Life, Scenario, plan
+from disttrain.commands.verification import CannotRun
 from disttrain.commands.verify import (
-    NUM_QUOTED_LINES,
-    CannotRun,
     list_from,
     number_from,
-    quoted_output,
     run_scenarios,
     scenario_cells,
 )
@@ -51,7 +49,7 @@ class Prepared:
         self.folder = folder
         self.done: list[str] = []
 
-    def run(self, scenario: Scenario) -> RunDirectory:
+    def run(self, scenario: Scenario, following: Scenario | None = None) -> RunDirectory:
         path = self.folder / scenario.name
         if not path.exists():
             raise CannotRun(f"{scenario.name}: the ranks ended with 1, expected 0")
@@ -114,17 +112,6 @@ def test_the_cells_of_a_scenario() -> None:
     assert scenario_cells(Scenario("a", (Life(2, 0),))) == ("a", "2", "0", "-")
     lives = (Life(3, 1, killed_at=4), Life(2, 1, killed_at=9), Life(3, 1))
     assert scenario_cells(Scenario("b", lives)) == ("b", "3, 2, 3", "1", "4, 9")
-
-
-def test_the_output_of_the_first_rank_with_an_error_is_quoted(tmp_path: Path) -> None:
-    logs = [tmp_path / f"rank-{rank}.txt" for rank in range(3)]
-    assert quoted_output(logs) == ""
-    logs[0].write_text("rank 0 is fine\n")
-    assert quoted_output(logs) == "  rank 0 is fine"
-    logs[2].write_text("".join(f"line {number}\n" for number in range(99)) + "ValueError: no\n")
-    quoted = quoted_output(logs).splitlines()
-    assert len(quoted) == NUM_QUOTED_LINES
-    assert quoted[-2:] == ["  line 98", "  ValueError: no"]
 
 
 @given(st.lists(st.integers(0, 99), min_size=1), st.integers(0, 9))

@@ -13,7 +13,7 @@ from commands import environment
 from disttrain.commands.compare import compare_runs
 from disttrain.commands.scenarios import Life, Scenario
 from disttrain.commands.start_ranks import PRELOAD
-from disttrain.commands.verify import PRELOAD_FSDP, Verification
+from disttrain.commands.verification import PRELOAD_FSDP, Verification
 from disttrain.config import load_config
 
 CFG = Path(__file__).parent / "matrix" / "averaged.py"
