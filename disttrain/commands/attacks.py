@@ -43,21 +43,9 @@ SETTINGS = (
         'Find files from Path(__file__).parent in the cfg.py, not from os.getcwd() or a relative path such as "data/".',
     ),
     Setting(
-        "hash_seed",
-        "the hash seed (PYTHONHASHSEED)",
-        "Sets of strings have another order in each process, and hash() of a string another value: use sorted() or "
-        "dict.fromkeys() in place of the set, and hashlib in place of hash().",
-    ),
-    Setting(
         "temporary_directory",
         "the temporary directory (TMPDIR)",
         "Something is read from a file there that an earlier process left, or the path itself is used.",
-    ),
-    Setting(
-        "threads",
-        "the number of threads of numeric libraries (OMP_NUM_THREADS and the like)",
-        "A library sums in another order with another number of threads. Set its number in the code that calls it, for "
-        "example by threadpoolctl.",
     ),
     Setting(
         "time_zone",
@@ -65,8 +53,20 @@ SETTINGS = (
         "Give datetime.fromtimestamp() a time zone, and use time.gmtime() in place of time.localtime().",
     ),
     Setting("umask", "the umask", "Something reads the permissions of files that it has written."),
+    Setting(
+        "hash_seed",
+        "the hash seed (PYTHONHASHSEED)",
+        "Sets of strings have another order in each process, and hash() of a string another value: use sorted() or "
+        "dict.fromkeys() in place of the set, and hashlib in place of hash().",
+    ),
+    Setting(
+        "threads",
+        "the number of threads of numeric libraries (OMP_NUM_THREADS and the like)",
+        "A library sums in another order with another number of threads. Set its number in the code that calls it, for "
+        "example by threadpoolctl.",
+    ),
 )
-"""The likeliest causes of a run that cannot be run come first."""
+"""The likeliest come first. The last two are replaced by a life's launcher: they matter where something evades it."""
 
 
 def attacked(scenarios: Sequence[Scenario], folder: Path) -> list[Scenario]:

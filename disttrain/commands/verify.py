@@ -140,6 +140,7 @@ def run_scenarios(
             break
     console.print(table)
     if failed is not None:
+        print_differences(verdicts, console)
         print(f"\n{failed}", file=sys.stderr)
         return USAGE if reference is None else DIFFERENT
     return print_verdicts(verdicts, console, notes)
@@ -166,9 +167,8 @@ def judged(scenario: Scenario, run: RunDirectory, comparison: Comparison, num_st
     return Verdict(scenario, comparison, comparison.same and is_whole, read_handler_state(run))
 
 
-def print_verdicts(verdicts: Sequence[Verdict], console: Console, notes: Sequence[str]) -> int:
-    """Print the outcome in words, with the first difference; return the exit code. The first verdict: the reference."""
-    console.print()
+def print_differences(verdicts: Sequence[Verdict], console: Console) -> bool:
+    """Print the first difference with its likely cause, and others with a known cause; return whether there is one."""
     wrong = [verdict for verdict in verdicts if not verdict.is_same]
     shown = [verdict for verdict in wrong if verdict is wrong[0] or verdict.finding]
     for verdict in shown:
@@ -180,9 +180,16 @@ def print_verdicts(verdicts: Sequence[Verdict], console: Console, notes: Sequenc
     others = [verdict.scenario.name for verdict in wrong if verdict not in shown]
     if others:
         console.print(f"also not the same bits: {', '.join(others)}", soft_wrap=True)
+    return bool(wrong)
+
+
+def print_verdicts(verdicts: Sequence[Verdict], console: Console, notes: Sequence[str]) -> int:
+    """Print the outcome in words, with the first difference; return the exit code. The first verdict: the reference."""
+    console.print()
+    is_different = print_differences(verdicts, console)
     for note in notes:
         console.print(f"note: {note}", soft_wrap=True)
-    if wrong:
+    if is_different:
         return DIFFERENT
     lost = lost_values(
         [verdict.handler_state for verdict in verdicts if not verdict.is_killed],

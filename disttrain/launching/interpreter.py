@@ -1,8 +1,9 @@
 """An interpreter of its own off which ranks are forked, started with other surroundings than this process has.
 
 *Contract*: the interpreter shares nothing with this process but the machine, the user and the variables that its
-`Surroundings` leave alone. It imports modules at once, and runs ranks once; it ends with them, with this process, or
-with `close`. A rank behaves as one of `LocalRanks`.
+`Surroundings` leave alone. It begins as `python -m disttrain.launch` does, which replaces some of them. It imports
+modules at once, and runs ranks once; it ends with them, with this process, or with `close`. A rank behaves as one of
+`LocalRanks`.
 
 *Cost*: the interpreter starts in the background; the import of torch takes some seconds of one core.
 """
@@ -25,13 +26,16 @@ from typing import Any, NamedTuple
 from disttrain.environment import variables_with
 from disttrain.errors import DisttrainError
 from disttrain.launching.local_ranks import LocalRanks, log_of
+from disttrain.process import SETTINGS
 
-THREAD_VARIABLES = (
-    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "BLIS_NUM_THREADS"),
-    *("NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"),
-)
-"""The variables from which numeric libraries take their number of threads."""
-_START = "import sys; sys.path[:] = {path!r}; from disttrain.launching.interpreter import main; sys.exit(main())"
+_START = """import sys
+sys.path[:] = {path!r}
+from disttrain.process import begin_process
+begin_process()
+from disttrain.launching.interpreter import main
+sys.exit(main())"""
+_PROGRAM = "disttrain.launch"
+"""The word by which `begin_process` knows a program of this package: the interpreter stands for that one."""
 _ENDED = "ended.json"
 _ENDS_WITHIN_S = 10.0
 
@@ -54,7 +58,7 @@ class Surroundings:
         named = {"TMPDIR": self.temporary_directory, "TZ": self.time_zone}
         return {
             "PYTHONHASHSEED": str(self.hash_seed),
-            **dict.fromkeys(THREAD_VARIABLES, str(self.threads)),
+            **{name: str(self.threads) for name in SETTINGS if name.endswith("_THREADS")},
             **{name: str(value) for name, value in named.items() if value is not None},
         }
 
@@ -85,7 +89,7 @@ class Interpreter:
         # Absolute, because the working directory may be another one.
         start = _START.format(path=[os.path.abspath(folder) for folder in sys.path])
         self._process = subprocess.Popen(
-            [sys.executable, "-c", start, *preload],
+            [sys.executable, "-c", start, _PROGRAM, *preload],
             stdin=subprocess.PIPE,
             stdout=self._output,
             stderr=subprocess.STDOUT,
@@ -135,7 +139,7 @@ class Interpreter:
 
 def main() -> int:
     """Be the interpreter: import the modules that the arguments name, then run the ranks that the input describes."""
-    for name in sys.argv[1:]:
+    for name in sys.argv[2:]:
         importlib.import_module(name)
     try:
         world_size, target, arguments, logs, method = pickle.load(sys.stdin.buffer)  # noqa: S301 - from `Interpreter`
