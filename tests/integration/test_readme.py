@@ -30,7 +30,7 @@ def typed(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     scripts = {name: str(Path(sys.executable).with_name(name)) for name in ("torchrun", "disttrain")}
     words[0] = {"python": sys.executable, **scripts}[words[0]]
     return subprocess.run(
-        words, cwd=folder, capture_output=True, text=True, env=environment(), timeout=120, check=False
+        words, cwd=folder, capture_output=True, text=True, env=environment(), timeout=300, check=False
     )
 
 

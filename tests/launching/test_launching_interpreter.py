@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 import threading
@@ -14,13 +15,14 @@ import pytest
 
 from disttrain.errors import DisttrainError
 from disttrain.launching.interpreter import Interpreter, Surroundings
+from disttrain.process import SETTINGS
 
 
 def tell(folder: str, code: int) -> int:
     """Write what this rank finds around it; return `code` on rank 1."""
     umask = os.umask(0)
     found = {
-        "hash_seed": int(os.environ["PYTHONHASHSEED"]),
+        "hash": hash("a text"),
         "threads": int(os.environ["OPENBLAS_NUM_THREADS"]),
         "working_directory": str(Path.cwd()),
         "temporary_directory": tempfile.gettempdir(),
@@ -41,16 +43,30 @@ def sleep() -> int:
 
 
 def test_the_ranks_have_the_surroundings(tmp_path: Path) -> None:
-    asked: dict[str, Any] = {"hash_seed": 5, "threads": 3, "umask": 0o027, "start_method": "spawn"}
+    asked: dict[str, Any] = {"umask": 0o027, "start_method": "spawn"}
     folders = {"working_directory": tmp_path / "cwd", "temporary_directory": tmp_path / "tmp"}
-    interpreter = Interpreter(Surroundings(**asked, **folders, time_zone="<+0545>-05:45"), ["colorsys"])
+    surroundings = Surroundings(**asked, **folders, hash_seed=5, threads=3, time_zone="<+0545>-05:45")
+    interpreter = Interpreter(surroundings, ["colorsys"])
     ended = interpreter.run(2, tell, (str(tmp_path), 3), tmp_path / "logs")
     interpreter.close()
     assert ended.codes == [0, 3]
     assert ended.first_failed == 3
-    expected = {**asked, **{name: str(path) for name, path in folders.items()}, "time_zone": "+0545"}
+    expected: dict[str, Any] = {**asked, **{name: str(path) for name, path in folders.items()}, "time_zone": "+0545"}
+    # A program of disttrain replaces the hash seed and the threads that it finds.
+    words = [sys.executable, "-c", "print(hash('a text'))"]
+    settled = {**os.environ, "PYTHONHASHSEED": SETTINGS["PYTHONHASHSEED"]}
+    expected["hash"] = int(subprocess.run(words, env=settled, capture_output=True, check=True).stdout)
+    expected["threads"] = int(SETTINGS["OPENBLAS_NUM_THREADS"])
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == {**expected, "is_imported": True}
+
+
+def test_surroundings_are_variables() -> None:
+    variables = Surroundings(hash_seed=5, threads=3, time_zone="UTC").variables()
+    assert (variables["PYTHONHASHSEED"], variables["TZ"]) == ("5", "UTC")
+    assert variables["OMP_NUM_THREADS"] == variables["OPENBLAS_NUM_THREADS"] == "3"
+    assert "TMPDIR" not in variables
+    assert set(variables) - {"TZ"} <= set(SETTINGS)
 
 
 def test_an_interpreter_that_fails_says_why(tmp_path: Path) -> None:
