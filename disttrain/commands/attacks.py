@@ -29,7 +29,7 @@ class Setting(NamedTuple):
     advice: str
 
 
-SETTINGS = (
+ATTACKED = (
     Setting(
         "start_method",
         "the start method of loader workers (multiprocessing.set_start_method)",
@@ -122,7 +122,7 @@ def settings_changed_in(scenario: Scenario) -> list[Setting]:
     each = [life.surroundings for life in scenario.lives if life.surroundings is not None]
     return [
         setting
-        for setting in SETTINGS
+        for setting in ATTACKED
         if any(getattr(surroundings, setting.field) != getattr(REFERENCE, setting.field) for surroundings in each)
     ]
 

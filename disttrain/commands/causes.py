@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from disttrain.commands.attacks import (
     REFERENCE,
-    SETTINGS,
+    ATTACKED,
     Setting,
     as_in_reference,
     setting_that_matters,
@@ -27,7 +27,7 @@ from disttrain.run.directory import RunDirectory
 
 
 class Finding(NamedTuple):
-    """What running a scenario again has shown; `setting` is None if none of the settings matters."""
+    """The result of running a scenario again; `setting` is None if none of the settings matters."""
 
     setting: Setting | None
     text: str
@@ -136,7 +136,7 @@ def _search(
     changed = [setting for setting in settings_changed_in(scenario) if setting not in verification.left_alone]
 
     def tried(settings: Sequence[Setting]) -> bool:
-        others = [setting for setting in SETTINGS if setting not in settings]
+        others = [setting for setting in ATTACKED if setting not in settings]
         lives = tuple(as_in_reference(life, others) for life in scenario.lives)
         return is_wrong(dataclasses.replace(scenario, lives=lives))
 

@@ -84,7 +84,7 @@ class LedgerDifference:
 
     @property
     def explanation(self) -> str:
-        """What was the same, and the likely cause; if the ledgers do not show it, the way to find it."""
+        """The parts that were the same, and the likely cause; if the ledgers do not show it, the way to find it."""
         return " ".join([*self._known_sentences(), self._cause])
 
     @property

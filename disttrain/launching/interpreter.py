@@ -32,8 +32,8 @@ _START = """import sys
 sys.path[:] = {path!r}
 from disttrain.process import begin_process
 begin_process()
-from disttrain.launching.interpreter import main
-sys.exit(main())"""
+from disttrain.launching.interpreter import _main
+sys.exit(_main())"""
 _PROGRAM = "disttrain.launch"
 """The word by which `begin_process` knows a program of this package: the interpreter stands for that one."""
 _ENDED = "ended.json"
@@ -42,7 +42,7 @@ _ENDS_WITHIN_S = 10.0
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a process gets at its start and not from a config; None: as this process has it."""
+    """The settings that a process gets at its start and not from a config; None: as this process has it."""
 
     hash_seed: int = 1
     threads: int = 1
@@ -137,7 +137,7 @@ class Interpreter:
         self._output.close()
 
 
-def main() -> int:
+def _main() -> int:
     """Be the interpreter: import the modules that the arguments name, then run the ranks that the input describes."""
     for name in sys.argv[2:]:
         importlib.import_module(name)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from disttrain.commands.attacks import (
     REFERENCE,
-    SETTINGS,
+    ATTACKED,
     Setting,
     as_in_reference,
     attacked,
@@ -31,7 +31,7 @@ def test_the_reference_is_as_verify_was_started_and_no_other_life_shares_anythin
     assert surroundings_of(0) == [REFERENCE]
     others = [each for number in range(1, len(SCENARIOS)) for each in surroundings_of(number)]
     assert len(others) == len({life for scenario in SCENARIOS[1:] for life in scenario.lives}) == 8
-    fields = {setting.field for setting in SETTINGS} - {"start_method"}
+    fields = {setting.field for setting in ATTACKED} - {"start_method"}
     for field in fields:
         assert all(getattr(each, field) != getattr(REFERENCE, field) for each in others)
     for field in ("hash_seed", "working_directory", "temporary_directory"):
@@ -49,22 +49,22 @@ def test_one_life_with_workers_starts_them_in_another_way() -> None:
 
 def test_settings_of_the_reference_are_put_back_one_by_one() -> None:
     scenario = SCENARIOS[1]
-    assert [setting.field for setting in settings_changed_in(scenario)] == [s.field for s in SETTINGS[1:]]
+    assert [setting.field for setting in settings_changed_in(scenario)] == [s.field for s in ATTACKED[1:]]
     (life,) = scenario.lives
-    assert as_in_reference(life, SETTINGS).surroundings == REFERENCE
-    for setting in SETTINGS[1:]:
+    assert as_in_reference(life, ATTACKED).surroundings == REFERENCE
+    for setting in ATTACKED[1:]:
         back = as_in_reference(life, [setting]).surroundings
         assert back is not None
         differing = {f for f in Surroundings.__dataclass_fields__ if getattr(back, f) != getattr(REFERENCE, f)}
-        assert differing == {s.field for s in SETTINGS[1:]} - {setting.field}
-    umask = next(setting for setting in SETTINGS if setting.field == "umask")
+        assert differing == {s.field for s in ATTACKED[1:]} - {setting.field}
+    umask = next(setting for setting in ATTACKED if setting.field == "umask")
     assert values_in(scenario, umask) == "077"
     assert values_in(SCENARIOS[0], umask) == "yours"
 
 
-@given(st.sets(st.sampled_from(SETTINGS), min_size=1), st.data())
+@given(st.sets(st.sampled_from(ATTACKED), min_size=1), st.data())
 def test_the_setting_that_is_found_matters(changed_set: set[Setting], data: st.DataObject) -> None:
-    changed = [setting for setting in SETTINGS if setting in changed_set]
+    changed = [setting for setting in ATTACKED if setting in changed_set]
     guilty = data.draw(st.sets(st.sampled_from(changed), min_size=1))
     tried: list[Sequence[Setting]] = []
 
@@ -78,5 +78,5 @@ def test_the_setting_that_is_found_matters(changed_set: set[Setting], data: st.D
 
 
 def test_no_setting_matters_if_it_is_wrong_without_any() -> None:
-    assert setting_that_matters(SETTINGS, lambda settings: True) is None
+    assert setting_that_matters(ATTACKED, lambda settings: True) is None
     assert setting_that_matters([], lambda settings: False) is None

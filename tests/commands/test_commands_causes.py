@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from written_runs import NUM_STEPS, write_run
 
-from disttrain.commands.attacks import REFERENCE, SETTINGS, Setting, as_in_reference, attacked
+from disttrain.commands.attacks import REFERENCE, ATTACKED, Setting, as_in_reference, attacked
 from disttrain.commands.causes import find_cause, run_where_possible, up_to
 from disttrain.commands.compare import compare_runs
 from disttrain.commands.scenarios import Life, Scenario, plan
@@ -50,7 +50,7 @@ def has_other(field: str, surroundings: Surroundings) -> bool:
     return getattr(surroundings, field) != getattr(REFERENCE, field)
 
 
-@pytest.mark.parametrize("setting", SETTINGS[1:], ids=[setting.field for setting in SETTINGS[1:]])
+@pytest.mark.parametrize("setting", ATTACKED[1:], ids=[setting.field for setting in ATTACKED[1:]])
 @pytest.mark.parametrize("number", [1, 2], ids=["again", "killed"])
 def test_the_cause_of_a_difference(setting: Setting, number: int, tmp_path: Path) -> None:
     verification = Written(tmp_path, differs=partial(has_other, setting.field))
