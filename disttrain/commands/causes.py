@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from disttrain.commands.attacks import (
-    REFERENCE,
     ATTACKED,
+    REFERENCE,
     Setting,
     as_in_reference,
     setting_that_matters,

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disttrain.commands.attacks import (
-    REFERENCE,
     ATTACKED,
+    REFERENCE,
     Setting,
     as_in_reference,
     attacked,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from written_runs import NUM_STEPS, write_run
 
-from disttrain.commands.attacks import REFERENCE, ATTACKED, Setting, as_in_reference, attacked
+from disttrain.commands.attacks import ATTACKED, REFERENCE, Setting, as_in_reference, attacked
 from disttrain.commands.causes import find_cause, run_where_possible, up_to
 from disttrain.commands.compare import compare_runs
 from disttrain.commands.scenarios import Life, Scenario, plan
