@@ -144,7 +144,7 @@ def setting_that_matters(changed: Sequence[Setting], is_wrong: Callable[[Sequenc
         return None
     good, bad = 0, len(changed)  # with the first `good` settings changed all is well, with the first `bad` it is not
     while bad - good > 1:
-        size = max(good + 1, min(2 * good, (good + bad) // 2))  # the first ones are the likeliest
+        size = (good + bad) // 2
         good, bad = (good, size) if is_wrong(changed[:size]) else (size, bad)
     return changed[bad - 1]
 

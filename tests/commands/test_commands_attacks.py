@@ -73,7 +73,7 @@ def test_the_setting_that_is_found_matters(changed_set: set[Setting], data: st.D
         return not guilty.isdisjoint(settings)
 
     assert setting_that_matters(changed, is_wrong) in guilty
-    assert len(tried) <= 6
+    assert len(tried) <= 4
     assert len(set(map(tuple, tried))) == len(tried)
 
 

@@ -79,6 +79,7 @@ def test_a_deliberate_fault_is_found_and_named(
 
 
 @pytest.mark.slow  # a new interpreter for each life
+@pytest.mark.timeout(900)
 def test_the_setting_of_the_process_that_matters_is_found_and_named(tmp_path: Path) -> None:
     words = ["--worlds", "1", "--workers", "0", "--kills", "1", "--steps", "6"]
     quick = disttrain("verify", WRONG / "time_zone.py", *words, "--quick", cwd=tmp_path)
@@ -105,6 +106,7 @@ fields["valid_data"] = Unsendable
 
 
 @pytest.mark.slow  # a new interpreter for each life
+@pytest.mark.timeout(900)
 def test_a_run_that_needs_its_folder_or_forked_workers_is_told_so_and_verified(tmp_path: Path) -> None:
     cfg = write_cfg(tmp_path, NEEDS_ITS_FOLDER)
     (tmp_path / "data.txt").touch()
