@@ -3,7 +3,8 @@
 *Contract*: runs the scenario again, with fewer settings changed each time, until it is seen which one matters. What is
 found is left as in the reference from then on (`Verification.left_alone`), so that later scenarios show other causes.
 
-*Cost*: at most four runs for a difference, and six for a run that cannot be run. Those for a difference stop after its step, if a scenario has one life.
+*Cost*: at most four runs for a difference, and six for a run that cannot be run. Those for a difference stop after its
+step, if the scenario has one life.
 """
 
 import dataclasses
