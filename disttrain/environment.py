@@ -132,6 +132,11 @@ def set_default(name: str, value: str) -> str:
     return os.environ.setdefault(name, value)
 
 
+def variables_with(changes: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of this process with `changes`, for a process that it starts."""
+    return {**os.environ, **changes}
+
+
 def set_launch(topology: Topology, address: str, port: int) -> None:
     """Set this process's variables as torchrun would; a world of one looks like a process started by hand."""
     for name in [name for name in os.environ if name in (*_CORE, *_ADDRESS) or name.startswith(_LAUNCHER_PREFIXES)]:

@@ -31,7 +31,7 @@ ALLOWED = {
         "launching/end_with_launcher.py",  # asks the kernel for SIGKILL when the launcher dies
         "launching/torchrun.py",  # the launcher's own signals, in a process that is no rank
         "commands/scenarios.py",  # sends SIGKILL
-        "commands/verify.py",  # knows a death by its SIGKILL
+        "commands/verification.py",  # knows a death by its SIGKILL
     },
 }
 

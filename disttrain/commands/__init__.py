@@ -5,7 +5,10 @@ launch       `python -m disttrain.launch cfg.py`: trains a config, and reports e
 start_ranks  `disttrain launch --ranks N`: starts the ranks of this host by torchrun
 summary      prints the first line of a run, and the summary at its end
 verify       runs a config killed and resized, and compares every bit
+verification runs the lives of a scenario, for `verify`
 scenarios    plans the runs of `verify`
+attacks      gives each life other settings of its process, for `verify`
+causes       finds the setting because of which a scenario differs or cannot be run, for `verify`
 lost_state   finds the state of handlers that a kill loses, for `verify`
 compare      finds the first difference of two runs
 checkpoint   lists, shows, verifies, prunes and exports checkpoints

@@ -6,15 +6,17 @@
 """
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from disttrain.commands.exit_codes import DIFFERENT, SAME, USAGE
 from disttrain.config import differences_that_matter, read_stored
 from disttrain.errors import ConfigError
-from disttrain.evidence import Comparison, first_difference, read_ledger
-from disttrain.evidence.ledger import differing
+from disttrain.evidence import Comparison, first_difference, read_ledger, with_evaluations, without_rounding
+from disttrain.evidence.ledger import Line
 from disttrain.files import printable
 from disttrain.run.directory import RunDirectory
 from disttrain.run.launch_changes import launch_changes
@@ -22,21 +24,22 @@ from disttrain.run.launches import launch_before, read_launches
 from disttrain.run.result import read_result
 
 
-def compare_runs(left: RunDirectory, right: RunDirectory) -> Comparison:
-    """Compare the configs, ledgers and results of two runs, which may have been killed."""
-    ledgers = [read_ledger(run.ledger_jsonl) for run in (left, right)]
+def compare_runs(left: RunDirectory, right: RunDirectory, *, same_ranks: bool = False) -> Comparison:
+    """Compare the configs, ledgers, evaluations and results of two runs, which may have been killed.
+
+    Without `same_ranks`, a metric (not the loss) may differ by rounding: sums of floats depend on the number of ranks.
+    """
+    ledgers = [with_evaluations(read_ledger(run.ledger_jsonl), run.metrics / "valid.jsonl") for run in (left, right)]
+    rounding: list[str] = []
+    if not same_ranks:
+        ledgers[1], rounding = without_rounding(*ledgers)
     common_steps = ledgers[0].keys() & ledgers[1].keys()
     if not common_steps - {0}:
         raise ConfigError(
             f"the ledgers of {left.path} and {right.path} have no step in common; let both runs do the same steps"
         )
     results = [read_result(run.result_json) or {} for run in (left, right)]
-    other = []
-    metrics = [result.get("metrics", {}) for result in results]
-    if results[0].get("step") == results[1].get("step") and all(metrics):
-        other = [
-            f"validation {name}: {metrics[0].get(name)} and {metrics[1].get(name)}" for name in differing(*metrics)
-        ]
+    best = [_best_of(result) for result in results]
     return Comparison(
         num_steps=len(common_steps - {0}),
         last_steps=(max(ledgers[0]), max(ledgers[1])),
@@ -44,8 +47,20 @@ def compare_runs(left: RunDirectory, right: RunDirectory) -> Comparison:
         configs=tuple(_config_differences(left, right)),
         difference=first_difference(*ledgers),
         weights=(results[0].get("params_sha256"), results[1].get("params_sha256")),
-        other=tuple(other),
+        best=(best[0], best[1]),
+        num_evaluations=(_num_evaluations(ledgers[0]), _num_evaluations(ledgers[1])),
+        rounding=tuple(rounding),
     )
+
+
+def _num_evaluations(ledger: Mapping[int, Line]) -> int:
+    return sum("evaluation" in line for line in ledger.values())
+
+
+def _best_of(result: Mapping[str, Any]) -> str | None:
+    """Return the step and the value of a run's best evaluation; None if it has none."""
+    best = result.get("best")
+    return f"step {best.get('step')} ({best.get('monitor')} {best.get('value')})" if isinstance(best, dict) else None
 
 
 def _config_differences(left: RunDirectory, right: RunDirectory) -> list[str]:
@@ -85,8 +100,8 @@ def compare_command(first: Path, second: Path) -> int:
             f"the same bits: {comparison.num_steps} steps, the whole state at {comparison.num_hashed} of them",
             soft_wrap=True,
         )
-    for text in comparison.other:
-        console.print(printable(text), soft_wrap=True)
+    for text in comparison.rounding:
+        console.print(printable(f"{text} (rounding: docs/guarantees.md)"), soft_wrap=True)
     return SAME if comparison.same else DIFFERENT
 
 
@@ -107,15 +122,20 @@ def print_code_differences(paths: tuple[Path, Path], comparison: Comparison, con
             console.print(line, soft_wrap=True)
 
 
-def print_difference(comparison: Comparison, console: Console) -> None:
-    """Print the first difference of two runs and its likely cause."""
-    if comparison.difference is not None:
-        console.print(printable(comparison.difference.headline), soft_wrap=True)
-        console.print(comparison.difference.explanation, soft_wrap=True)
-    else:
-        console.print(
-            f"all {comparison.num_steps} steps are the same in the ledgers, but the weights at the end are "
-            f"{printable(str(comparison.weights[0]))} and {printable(str(comparison.weights[1]))}: something changed "
-            "them after the last step",
-            soft_wrap=True,
-        )
+def print_difference(comparison: Comparison, console: Console, *, with_cause: bool = True) -> None:
+    """Print the first difference of two runs, and its likely cause unless that is known from elsewhere."""
+    difference = comparison.difference
+    if difference is not None:
+        console.print(printable(difference.headline), soft_wrap=True)
+        if text := difference.explanation if with_cause else difference.what_was_the_same:
+            console.print(text, soft_wrap=True)
+        return
+    what, ends = "the weights at the end", comparison.weights
+    if ends[0] == ends[1]:
+        what, ends = "the best evaluations", comparison.best
+    console.print(
+        f"all {comparison.num_steps} steps are the same in the ledgers, but {what} are {printable(str(ends[0]))} and "
+        f"{printable(str(ends[1]))}: "
+        "something changed them after the last step",
+        soft_wrap=True,
+    )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from disttrain.engine import Engine, Events
+from disttrain.launching.interpreter import Surroundings
 from disttrain.run.state import Run
 from disttrain.seeding import seed_for
 
@@ -19,13 +20,15 @@ from disttrain.seeding import seed_for
 class Life:
     """One process group of a run: its ranks and workers, and the step in which one of its ranks is killed.
 
-    `overrides` are config overrides of this life alone, such as "strategy=fsdp".
+    `overrides` are config overrides of this life alone, such as "strategy=fsdp". With `surroundings` the life is an
+    interpreter of its own; without, its ranks are forked off a process that the verification's lives share.
     """
 
     num_ranks: int
     num_workers: int
     killed_at: int | None = None
     overrides: tuple[str, ...] = ()
+    surroundings: Surroundings | None = None
 
 
 @dataclass(frozen=True)

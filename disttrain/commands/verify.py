@@ -1,45 +1,39 @@
 """`disttrain verify cfg.py`: check that a config gives the same bits after kills, on other ranks, with other workers.
 
 The config is run several times: as a reference, once more in the same way, on each number of ranks, and killed by
-SIGKILL and resumed. The ledgers, with hashes at every step, and the weights at the end are compared with the
-reference's.
+SIGKILL and resumed. Each start is an interpreter of its own, with other settings (`attacks`). The ledgers, with hashes
+at every step, the evaluations and the weights at the end are compared with the reference's.
 
 *Contract*: nothing is written to `runs/`. Exit code 0: the same bits in all runs; 1: a difference, with the first one
 and its likely cause; 2: the config cannot be run in this way.
 """
 
 import argparse
+import functools
 import shutil
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from disttrain.commands import launch
+from disttrain.commands.attacks import attacked
+from disttrain.commands.causes import Finding, find_cause, run_where_possible
 from disttrain.commands.compare import compare_runs, print_difference
 from disttrain.commands.exit_codes import DIFFERENT, SAME, USAGE
-from disttrain.commands.lost_state import lost_values, read_handler_state, record_handler_state
-from disttrain.commands.scenarios import Death, Scenario, counted, plan
-from disttrain.commands.start_ranks import PRELOAD
-from disttrain.config import Config, check_slots, load_config
-from disttrain.errors import ConfigError, DisttrainError
+from disttrain.commands.lost_state import lost_values, read_handler_state
+from disttrain.commands.scenarios import Scenario, counted, plan
+from disttrain.commands.verification import CannotRun, Verification
+from disttrain.config import check_slots, load_config
+from disttrain.errors import ConfigError
 from disttrain.evidence import Comparison
 from disttrain.evidence.ledger import shortened
-from disttrain.launching.local_ranks import LocalRanks
 from disttrain.run.directory import RunDirectory
-
-PRELOAD_FSDP = ("torch.distributed.tensor", "torch.distributed.fsdp")
-NUM_QUOTED_LINES = 20
-
-
-class CannotRun(DisttrainError):
-    """A run of the verification that ended in another way than by its planned death or with exit code 0."""
 
 
 class Verdict(NamedTuple):
@@ -50,73 +44,11 @@ class Verdict(NamedTuple):
     is_same: bool
     handler_state: dict[str, str]
     """The hashes of what handlers hold and no checkpoint does, at the run's end."""
+    finding: Finding | None = None
 
     @property
     def is_killed(self) -> bool:
         return len(self.scenario.lives) > 1
-
-
-def run_rank(words: Sequence[str], killed_at: int | None) -> int:
-    """Run `launch` on one rank of a verification; the rank dies in step `killed_at`, if it is the doomed one."""
-    deaths = () if killed_at is None else (Death(killed_at),)
-    return launch.main(words, handlers=(*deaths, record_handler_state))
-
-
-class Verification:
-    """Runs the scenarios of one config, each in a folder of its own inside `folder`."""
-
-    def __init__(
-        self,
-        cfg: Path,
-        config: Config,
-        overrides: Sequence[str],
-        folder: Path,
-        *,
-        num_slots: int,
-        num_steps: int,
-        preload: Sequence[str] = (*PRELOAD, "torchmetrics"),
-    ) -> None:
-        self.folder = folder
-        self.num_steps = num_steps
-        self._preload = (*preload, *PRELOAD_FSDP) if config.strategy == "fsdp" else preload
-        self._name = str(config.name)
-        self._words = [
-            str(cfg),
-            f"checkpoint.every_steps={max(1, num_steps // 10)}",
-            "log.tensorboard=false",
-            *overrides,
-            f"num_slots={num_slots}",
-            "max_epochs=none",
-            f"max_steps={num_steps}",
-            "log.every_steps=1",  # a killed run has written the lines of all its steps
-            "ledger.every_steps=1",
-        ]
-
-    def run(self, scenario: Scenario) -> RunDirectory:
-        """Run a scenario to its end and return its run directory; CannotRun if that fails."""
-        folder = self.folder / scenario.name.replace(",", "").replace(" ", "-")
-        for number, life in enumerate(scenario.lives, start=1):
-            logs = folder / f"life-{number}"
-            logs.mkdir(parents=True)
-            words = [*self._words, f"num_workers={life.num_workers}", *life.overrides, "--runs", str(folder)]
-            with LocalRanks(life.num_ranks, run_rank, (words, life.killed_at), logs, self._preload) as ranks:
-                codes = ranks.wait()
-            if ranks.first_failed != (-signal.SIGKILL if life.killed_at else None):
-                raise CannotRun(
-                    f"{scenario.name}, on {counted(life.num_ranks, 'rank')} with "
-                    f"{counted(life.num_workers, 'worker')}: the ranks ended with "
-                    f"{', '.join(map(str, codes))}, expected "
-                    + (f"the death of one in step {life.killed_at}" if life.killed_at else "0")
-                    + f". Their output:\n{quoted_output(ranks.logs)}"
-                )
-        return RunDirectory(folder / self._name)
-
-
-def quoted_output(logs: Sequence[Path]) -> str:
-    """Return the last lines that one rank printed: the first rank with an error, or rank 0."""
-    texts = [log.read_text(encoding="utf-8", errors="replace").strip() for log in logs if log.exists()]
-    with_error = [text for text in texts if "Error" in text] or texts or [""]
-    return "\n".join(f"  {line}" for line in with_error[0].splitlines()[-NUM_QUOTED_LINES:])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -153,15 +85,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"verifying {config.name}: {options.steps} steps, {num_slots} slots, {len(scenarios)} runs", soft_wrap=True
     )
     code = USAGE
-    try:
-        code = run_scenarios(verification, scenarios, console, first_only=options.first)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-    finally:
-        if options.keep is None and code == SAME:
-            shutil.rmtree(folder)
-        else:
-            console.print(f"the runs are kept in {folder}", soft_wrap=True)
+    scratch_directory = tempfile.TemporaryDirectory(prefix="disttrain-", ignore_cleanup_errors=True)
+    with scratch_directory as scratch, closing(verification):
+        if not options.quick:
+            scenarios = attacked(scenarios, Path(scratch).resolve())
+        try:
+            code = run_scenarios(verification, scenarios, console, first_only=options.first)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+    if options.keep is None and code == SAME:
+        shutil.rmtree(folder)
+    else:
+        console.print(f"the runs are kept in {folder}", soft_wrap=True)
     return code
 
 
@@ -174,24 +109,29 @@ def run_scenarios(
         table.add_column(heading, no_wrap=heading != "killed at", overflow="fold")
     reference: RunDirectory | None = None
     verdicts: list[Verdict] = []
+    notes: list[str] = []
     failed: CannotRun | None = None
-    for number, scenario in enumerate(scenarios, start=1):
+    for number, (scenario, following) in enumerate(zip(scenarios, [*scenarios[1:], None], strict=True), start=1):
         began = time.monotonic()
         with console.status(f"{number}/{len(scenarios)}: {scenario.name}"):
             try:
-                run = verification.run(scenario)
+                run = run_where_possible(verification, scenario, following, notes)
             except CannotRun as error:
                 failed = error
                 break
         reference = reference or run
-        comparison = compare_runs(reference, run)
-        # Steps that were not compared do not count as the same: both runs have all steps, and the initial state.
-        is_whole = comparison.num_steps == verification.num_steps == comparison.num_hashed - 1
-        verdict = Verdict(scenario, comparison, comparison.same and is_whole, read_handler_state(run))
+        ranks = {life.num_ranks for life in (*scenarios[0].lives, *scenario.lives)}
+        compare = functools.partial(compare_runs, reference, same_ranks=len(ranks) == 1)
+        verdict = judged(scenario, run, compare(run), verification.num_steps)
+        is_unexplained = any(earlier.finding and earlier.finding.setting is None for earlier in verdicts)
+        if not (verdict.comparison.same or is_unexplained):
+            with console.status(f"{scenario.name} differs: looking for the setting that matters"):
+                finding = find_cause(verification, scenario, verdict.comparison, compare)
+                verdict = verdict._replace(finding=finding)
         verdicts.append(verdict)
         same = "-" if run is reference else "yes" if verdict.is_same else "NO"
         time_text = f"{time.monotonic() - began:.1f} s"
-        table.add_row(*scenario_cells(scenario), time_text, str(comparison.weights[1])[:12], same)
+        table.add_row(*scenario_cells(scenario), time_text, str(verdict.comparison.weights[1])[:12], same)
         if not console.is_terminal:
             console.print(
                 f"{number}/{len(scenarios)} {scenario.name}: {'done' if same == '-' else 'same bits: ' + same}"
@@ -200,9 +140,10 @@ def run_scenarios(
             break
     console.print(table)
     if failed is not None:
+        print_differences(verdicts, console)
         print(f"\n{failed}", file=sys.stderr)
         return USAGE if reference is None else DIFFERENT
-    return print_verdicts(verdicts, console)
+    return print_verdicts(verdicts, console, notes)
 
 
 def scenario_cells(scenario: Scenario) -> tuple[str, str, str, str]:
@@ -216,17 +157,39 @@ def scenario_cells(scenario: Scenario) -> tuple[str, str, str, str]:
     return scenario.name, by_life(ranks), by_life(workers), kills or "-"
 
 
-def print_verdicts(verdicts: Sequence[Verdict], console: Console) -> int:
+def judged(scenario: Scenario, run: RunDirectory, comparison: Comparison, num_steps: int) -> Verdict:
+    """Return the verdict on a run. What was not compared does not count as the same.
+
+    Both runs have all steps, the initial state, and the same number of evaluations.
+    """
+    is_whole = comparison.num_steps == num_steps == comparison.num_hashed - 1
+    is_whole &= len(set(comparison.num_evaluations)) == 1
+    return Verdict(scenario, comparison, comparison.same and is_whole, read_handler_state(run))
+
+
+def print_differences(verdicts: Sequence[Verdict], console: Console) -> bool:
+    """Print the first difference with its likely cause, and others with a known cause; return whether there is one."""
+    wrong = [verdict for verdict in verdicts if not verdict.is_same]
+    shown = [verdict for verdict in wrong if verdict is wrong[0] or verdict.finding]
+    for verdict in shown:
+        console.print(f"not the same bits: {verdict.scenario.name}", style="bold red")
+        finding = verdict.finding
+        print_difference(verdict.comparison, console, with_cause=finding is None or finding.setting is None)
+        if finding is not None:
+            console.print(finding.text, soft_wrap=True)
+    others = [verdict.scenario.name for verdict in wrong if verdict not in shown]
+    if others:
+        console.print(f"also not the same bits: {', '.join(others)}", soft_wrap=True)
+    return bool(wrong)
+
+
+def print_verdicts(verdicts: Sequence[Verdict], console: Console, notes: Sequence[str]) -> int:
     """Print the outcome in words, with the first difference; return the exit code. The first verdict: the reference."""
     console.print()
-    wrong = [verdict for verdict in verdicts if not verdict.is_same]
-    for verdict in wrong[:1]:
-        console.print(f"not the same bits: {verdict.scenario.name}", style="bold red")
-        print_difference(verdict.comparison, console)
-    if wrong:
-        others = [verdict.scenario.name for verdict in wrong[1:]]
-        if others:
-            console.print(f"also not the same bits: {', '.join(others)}", soft_wrap=True)
+    is_different = print_differences(verdicts, console)
+    for note in notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    if is_different:
         return DIFFERENT
     lost = lost_values(
         [verdict.handler_state for verdict in verdicts if not verdict.is_killed],
@@ -240,14 +203,22 @@ def print_verdicts(verdicts: Sequence[Verdict], console: Console) -> int:
             soft_wrap=True,
         )
         return DIFFERENT
-    num_steps = verdicts[-1].comparison.num_steps
+    comparison = verdicts[-1].comparison
+    num_evaluations = comparison.num_evaluations[1]
     console.print(
-        f"the same bits in all {len(verdicts)} runs: at each of {num_steps} steps the samples, what was loaded of "
-        "them, every slot's loss, the gradient's norm, all weights, buffers and optimizer states",
+        f"the same bits in all {len(verdicts)} runs: at each of {comparison.num_steps} steps the samples, what was "
+        "loaded of them, every slot's loss, the gradient's norm, all weights, buffers and optimizer states"
+        + (f"; and the results of {counted(num_evaluations, 'evaluation')}" if num_evaluations else ""),
         soft_wrap=True,
     )
-    for text in dict.fromkeys(text for verdict in verdicts for text in verdict.comparison.other):
+    for text in dict.fromkeys(text for verdict in verdicts for text in verdict.comparison.rounding):
         console.print(f"but {text} (float metrics may differ in their last digits: docs/guarantees.md)", soft_wrap=True)
+    if all(life.surroundings is None for verdict in verdicts for life in verdict.scenario.lives):
+        console.print(
+            "--quick: all runs began in one process, so this does not show what depends on the hash seed, the threads, "
+            "the working directory, the time zone and other settings of a process",
+            soft_wrap=True,
+        )
     return SAME
 
 
@@ -267,6 +238,7 @@ def verify_parser() -> argparse.ArgumentParser:
     add("--workers", type=list_from(0), default=[0, 1], metavar="N,N", help="loader processes a rank (default: 0,1)")
     add("--kills", type=number_from(0), default=2, metavar="N", help="number of kills in a run (default: 2)")
     add("--steps", type=number_from(1), default=30, metavar="N", help="number of steps of a run (default: 30)")
+    add("--quick", action="store_true", help="fork all runs off one process; without, each start has other settings")
     add("--first", action="store_true", help="stop at the first run that differs")
     add("--keep", type=Path, metavar="DIR", help="keep all runs, in this new folder")
     return parser

@@ -5,9 +5,11 @@ hashes       the hash of a tensor, of a batch, of a whole state
 samples      the hash of one sample of a dataset
 fingerprint  the SHA-256 of a model's weights, for result.json
 compare      reads two ledgers and finds their first difference and its likely cause
+evaluations  puts the results of evaluations beside the lines of a ledger
 """
 
 from disttrain.evidence.compare import Comparison, LedgerDifference, first_difference, read_ledger
+from disttrain.evidence.evaluations import with_evaluations, without_rounding
 from disttrain.evidence.fingerprint import params_sha256
 from disttrain.evidence.hashes import batch_hash, state_tensors, tensor_hashes
 from disttrain.evidence.ledger import Ledger
@@ -24,4 +26,6 @@ __all__ = [
     "sample_hash",
     "state_tensors",
     "tensor_hashes",
+    "with_evaluations",
+    "without_rounding",
 ]

@@ -1,8 +1,9 @@
 """The first difference of two ledgers: the step, the part of the step that differs first, and its likely cause.
 
 *Contract*: the parts of a step are compared in the order of cause and effect: the choice of samples, the loaded data,
-the loss, the gradient, the learning rate, the weights, the optimizer's state, the kept objects. A part that only one of
-the two lines holds is not compared (hashes are written every `ledger.every_steps` steps).
+the loss, the gradient, the learning rate, the weights, the optimizer's state, the kept objects, the evaluation after
+the step. A part that only one of the two lines holds is not compared (hashes are written every `ledger.every_steps`
+steps).
 
 *Errors*: ConfigError for a ledger that is missing, empty or damaged.
 """
@@ -41,6 +42,9 @@ CAUSES = {
     "kept": "The weights and the optimizer's state were the same, but not the state of an object that a handler keeps "
     "with run.keep: its state_dict leaves something out, its load_state_dict does not restore it, or it depends on the "
     "clock, the rank or the number of ranks.",
+    "evaluation": "The weights and the state were the same, so the evaluation depends on something else: validation "
+    "data that is not the same, a generator of its own, the clock, the rank or number of ranks, or state that no "
+    "checkpoint holds.",
 }
 """The likely cause, for each part of a step that can differ first."""
 
@@ -78,29 +82,42 @@ class LedgerDifference:
             "model": "the weights or buffers after the step",
             "optimizer": "the optimizer's state after the step",
             "kept": "the state of a kept object after the step",
+            "evaluation": "the results of the evaluation after the step",
         }
         place = f" ({shortened(self.where, 4)})" if self.where else ""
         return f"first difference at step {self.step}: {names[self.what]}{place}: {self.left} and {self.right}"
 
     @property
     def explanation(self) -> str:
-        """The likely cause; if the ledgers do not show it, the way to find it."""
+        """The parts that were the same, and the likely cause; if the ledgers do not show it, the way to find it."""
+        return " ".join([*self._known_sentences(), self._cause])
+
+    @property
+    def what_was_the_same(self) -> str:
+        """The parts of the step that were compared before, and the last step with the same state; may be empty."""
+        return " ".join(self._known_sentences())
+
+    def _known_sentences(self) -> list[str]:
         sentences = []
         if self.known:
             sentences.append(f"The same in this step: {', '.join(self.known)}.")
         if self.state_same_at is not None and self.step:
             sentences.append(f"The state was the same after step {self.state_same_at}.")
-        cause_is_known = self.what in ("began", "order", "batch") or (
-            "the loaded data" in self.known and self.state_same_at == self.step - 1
+        return sentences
+
+    @property
+    def _cause(self) -> str:
+        cause_is_known = (
+            self.what in ("began", "order", "batch")
+            or ("the loaded data" in self.known and self.state_same_at == self.step - 1)
+            or (self.what == "evaluation" and "the weights" in self.known)
         )
         if cause_is_known:
-            sentences.append(CAUSES[self.what])
-        else:
-            sentences.append(
-                "These ledgers hold hashes only every few steps, so they do not show the first cause: run both again "
-                "with ledger.every_steps=1, or use `disttrain verify`."
-            )
-        return " ".join(sentences)
+            return CAUSES[self.what]
+        return (
+            "These ledgers hold hashes only every few steps, so they do not show the first cause: run both again "
+            "with ledger.every_steps=1, or use `disttrain verify`."
+        )
 
 
 @dataclass(frozen=True)
@@ -117,14 +134,17 @@ class Comparison:
     difference: LedgerDifference | None
     weights: tuple[str | None, str | None]
     """`params_sha256` of each run that has ended, else None."""
-    other: tuple[str, ...] = field(default=())
-    """Differences that no ledger line shows, such as a validation metric's."""
+    best: tuple[str | None, str | None] = (None, None)
+    """The best evaluation of each run that has ended, else None."""
+    num_evaluations: tuple[int, int] = (0, 0)
+    rounding: tuple[str, ...] = field(default=())
+    """Metrics, by evaluation, that differ by no more than rounding on another number of ranks."""
 
     @property
     def same(self) -> bool:
         """Whether everything that both runs did is the same."""
-        ended_alike = None in self.weights or self.last_steps[0] != self.last_steps[1] or len(set(self.weights)) == 1
-        return self.difference is None and ended_alike
+        ends = () if self.last_steps[0] != self.last_steps[1] else (self.weights, self.best)
+        return self.difference is None and all(None in end or end[0] == end[1] for end in ends)
 
 
 class _SlotResults(BaseModel):
@@ -231,6 +251,11 @@ def _compared_parts(step: int, left: Line, right: Line) -> Iterator[_ComparedPar
         yield _state_part("model", "the weights", "model.", left, right)
         yield _state_part("optimizer", "the optimizer's state", "optimizer.", left, right)
         yield _state_part("kept", "the state of kept objects", "kept.", left, right)
+    if "evaluation" in left and "evaluation" in right:
+        of_left, of_right = left["evaluation"], right["evaluation"]
+        names = differing(of_left, of_right)
+        values = (str(of_left.get(names[0])), str(of_right.get(names[0]))) if names else None
+        yield "evaluation", "the evaluation", names, values
 
 
 def _left_out(line: Line) -> str:

@@ -3,6 +3,7 @@
     torchrun           runs torchrun in this process, forks its ranks off one server, returns the run's exit code
     elastic            the rendezvous of torchrun's agents, which an agent leaves without closing it
     local_ranks        starts ranks on this host without torchrun, for `disttrain verify`
+    interpreter        starts them in an interpreter of its own with other surroundings, for `disttrain verify`
     pet_variables      torchrun's own variables, as the defaults of a launch or hidden from its parser
     end_with_launcher  lets the kernel kill a rank whose torchrun was killed
 

@@ -30,18 +30,27 @@ class LocalRanks:
     """`world_size` ranks that each run `target(*arguments)` and exit with the code that it returns.
 
     `target` is a function of a module. Rank N prints into `logs/rank-N.txt`, in a folder that exists. As a context
-    manager it kills on exit the ranks that are still alive.
+    manager it kills on exit the ranks that are still alive. With `fork` the ranks are forked off this process, which
+    has no other threads and has run nothing; otherwise off one that imports the modules `preload`.
     """
 
     def __init__(
-        self, world_size: int, target: Callable[..., int], arguments: Sequence[Any], logs: Path, preload: Sequence[str]
+        self,
+        world_size: int,
+        target: Callable[..., int],
+        arguments: Sequence[Any],
+        logs: Path,
+        preload: Sequence[str] = (),
+        *,
+        fork: bool = False,
     ) -> None:
         set_process_variables()  # ranks have those of the process off which they are forked
         keep_socket_paths_short()
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(preload))
+        context: Any = multiprocessing.get_context("fork" if fork else "forkserver")
+        if not fork:
+            context.set_forkserver_preload(list(preload))
         port = _free_port()
-        self.logs = [logs / f"rank-{rank}.txt" for rank in range(world_size)]
+        self.logs = [log_of(logs, rank) for rank in range(world_size)]
         self.first_failed: int | None = None
         """The exit code of the first rank that failed, before the others were killed for it; None so far."""
         self._processes = []
@@ -84,6 +93,11 @@ class LocalRanks:
 
     def __exit__(self, *error: object) -> None:
         self.kill()
+
+
+def log_of(folder: Path, rank: int) -> Path:
+    """Return the file into which a rank prints."""
+    return folder / f"rank-{rank}.txt"
 
 
 def as_if_started_by_hand(method: str) -> None:

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from disttrain.commands.compare import compare_command
+from disttrain.commands.compare import compare_command, compare_runs
 from disttrain.commands.exit_codes import DIFFERENT, SAME, USAGE
 from disttrain.run.directory import RunDirectory
 from disttrain.run.launches import LaunchRecord, keep_launch, read_launches, record_files
@@ -17,7 +19,13 @@ NUM_STEPS = 6
 
 
 def write_run(
-    path: Path, *, num_steps: int = NUM_STEPS, bad_step: int | None = None, seed: int = 0, **result: Any
+    path: Path,
+    *,
+    num_steps: int = NUM_STEPS,
+    bad_step: int | None = None,
+    seed: int = 0,
+    evaluations: dict[int, dict[str, Any]] | None = None,
+    **result: Any,
 ) -> Path:
     """Write the files of a run that `compare` reads; at `bad_step` its loss is another one."""
     path.mkdir()
@@ -32,12 +40,17 @@ def write_run(
     run.config_json.write_text(json.dumps({"fields": {"name": path.name, "seed": seed}, "hash": "", "folder": None}))
     if result:
         run.result_json.write_text(json.dumps(result))
+    run.metrics.mkdir()
+    of_steps = [{"step": step, "epoch": 1, **results} for step, results in (evaluations or {}).items()]
+    (run.metrics / "valid.jsonl").write_text("".join(json.dumps(line) + "\n" for line in of_steps))
     return path
 
 
 @pytest.fixture
 def one(tmp_path: Path) -> Path:
-    return write_run(tmp_path / "one", step=NUM_STEPS, params_sha256="abc", metrics={"loss": 0.5, "hits": 3})
+    evaluations = {3: {"loss": 0.75, "rate": 0.25}, NUM_STEPS: {"loss": 0.5, "rate": 0.5}}
+    best = {"step": NUM_STEPS, "monitor": "loss", "value": 0.5}
+    return write_run(tmp_path / "one", evaluations=evaluations, step=NUM_STEPS, params_sha256="abc", best=best)
 
 
 def compare(*runs: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -46,7 +59,7 @@ def compare(*runs: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, 
 
 
 def test_runs_without_a_difference(one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    two = write_run(tmp_path / "two", step=NUM_STEPS, params_sha256="abc", metrics={"loss": 0.5, "hits": 3})
+    shutil.copytree(one, two := tmp_path / "two")
     for runs in ((one, two), (two, one), (one, one)):
         code, out, err = compare(*runs, capsys=capsys)
         assert (code, err) == (SAME, "")
@@ -68,11 +81,45 @@ def test_the_first_step_that_differs(
 
 
 def test_weights_that_differ_after_the_last_step(one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    two = write_run(tmp_path / "two", step=NUM_STEPS, params_sha256="xyz", metrics={"loss": 0.5, "hits": 4})
+    two = write_run(tmp_path / "two", step=NUM_STEPS, params_sha256="xyz")
     code, out, _ = compare(one, two, capsys=capsys)
     assert code == DIFFERENT
     assert f"all {NUM_STEPS} steps are the same in the ledgers, but the weights at the end are abc and xyz" in out
-    assert out.endswith("validation hits: 3 and 4\n")
+
+
+@pytest.mark.parametrize("last", ["loss", "rate"])
+def test_an_evaluation_that_differs_is_a_difference_of_its_step(
+    one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], last: str
+) -> None:
+    evaluations = {3: {"loss": 0.75, "rate": 0.25}, NUM_STEPS: {"loss": 0.5, "rate": 0.5, last: 0.875}}
+    two = write_run(tmp_path / "two", evaluations=evaluations)
+    code, out, _ = compare(one, two, capsys=capsys)
+    assert code == DIFFERENT
+    first, second = out.splitlines()
+    start = f"first difference at step {NUM_STEPS}: the results of the evaluation after the step"
+    assert first == f"{start} ({last}): 0.5 and 0.875"
+    assert "the weights" in second
+    assert "so the evaluation depends on something else" in second
+    bad = write_run(tmp_path / "bad", evaluations=evaluations, bad_step=NUM_STEPS)  # the cause comes first
+    assert f"first difference at step {NUM_STEPS}: the loss" in compare(one, bad, capsys=capsys)[1]
+
+
+def test_a_metric_may_be_rounded_otherwise_on_other_ranks_but_not_the_loss(one: Path, tmp_path: Path) -> None:
+    for name in ("rate", "loss"):
+        rounded = {"loss": 0.75, "rate": 0.25, name: math.nextafter({"loss": 0.75, "rate": 0.25}[name], 1.0)}
+        two = RunDirectory(write_run(tmp_path / name, evaluations={3: rounded}))
+        assert not compare_runs(RunDirectory(one), two, same_ranks=True).same
+        found = compare_runs(RunDirectory(one), two)
+        assert found.same == (name == "rate")
+        assert [text.split()[0] for text in found.rounding] == ["rate"] * (name == "rate")
+
+
+def test_another_best_evaluation_is_a_difference(one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best = {"step": 3, "monitor": "loss", "value": 0.75}
+    two = write_run(tmp_path / "two", step=NUM_STEPS, params_sha256="abc", best=best)
+    code, out, _ = compare(one, two, capsys=capsys)
+    assert code == DIFFERENT
+    assert f"but the best evaluations are step {NUM_STEPS} (loss 0.5) and step 3 (loss 0.75)" in out
 
 
 def test_only_common_steps_are_compared(one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,6 @@
 """`disttrain verify` without its processes: options, the outcome of runs that are there, and what it prints of them."""
 
 import argparse
-import json
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -10,36 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from written_runs import NUM_STEPS, write_run
 
 from disttrain.commands.exit_codes import DIFFERENT, SAME, USAGE
 from disttrain.commands.scenarios import Life, Scenario, plan
+from disttrain.commands.verification import CannotRun
 from disttrain.commands.verify import (
-    NUM_QUOTED_LINES,
-    CannotRun,
     list_from,
     number_from,
-    quoted_output,
     run_scenarios,
     scenario_cells,
 )
 from disttrain.run.directory import RunDirectory
-
-NUM_STEPS = 5
-
-
-def write_run(path: Path, *, num_steps: int = NUM_STEPS, bad_step: int | None = None, every_steps: int = 1) -> None:
-    """Write a run directory whose loss is another one at `bad_step`, with hashes every `every_steps` steps."""
-    path.mkdir(parents=True)
-    lines: list[dict[str, Any]] = [{"step": 0, "epoch": 0, "state": {"model.a": "0"}}]
-    for step in range(1, num_steps + 1):
-        loss = (2.0 if step == bad_step else 1 / step).hex()
-        lines.append({"step": step, "epoch": 1, "loss": loss, "grad_norm": None, "learning_rate": (0.1).hex()})
-        if step % every_steps == 0:
-            lines[-1]["state"] = {"model.a": str(step)}
-    run = RunDirectory(path)
-    run.ledger_jsonl.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run.config_json.write_text(json.dumps({"fields": {"name": "x"}, "hash": "", "folder": None}))
-    run.result_json.write_text(json.dumps({"step": num_steps, "params_sha256": "0123456789abcdef"}))
 
 
 class Prepared:
@@ -51,7 +32,7 @@ class Prepared:
         self.folder = folder
         self.done: list[str] = []
 
-    def run(self, scenario: Scenario) -> RunDirectory:
+    def run(self, scenario: Scenario, following: Scenario | None = None) -> RunDirectory:
         path = self.folder / scenario.name
         if not path.exists():
             raise CannotRun(f"{scenario.name}: the ranks ended with 1, expected 0")
@@ -110,21 +91,31 @@ def test_a_run_that_fails(tmp_path: Path, missing: str, code: int, capsys: pytes
     assert capsys.readouterr().err == f"\n{missing}: the ranks ended with 1, expected 0\n"
 
 
+def test_what_was_found_before_a_run_failed_is_printed_too(tmp_path: Path) -> None:
+    code, out, _ = verified(tmp_path, {"2 ranks": {"bad_step": 3}, "killed": None})
+    assert code == DIFFERENT
+    assert "first difference at step 3: the loss" in out
+
+
+def test_an_evaluation_that_is_missing_is_not_the_same(tmp_path: Path) -> None:
+    evaluations = {2: {"loss": 0.5}, NUM_STEPS: {"loss": 0.25}}
+    every: dict[str, Any] = {name: {"evaluations": evaluations} for name in WHOLE}
+    code, out, _ = verified(tmp_path / "same", every)
+    assert code == SAME
+    assert "optimizer states; and the results of 2 evaluations" in out
+    code, out, _ = verified(tmp_path / "other", {**every, "killed": {"evaluations": {2: {"loss": 0.5}}}})
+    assert code == DIFFERENT
+    assert "not the same bits: killed\n" in out
+
+
+def test_a_quick_verification_says_what_it_does_not_see(tmp_path: Path) -> None:
+    assert "--quick: all runs began in one process, so this does not show" in verified(tmp_path, {})[1]
+
+
 def test_the_cells_of_a_scenario() -> None:
     assert scenario_cells(Scenario("a", (Life(2, 0),))) == ("a", "2", "0", "-")
     lives = (Life(3, 1, killed_at=4), Life(2, 1, killed_at=9), Life(3, 1))
     assert scenario_cells(Scenario("b", lives)) == ("b", "3, 2, 3", "1", "4, 9")
-
-
-def test_the_output_of_the_first_rank_with_an_error_is_quoted(tmp_path: Path) -> None:
-    logs = [tmp_path / f"rank-{rank}.txt" for rank in range(3)]
-    assert quoted_output(logs) == ""
-    logs[0].write_text("rank 0 is fine\n")
-    assert quoted_output(logs) == "  rank 0 is fine"
-    logs[2].write_text("".join(f"line {number}\n" for number in range(99)) + "ValueError: no\n")
-    quoted = quoted_output(logs).splitlines()
-    assert len(quoted) == NUM_QUOTED_LINES
-    assert quoted[-2:] == ["  line 98", "  ValueError: no"]
 
 
 @given(st.lists(st.integers(0, 99), min_size=1), st.integers(0, 9))

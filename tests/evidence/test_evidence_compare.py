@@ -15,7 +15,18 @@ from disttrain.evidence import first_difference, read_ledger
 from disttrain.run.directory import RunDirectory
 
 NUM_STEPS = 12
-CHAIN = ["order", "batch", "slot loss", "loss", "grad_norm", "learning_rate", "model", "optimizer", "kept"]
+CHAIN = [
+    "order",
+    "batch",
+    "slot loss",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "model",
+    "optimizer",
+    "kept",
+    "evaluation",
+]
 """The parts of a step, in the order of cause and effect."""
 
 
@@ -34,6 +45,7 @@ def ledger(every_steps: int = 1) -> dict[int, dict[str, Any]]:
         if step % every_steps == 0:
             lines[step]["slots"] = {"batch": ["x", "y"], "loss": [(0.5).hex(), (0.25).hex()]}
             lines[step]["state"] = {name: f"{value}{step}" for name, value in state.items()}
+        lines[step]["evaluation"] = {"loss": 1 / step, "rate": 0.5}
     return lines
 
 
@@ -49,6 +61,8 @@ def spoil(line: dict[str, Any], part: str) -> None:
         line["state"]["optimizer.a.exp_avg"] = "z"
     elif part == "kept":
         line["state"]["kept.ema.a"] = "z"
+    elif part == "evaluation":
+        line["evaluation"]["rate"] = 0.75
     else:
         line[part] = (9.0).hex()
 
@@ -82,6 +96,7 @@ def test_the_same_ledgers_have_no_difference() -> None:
         ("model", "the weights or buffers after the step (model.b): 25 and z"),
         ("optimizer", "the optimizer's state after the step (optimizer.a.exp_avg): 35 and z"),
         ("kept", "the state of a kept object after the step (kept.ema.a): 45 and z"),
+        ("evaluation", "the results of the evaluation after the step (rate): 0.5 and 0.75"),
         ("grad_norm", "the gradient's norm: 0.4 (0x1.999999999999ap-2) and 9.0 (0x1.2000000000000p+3)"),
     ],
 )
@@ -122,14 +137,16 @@ def test_with_rare_hashes_the_explanation_gives_the_way_to_find_out_more() -> No
     assert "ledger.every_steps=1" in found.explanation
 
 
-def directory(path: Path, lines: dict[int, dict[str, Any]], *, seed: int = 0, **result: Any) -> RunDirectory:
+def directory(
+    path: Path, lines: dict[int, dict[str, Any]], *, seed: int = 0, best: int = 0, **result: Any
+) -> RunDirectory:
     path.mkdir()
     run = RunDirectory(path)
     fields = {"name": path.name, "seed": seed, "num_workers": seed}
     run.config_json.write_text(json.dumps({"fields": fields, "hash": "", "folder": None}))
     run.ledger_jsonl.write_text("".join(json.dumps(line) + "\n" for line in lines.values()))
     if result:
-        run.result_json.write_text(json.dumps(result))
+        run.result_json.write_text(json.dumps({**result, "best": {"step": best, "monitor": "loss", "value": 0.5}}))
     return run
 
 
@@ -147,13 +164,13 @@ def test_two_runs_are_compared_as_far_as_both_have_come(tmp_path: Path) -> None:
 
 def test_runs_with_the_same_lines_and_other_final_weights_are_not_the_same(tmp_path: Path) -> None:
     runs = [
-        directory(tmp_path / name, ledger(), step=12, params_sha256=name, metrics={"loss": 1.0, "hits": hits})
-        for name, hits in (("one", 3), ("two", 4))
+        directory(tmp_path / name, ledger(), step=12, params_sha256=weights, best=best)
+        for name, weights, best in (("one", "a", 3), ("two", "b", 3), ("three", "a", 4))
     ]
-    found = compare_runs(*runs)
-    assert found.difference is None
-    assert not found.same
-    assert found.other == ("validation hits: 3 and 4",)
+    for others in (runs[:2], runs[::2]):
+        found = compare_runs(*others)
+        assert found.difference is None
+        assert not found.same
 
 
 def test_configs_that_differ_are_named_where_it_matters(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from disttrain.checkpoint.manifest import FileRecord
 from disttrain.commands import exit_codes
 from disttrain.commands import launch as launch_command
 from disttrain.commands.main import main
-from disttrain.commands.verify import PRELOAD
+from disttrain.commands.start_ranks import PRELOAD
 from disttrain.engine import Engine, Events
 from disttrain.handlers import preemption
 from disttrain.launching.local_ranks import LocalRanks

@@ -9,7 +9,8 @@ import pytest
 
 from disttrain.commands.compare import compare_runs
 from disttrain.commands.scenarios import Life, Scenario
-from disttrain.commands.verify import PRELOAD, PRELOAD_FSDP, Verification
+from disttrain.commands.start_ranks import PRELOAD
+from disttrain.commands.verification import PRELOAD_FSDP, Verification
 from disttrain.config import load_config
 from disttrain.run.directory import RunDirectory
 

@@ -13,7 +13,7 @@ from commands import environment
 from disttrain.commands.compare import compare_runs
 from disttrain.commands.scenarios import Life, Scenario
 from disttrain.commands.start_ranks import PRELOAD
-from disttrain.commands.verify import PRELOAD_FSDP, Verification
+from disttrain.commands.verification import PRELOAD_FSDP, Verification
 from disttrain.config import load_config
 
 CFG = Path(__file__).parent / "matrix" / "averaged.py"
@@ -40,7 +40,7 @@ def test_a_kept_average_has_the_bits_of_an_uninterrupted_run(tmp_path: Path) -> 
 
 
 def test_verify_finds_an_average_that_is_not_kept_and_names_it(tmp_path: Path) -> None:
-    words = ["verify", CFG, "--worlds", "1", "--workers", "0", "--kills", "1", "--steps", "6", "num_slots=4"]
+    words = ["verify", CFG, "--worlds", "1", "--workers", "0", "--kills", "1", "--steps", "6", "--quick", "num_slots=4"]
     done = subprocess.run(
         [sys.executable, "-m", "disttrain", *map(str, words)],
         cwd=tmp_path,

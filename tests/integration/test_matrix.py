@@ -10,7 +10,7 @@ import pytest
 
 from disttrain.commands.compare import compare_runs
 from disttrain.commands.scenarios import Life, Scenario, killed
-from disttrain.commands.verify import Verification
+from disttrain.commands.verification import Verification
 from disttrain.config import load_config
 from disttrain.run.directory import RunDirectory
 

@@ -15,14 +15,14 @@ WRONG = ROOT / "examples" / "not_deterministic"
 PROGRAM = Path(sys.executable).with_name("disttrain")
 
 
-def disttrain(*words: object, cwd: Path) -> Done:
+def disttrain(*words: object, cwd: Path, timeout_s: float = 300) -> Done:
     """Run the installed command."""
     done = subprocess.run(
         [PROGRAM, *map(str, words)],
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=timeout_s,
         env=environment(),
         check=False,
     )
@@ -50,6 +50,7 @@ def test_a_sound_config_gives_the_same_bits_in_all_runs(tmp_path: Path) -> None:
         ("rank", "1,2", 0, "2 ranks", "step 1: the loss (slot 2, slot 3)"),
         ("history", "1", 1, "killed", r"step \d+: the loaded data (slot 0, slot 1, slot 2, slot 3)"),
         ("unsaved", "1", 1, "killed", r"step \d+: the loss (slot 0, slot 1, slot 2, slot 3)"),
+        ("evaluation", "1", 0, "again", "step 6: the results of the evaluation after the step (loss): "),
     ],
 )
 def test_a_deliberate_fault_is_found_and_named(
@@ -61,13 +62,14 @@ def test_a_deliberate_fault_is_found_and_named(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = ["--worlds", worlds, "--workers", "0", "--kills", str(kills), "--steps", "6", "--first"]
+    words = ["--worlds", worlds, "--workers", "0", "--kills", str(kills), "--steps", "6", "--first", "--quick"]
     code = main(["verify", str(WRONG / f"{name}.py"), *words, "--keep", str(tmp_path / "kept")])
     output = capsys.readouterr()
     assert code == 1, output.out + output.err
     assert f"not the same bits: {found_by}\n" in output.out
     assert re.search(f"first difference at {headline}".replace("(", r"\(").replace(")", r"\)"), output.out), output.out
     explained = {"own_generator": "generator of its own", "history": "generator of its own", "clock": "the clock"}
+    explained["evaluation"] = "the evaluation depends on something else"
     assert explained.get(name, "the forward pass or the loss depends on something else") in output.out
     if kills:
         # The difference is at the first step that was repeated after the kill, or later.
@@ -76,9 +78,53 @@ def test_a_deliberate_fault_is_found_and_named(
     assert (tmp_path / "kept" / "reference" / name / "ledger.jsonl").exists()
 
 
+@pytest.mark.slow  # a new interpreter for each life
+@pytest.mark.timeout(900)
+def test_the_setting_of_the_process_that_matters_is_found_and_named(tmp_path: Path) -> None:
+    words = ["--worlds", "1", "--workers", "0", "--kills", "1", "--steps", "6"]
+    quick = disttrain("verify", WRONG / "time_zone.py", *words, "--quick", cwd=tmp_path)
+    assert quick.code == 0, quick.text
+    assert "--quick: all runs began in one process, so this does not show" in quick.out
+    done = disttrain("verify", WRONG / "time_zone.py", *words, cwd=tmp_path, timeout_s=600)
+    assert done.code == 1, done.text
+    assert "first difference at step 1: the loaded data" in done.out
+    assert "The cause is the time zone (TZ): <+0545>-05:45 in 'again', yours in the reference." in done.out
+    assert [line.split()[-1] for line in done.out.splitlines() if " s  " in line] == ["-", "NO", "yes"]
+
+
+NEEDS_ITS_FOLDER = """
+from pathlib import Path
+usual = fields["train_data"]
+def from_here(): return usual() if Path("data.txt").exists() else open("data.txt")
+fields["train_data"] = from_here
+class Unsendable(usual):
+    def __init__(self):
+        super().__init__()
+        self.local = lambda: 1
+fields["valid_data"] = Unsendable
+"""
+
+
+@pytest.mark.slow  # a new interpreter for each life
+@pytest.mark.timeout(900)
+def test_a_run_that_needs_its_folder_or_forked_workers_is_told_so_and_verified(tmp_path: Path) -> None:
+    cfg = write_cfg(tmp_path, NEEDS_ITS_FOLDER)
+    (tmp_path / "data.txt").touch()
+    words = ["--worlds", "1", "--workers", "0,1", "--kills", "1", "--steps", "6"]
+    done = disttrain("verify", cfg, *words, cwd=tmp_path, timeout_s=600)
+    assert done.code == 0, done.text
+    assert "the same bits in all 5 runs" in done.out
+    notes = [line for line in done.out.splitlines() if line.startswith("note: the run depends on ")]
+    assert re.search(
+        "on the working directory: .*'again' ended with: .*No such file or directory: 'data.txt'", notes[0]
+    )
+    assert re.search("on the start method of loader workers .*'killed, resized' ended with: .*pickle", notes[1])
+    assert len(notes) == 2
+
+
 def test_every_wrong_example_is_tried() -> None:
     tried = {mark.args[1][i][0] for mark in MARKS for i in range(len(mark.args[1]))}
-    assert tried == {path.stem for path in WRONG.glob("*.py")} - {"sound"}
+    assert tried == {path.stem for path in WRONG.glob("*.py")} - {"sound", "time_zone"}
 
 
 MARKS = [m for m in test_a_deliberate_fault_is_found_and_named.pytestmark if m.name == "parametrize"]

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from disttrain.checkpoint import survey
 from disttrain.commands import launch
-from disttrain.commands.verify import PRELOAD
+from disttrain.commands.start_ranks import PRELOAD
 from disttrain.engine import Engine, Events
 from disttrain.launching.local_ranks import LocalRanks
 from disttrain.run.state import Run
