@@ -49,7 +49,7 @@ def write_run(
 @pytest.fixture
 def one(tmp_path: Path) -> Path:
     evaluations = {3: {"loss": 0.75, "rate": 0.25}, NUM_STEPS: {"loss": 0.5, "rate": 0.5}}
-    best = {"step": NUM_STEPS, "monitor": "loss", "value": 0.5}
+    best = {"step": NUM_STEPS, "monitor": "loss", "value": 0.5, "checkpoint": "step-00000006"}
     return write_run(tmp_path / "one", evaluations=evaluations, step=NUM_STEPS, params_sha256="abc", best=best)
 
 
@@ -115,7 +115,7 @@ def test_a_metric_may_be_rounded_otherwise_on_other_ranks_but_not_the_loss(one: 
 
 
 def test_another_best_evaluation_is_a_difference(one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    best = {"step": 3, "monitor": "loss", "value": 0.75}
+    best = {"step": 3, "monitor": "loss", "value": 0.75, "checkpoint": "step-00000003"}
     two = write_run(tmp_path / "two", step=NUM_STEPS, params_sha256="abc", best=best)
     code, out, _ = compare(one, two, capsys=capsys)
     assert code == DIFFERENT

@@ -1,6 +1,5 @@
 """Each kind of difference is found at its first step, named by its first cause, and explained if the cause is known."""
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -146,7 +145,11 @@ def directory(
     run.config_json.write_text(json.dumps({"fields": fields, "hash": "", "folder": None}))
     run.ledger_jsonl.write_text("".join(json.dumps(line) + "\n" for line in lines.values()))
     if result:
-        run.result_json.write_text(json.dumps({**result, "best": {"step": best, "monitor": "loss", "value": 0.5}}))
+        run.result_json.write_text(
+            json.dumps(
+                {**result, "best": {"step": best, "monitor": "loss", "value": 0.5, "checkpoint": "step-00000002"}}
+            )
+        )
     return run
 
 
@@ -193,4 +196,6 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 def test_reading_a_ledger_gives_its_lines(tmp_path: Path) -> None:
     lines = ledger()
     run = directory(tmp_path / "run", lines)
-    assert read_ledger(run.ledger_jsonl) == copy.deepcopy(lines)
+    for line in lines.values():
+        line.pop("evaluation", None)  # those lie in another file
+    assert read_ledger(run.ledger_jsonl) == lines
