@@ -245,5 +245,7 @@ def programs() -> st.SearchStrategy[Program]:
 
 
 def is_valid(program: Program) -> bool:
-    """Return whether torch can run a program: a second call must not move what the first one's backward needs."""
-    return not ("teacher" in program.kinds and program.loss in ("twice", "method"))
+    """Return whether a program is one: a second call must not move what the first one's backward needs."""
+    calls_twice = "teacher" in program.kinds and program.loss in ("twice", "method")
+    thawed = {program.kinds[block % len(program.kinds)] for _, block, frozen in program.freezes if not frozen}
+    return not calls_twice and "teacher" not in thawed  # what the forward moves may not be trained
