@@ -3,7 +3,7 @@
 import tempfile
 from pathlib import Path
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from ranks import Ranks
 from zoo_lives import (
     ONE_RANK_SHARDED,
@@ -22,7 +22,12 @@ NUM_PROGRAMS = 4 if settings.default.derandomize else 500
 """`make soak` runs on new examples."""
 
 
-@settings(max_examples=NUM_PROGRAMS, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(
+    max_examples=NUM_PROGRAMS,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # not shrunk: one that hangs would take its timeout each time
+)
 @given(program=programs())
 def test_a_random_program_has_the_same_bits_everywhere(ranks: Ranks, program: Program) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -35,7 +35,6 @@ REFUSED: dict[str, str] = {
     "zoo_models.still_lazy": "the parameter model.0.weight has no shape yet",
     "zoo_forwards.moves_parameters": "changes its parameter model.0.weight",
     "zoo_forwards.moves_parameters_by_data": "changes its parameter model.0.weight",
-    "zoo_histories.buffer_sparse": "model: its state cannot be saved",
     "zoo_handlers.buffer_grows": "changes its buffer seen from torch.float32 [1] to torch.float32 [4]",
     "zoo_data.generator_of_its_own": "is another sample when it is loaded again",
     "zoo_data.stream_of_a_generator": "which can be read only once",
@@ -93,6 +92,7 @@ AWAITED: dict[str, str] = {
     "zoo_histories.handler_calls_the_model": "gathered parameters for the whole function under fsdp",
     "zoo_histories.handler_changes_the_batch": "draws of a handler for each microbatch of a rank",
     "zoo_histories.samples_changed_in_place": "samples that a forward changes",
+    "zoo_histories.buffer_sparse": "sparse and expanded buffers",
     "zoo_histories.buffer_expanded": "sparse and expanded buffers",
 }
 SHORT = (
