@@ -5,6 +5,7 @@ assemble           makes a `Run` of a Config and a Backend
 factories          calls the factories of a Config
 data               training data with its loader and identity, and validation data
 updates            around each update: gradient norm, clipping, schedule, updates that are left out
+freezing           the parameters that are trained, and the groups of the optimizer, while both change
 train              the way of a run: assemble, restore, attach, train, result
 resume             the state that a checkpoint holds of a run, and how a run resumes from one
 checkpoint_places  the places of a run's checkpoints

@@ -41,6 +41,7 @@ from disttrain.run.directory import RunDirectory
 from disttrain.run.evaluation import Evaluation
 from disttrain.run.evaluation_point import begin_training
 from disttrain.run.factories import build
+from disttrain.run.freezing import Freezing, names_by_group
 from disttrain.run.state import Run, total_steps
 from disttrain.run.updates import Updates
 from disttrain.seeding import manual_seed, seed_for
@@ -90,6 +91,7 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out
         precision=precision,
         gradients=gradients,
         updates=updates,
+        freezing=Freezing(step_function, optimizer, layout),
         loader=data.loader,
         trainer=trainer,
         evaluation=evaluation,
@@ -157,6 +159,8 @@ def call_handlers(run: Run) -> None:
             added = [each for each in run.trainer.registrations() if each not in before]
             run.attached.append((name, handler))
             run.attached.extend((name, partial(each.function, *each.args, **each.kwargs)) for each in added)
+        run.freezing.assembled(run.kept)
+    run.updates.before_update.append(run.freezing.check)
     set_cpu_threads(run.config.cpu_threads)  # again: a factory may have set the number of the machine's cores
 
 
@@ -195,14 +199,7 @@ def build_optimizer(config: Config, step_function: StepFunction, layout: Layout)
             f"optimizer: {type(optimizer).__name__}.step needs {', '.join(needed)}, and computes a step's loss several "
             "times; a run computes it once: use an optimizer that steps from the gradients alone"
         )
-    known = set(step_function.parameters())
-    for parameter in (each for group in optimizer.param_groups for each in group["params"]):
-        if parameter not in known:
-            raise ConfigError(
-                f"optimizer: {type(optimizer).__name__} has a parameter of shape {list(parameter.shape)} that belongs "
-                "neither to the model nor to the config's loss or forward: it would not be saved, nor be the same on "
-                "every rank; make it part of the model, or give the Module that holds it as `loss` or `forward`"
-            )
+    names_by_group(optimizer, dict(step_function.named_parameters()))
     layout.check_optimizer(optimizer)
     return optimizer
 
