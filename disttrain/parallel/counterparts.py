@@ -30,26 +30,30 @@ class Counterparts:
             for name, parameter in module.named_parameters(remove_duplicate=False)
         }
         self._present |= {f"evaluation_point.{name}": tensor for name, tensor in self._parameters.items()}
-        optimizers = {"optimizer": optimizer}
+        self._optimizers = {"optimizer": optimizer}
         for name, kept_object in kept.items():
             if isinstance(kept_object, Optimizer):
-                optimizers[f"kept.{name}"] = kept_object
+                self._optimizers[f"kept.{name}"] = kept_object
             else:
                 self._present |= tensors_by_path(kept_object.state_dict(), f"kept.{name}")
-        self._trained = {
-            name: [parameter for group in owner.param_groups for parameter in group["params"]]
-            for name, owner in optimizers.items()
-        }
 
     def of(self, path: str, shape: tuple[int, ...]) -> Tensor | None:
         """Return the counterpart of the tensor at `path`; None if there is none of this shape."""
         tensor = self._present.get(path)
         if tensor is None and (match := OPTIMIZER_STATE.fullmatch(path)):
-            parameters, index = self._trained.get(match["optimizer"], []), int(match["index"])
-            tensor = parameters[index] if index < len(parameters) else None
+            tensor = self._trained(match["optimizer"], int(match["index"]))
         if tensor is None and path.startswith("kept."):
             tensor = next((self._parameters[end] for end in _endings(path) if end in self._parameters), None)
         return tensor if tensor is not None and tensor.shape == shape else None
+
+    def _trained(self, name: str, index: int) -> Tensor | None:
+        """Return an optimizer's parameter by its number in the groups, which a checkpoint may still add to."""
+        for group in self._optimizers[name].param_groups if name in self._optimizers else ():
+            parameters: list[Tensor] = group["params"]
+            if index < len(parameters):
+                return parameters[index]
+            index -= len(parameters)
+        return None
 
 
 def tensors_by_path(state: Any, path: str) -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ from disttrain.run.directory import RunDirectory
 from disttrain.run.evaluation import Evaluation
 from disttrain.run.evaluation_point import begin_training
 from disttrain.run.factories import build
+from disttrain.run.freezing import Freezing
 from disttrain.run.module_settings import ModuleSettings
 from disttrain.run.state import Run, total_steps
 from disttrain.run.updates import Updates
@@ -89,6 +90,7 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out
         precision=precision,
         gradients=gradients,
         updates=updates,
+        freezing=Freezing(step_function, optimizer, layout),
         loader=data.loader,
         trainer=trainer,
         evaluation=evaluation,
@@ -159,6 +161,8 @@ def call_handlers(run: Run) -> None:
             added = [each for each in run.trainer.registrations() if each not in before]
             run.attached.append((name, handler))
             run.attached.extend((name, partial(each.function, *each.args, **each.kwargs)) for each in added)
+        run.freezing.assembled(run.kept)
+    run.updates.before_update.append(run.freezing.check)
     set_cpu_threads(run.config.cpu_threads)  # again: a factory may have set the number of the machine's cores
 
 

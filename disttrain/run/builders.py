@@ -20,6 +20,7 @@ from disttrain.parallel import Layout
 from disttrain.parallel.model_checks import check_model
 from disttrain.run.factories import build, built
 from disttrain.run.field_places import field_place
+from disttrain.run.freezing import names_by_group
 from disttrain.run.optimizer_checks import check_optimizer_steps, required_arguments
 from disttrain.run.step_checks import CheckedStep
 from disttrain.seeding import manual_seed, seed_for
@@ -67,14 +68,7 @@ def build_optimizer(config: Config, step_function: StepFunction, layout: Layout)
             f"{field_place(config, 'optimizer')}: expected a function that returns a torch.optim.Optimizer, got "
             f"{got(optimizer)}; return one optimizer over all the parameters, with groups where they differ"
         )
-    known = set(step_function.parameters())
-    for parameter in (each for group in optimizer.param_groups for each in group["params"]):
-        if parameter not in known:
-            raise ConfigError(
-                f"optimizer: {type(optimizer).__name__} has a parameter of shape {list(parameter.shape)} that belongs "
-                "neither to the model nor to the config's loss or forward: it would not be saved, nor be the same on "
-                "every rank; make it part of the model, or give the Module that holds it as `loss` or `forward`"
-            )
+    names_by_group(optimizer, dict(step_function.named_parameters()))
     layout.check_optimizer(optimizer)
     check_optimizer_steps(optimizer, sharded=config.strategy == "fsdp")
     return optimizer

@@ -68,7 +68,16 @@ def load_newest_checkpoint(run: Run) -> Loaded | None:
         stores = [store_at(each) for each in folders]
         if run.backend.rank == 0:
             check_newest(run, stores[0])
-    return load_newest_of(stores, run.backend, cuts, partial(check_run, run))
+    return load_newest_of(stores, run.backend, cuts, partial(accept, run))
+
+
+def accept(run: Run, manifest: Manifest, place: str) -> None:
+    """Check that a checkpoint is of this run, and set what must be known before its tensors are read.
+
+    The state of an optimizer is found by the place of its parameters in the groups.
+    """
+    check_run(run, manifest, place)
+    run.freezing.load(manifest.position)
 
 
 def check_newest(run: Run, store: CheckpointStore) -> None:

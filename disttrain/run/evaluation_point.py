@@ -60,9 +60,11 @@ class EvaluationPoint:
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
-        """Return copies of the parameters that train, by their names; every rank calls this."""
+        """Return copies of the parameters that train or have trained, by their names; every rank calls this."""
         model = bare(self._model)
-        named = [(name, each) for name, each in model.named_parameters(remove_duplicate=False) if each.requires_grad]
+        everything = model.named_parameters(remove_duplicate=False)
+        # One that is frozen now, but has been trained, has two points too.
+        named = [(name, each) for name, each in everything if each.requires_grad or each in self._optimizer.state]
         with evaluating(self._optimizer, model):
             copies = {id(parameter): parameter.detach().clone() for _, parameter in named}
         return {name: copies[id(parameter)] for name, parameter in named}

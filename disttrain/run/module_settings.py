@@ -1,4 +1,4 @@
-"""Settings of modules that handlers may change under way: `requires_grad`, and plain attributes such as `Dropout.p`.
+"""Settings of modules that handlers may change under way: plain attributes such as `Dropout.p`.
 
 *Contract*: no `state_dict` holds them. A checkpoint's position holds those that differ from when the run was assembled,
 and a resumed run sets them again. Plain attributes are numbers, texts, True, False and None. The mode (`training`) is
@@ -17,10 +17,9 @@ from torch import nn
 from disttrain.errors import CheckpointError
 
 OF_TORCH = ("training", "_is_full_backward_hook", "call_super_init", "dump_patches")
-REQUIRES_GRAD = "requires_grad"
 
 Key = tuple[str, str]
-"""(path of a module or a parameter, attribute)."""
+"""(path of a module, attribute)."""
 
 
 class ModuleSettings:
@@ -51,9 +50,6 @@ class ModuleSettings:
 
     def _set(self, name: str, value: Any) -> None:
         path, _, attribute = name.rpartition(":")
-        if attribute == REQUIRES_GRAD:
-            self._module.get_parameter(path).requires_grad_(value)
-            return
         module = self._module.get_submodule(path)
         if not _is_plain(value) or not _is_plain(getattr(module, attribute, None)):
             raise ValueError(f"{name} is no plain attribute")
@@ -64,8 +60,6 @@ class ModuleSettings:
             for attribute, value in vars(module).items():
                 if _is_plain(value) and attribute not in OF_TORCH:
                     yield (path, attribute), value
-        for path, parameter in self._module.named_parameters():
-            yield (path, REQUIRES_GRAD), parameter.requires_grad
 
 
 def _is_plain(value: Any) -> bool:

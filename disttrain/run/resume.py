@@ -8,6 +8,7 @@ that the config asks for.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -23,8 +24,9 @@ from disttrain.handlers.stateful import bare
 from disttrain.parallel.counterparts import Counterparts
 from disttrain.run import checkpoint_places
 from disttrain.run.built_values import built_values
+from disttrain.run.freezing import FLAGS, GROUPS
 from disttrain.run.note_launch import note_launch
-from disttrain.run.restored import check_restored
+from disttrain.run.restored import check_restored, state_difference
 from disttrain.run.samples import compare_samples
 from disttrain.run.state import Run
 
@@ -75,11 +77,14 @@ def restore(run: Run, console: Console) -> int:
         check_position(run, step, position)
         load_parts(run, found.state, console)
         run.load_position(position)
+        check_freezing(run, position)
         checkpoint_places.check_best(run, console)
         run.loader.seek(*divmod(step, run.epoch_length or step + 1))
     compare_samples(run, position, same_kernels, console)
     if found is not None:
         catch_up_data(run, step, console)
+        if FLAGS in position:  # a checkpoint of an older release does not know
+            run.freezing.hold(run.trainer, partial(warn, console), inside_epoch=run.loader.step > 0)
         place = "" if found.place == str(run.directory.checkpoints) else f", from {found.place}"
         console.print(f"resuming from step {step} (epoch {run.loader.epoch + 1}){place}", soft_wrap=True)
     note_launch(run, step, built, console)
@@ -98,6 +103,17 @@ def check_position(run: Run, step: int, position: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"the run stands at step {step}, beyond the {run.total_steps} steps that the config asks for; "
             "ask for more, or start anew with --fresh"
+        )
+
+
+def check_freezing(run: Run, position: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless the same parameters are frozen, and in the same groups, as in the checkpoint."""
+    saved = {key: position[key] for key in (FLAGS, GROUPS) if key in position}
+    if (difference := state_difference(saved, run.freezing.position(), "position")) is not None:
+        path, expected, got = difference
+        raise CheckpointError(
+            f"{path} was not restored as it was saved: expected {expected}, got {got}. A load_state_dict changes it; "
+            "leave requires_grad and the optimizer's groups to the checkpoint, or begin anew with --fresh"
         )
 
 

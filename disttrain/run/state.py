@@ -22,6 +22,7 @@ from disttrain.parallel import Gradients, Layout, Slots
 from disttrain.precision import Precision
 from disttrain.run.directory import RunDirectory
 from disttrain.run.evaluation import Evaluation
+from disttrain.run.freezing import Freezing
 from disttrain.run.module_settings import ModuleSettings
 from disttrain.run.updates import Updates
 
@@ -50,6 +51,8 @@ class Run:
     """How the gradients of slots and ranks meet."""
     updates: Updates
     """Gradient norm, clipping, and updates that are left out."""
+    freezing: Freezing
+    """The parameters that are trained, and the groups of the optimizer; handlers may change both."""
     loader: SlotLoader | StreamLoader
     trainer: Engine
     evaluation: Evaluation | None
@@ -162,8 +165,8 @@ class Run:
         return self.loader.epoch + (self.loader.step > 0)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return the whole state by name: parameters, buffers, optimizer state, kept objects."""
-        return state_tensors(self.parts, self.optimizer, self.kept)
+        """Return the whole state by name: parameters, buffers, optimizer state, kept objects, what is frozen."""
+        return {**state_tensors(self.parts, self.optimizer, self.kept), **self.freezing.tensors()}
 
     def close(self) -> None:
         """Stop the loader's workers and release the model."""
@@ -187,6 +190,7 @@ class Run:
             **({"left_out": left_out} if left_out else {}),
             **({"recent_losses": recent} if recent else {}),
             **({} if self.best is None else self.best.position()),
+            **self.freezing.position(),
             **self.data,
             **({"samples": self.samples} if self.samples else {}),
         }
