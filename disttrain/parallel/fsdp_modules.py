@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from disttrain.parallel.buffers import SlotBuffers
 from disttrain.parallel.fsdp_layout import FsdpLayout
 from disttrain.parallel.gradients import GradientProgress, slots_in_turn
-from disttrain.parallel.rehearsal import Rehearsal, fingerprint, values_of
+from disttrain.parallel.rehearsal import Rehearsal, gradient_fingerprint, values_of
 from disttrain.parallel.shard_checks import HookChecks, ShardChecks
 from disttrain.parallel.slot_checks import SlotChecks
 from disttrain.parallel.slots import Node, Slots
@@ -176,7 +176,7 @@ class FsdpModuleGradients:
         """
         slot = self.slots.mine[0]
         if self._rehearsal.watches:
-            self._fingerprints.append((index, fingerprint(gradient)))
+            self._fingerprints.append((index, gradient_fingerprint(gradient)))
         if self._rehearsal.is_on:  # its gradients are not sent
             self._here.add(index)
             out.zero_()

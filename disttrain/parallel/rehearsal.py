@@ -167,7 +167,9 @@ def _copied_alike(tensor: Tensor) -> Tensor:
 
 def fingerprints_of(gradients: Sequence[Tensor | None]) -> list[int]:
     """Return, for each gradient, a number that differs if a bit of it does; one wait for each device."""
-    return values_of([torch.zeros((), dtype=torch.int64) if each is None else fingerprint(each) for each in gradients])
+    return values_of(
+        [torch.zeros((), dtype=torch.int64) if each is None else gradient_fingerprint(each) for each in gradients]
+    )
 
 
 def values_of(sums: Sequence[Tensor]) -> list[int]:
@@ -182,7 +184,7 @@ def values_of(sums: Sequence[Tensor]) -> list[int]:
     return values
 
 
-def fingerprint(gradient: Tensor) -> Tensor:
+def gradient_fingerprint(gradient: Tensor) -> Tensor:
     """Return a sum of a gradient's bits in which each word counts by its place, so that errors do not cancel out."""
     if gradient.layout != torch.strided:
         return torch.ones((), dtype=torch.int64)  # a sparse gradient, which is refused later
