@@ -57,7 +57,7 @@ def test_at_most_four_hops_from_launch_to_the_model(tmp_path: Path) -> None:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)
     assert isinstance(load_config(cfg), Config)
-    assert len(Witness.paths) == 2
+    assert len(Witness.paths) == 3  # two steps, and the rehearsal of the first
     for path in Witness.paths:
         assert path == ["commands/launch.py", "run/train.py", "engine/engine.py", "engine/supervised.py"]
         assert len(path) <= 4  # launch -> train -> engine -> step -> the user's model: four hops

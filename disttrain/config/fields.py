@@ -214,8 +214,9 @@ class Config(Declaration):
     """The number of threads with which torch computes on the CPU, on each rank. Another number gives other bits, so a
     resumed run must keep it. Other numeric libraries have one thread; so has the loading of data."""
     deterministic: Annotated[Flag, FieldNote(may_change=True)] = True
-    """Refuse operations that have no deterministic kernel, and samples that vary under one seed. False: warn and
-    continue; the bits may differ each time."""
+    """Refuse operations that have no deterministic kernel, samples that vary under one seed, and a forward whose
+    gradients vary in a second run of a process's first slot. False: warn and continue; the bits may differ each time.
+    """
     compile: Annotated[Flag, FieldNote()] = False
     """Compile the model with torch.compile."""
     handlers: Annotated[

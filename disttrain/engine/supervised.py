@@ -102,7 +102,7 @@ def _training_step(
                     y_pred = model_transform(model(x) if plain else model_fn(model, x))
                     loss = loss_fn(y_pred, y)
                 backward(loss if divisor == 1 else loss / divisor, optimizer)
-                if several:
+                if several and not gradients.rehearsing:
                     outputs.append(output_transform(x, y, y_pred, loss))
         except BaseException:
             # A kept exception would keep the generator alive, and with it the contexts inside (DDP's no_sync).

@@ -55,6 +55,21 @@ class SlotBuffers:
         self._at_start: list[Tensor] | None = None
         self._after_first: list[Tensor] | None = None
 
+    def rehearsal_starts(self) -> None:
+        """Keep the buffers, and the frozen parameters, that the rehearsal of the first slot begins with."""
+        self._reset_constants()
+        self._frozen.step_starts()
+        self._frozen.slot_starts()
+        self._at_start = self._copies()
+
+    def rehearsal_ends(self) -> None:
+        """Restore what the rehearsal has moved: the slot that comes next begins as it did."""
+        self._check_forms()
+        self._take_moved(self._frozen.moved_by_slot())
+        if self._at_start:
+            self._set(self._at_start)
+        self._at_start = None
+
     def slot_starts(self, slot: int) -> None:
         """Restore the buffers with which the step began."""
         self._reset_constants()

@@ -39,6 +39,7 @@ from disttrain.parallel.buckets import Bucket, Buckets
 from disttrain.parallel.buffers import SlotBuffers
 from disttrain.parallel.gradients import GradientProgress, gradient_of, slots_in_turn
 from disttrain.parallel.model_checks import check_model
+from disttrain.parallel.rehearsal import Rehearsal
 from disttrain.parallel.slot_checks import FurtherChecks, SlotChecks
 from disttrain.parallel.slots import Node, Slots, TreeSum
 from disttrain.parallel.trained_parameters import TrainedParameters
@@ -65,7 +66,8 @@ class SlotGradients:
     `reduction="fast"` sums each rank's slots and then makes one all-reduce per bucket: the bits are the same only for
     the same number of ranks. The model has to be on `device`. `process_group` may be None for one rank. Every rank
     makes this object at the same point; parameters and buffers become those of rank 0. `further` checks
-    run in the slots; with `by_module` frozen parameters may not move, as under FSDP2.
+    run in the slots; with `by_module` frozen parameters may not move, as under FSDP2. With `rehearses` the first step
+    of a process yields its first microbatch twice (`rehearsal.py`); `rehearsing` is True for the first of the two.
 
     *Contract*: `microbatches(batch, iteration)` takes a list with one microbatch, of any form, for each of this rank's
     slots, and the step's number from 1. The loop over it runs forward and backward for each. Losses are means over
@@ -94,6 +96,7 @@ class SlotGradients:
         weight_of: WeightOf | None = None,
         further: Sequence[FurtherChecks] = (),
         by_module: bool = False,
+        rehearses: bool = False,
     ) -> None:
         check_model(model, device)
         if reduction not in ("invariant", "fast"):
@@ -109,6 +112,7 @@ class SlotGradients:
         self._trained = TrainedParameters(model, process_group)
         self._buffers = SlotBuffers(model, slots, process_group, frozen_may_move=not by_module)
         self._checks = SlotChecks(model, further)
+        self._rehearsal = Rehearsal(model, rehearses=rehearses)
         # The wait for an all-reduce cannot be measured here, and with an accelerator the host does not wait.
         on_cpu = all(parameter.device.type == "cpu" for parameter in self._trained.tensors)
         self.progress = GradientProgress(waited_s=0.0 if self._invariant and on_cpu else None)
@@ -123,6 +127,10 @@ class SlotGradients:
             self._buckets.close()
         if self.slots.world_size > 1:
             self._buckets = Buckets(self._trained.tensors, self._send)
+
+    @property
+    def rehearsing(self) -> bool:
+        return self._rehearsal.is_on
 
     def opens(self, iteration: int) -> bool:
         return True
@@ -139,13 +147,15 @@ class SlotGradients:
         self._begin()
         self.weights.begin(batch)
         self.progress.begin(iteration)
-        for slot, microbatch in slots_in_turn(self.slots, batch, self._buffers, self._checks, self._seed, iteration):
-            if self._buckets is None or slot != last:
-                yield microbatch
-                self._take(slot)
-            else:
+        for slot, microbatch in slots_in_turn(
+            self.slots, batch, self._buffers, self._checks, self._seed, iteration, rehearsal=self._rehearsal
+        ):
+            sends = self._buckets is not None and slot == last and not self._rehearsal.is_on
+            if sends and self._buckets is not None:
                 self._buckets.opens()
-                yield microbatch
+            yield microbatch
+            if not self._rehearsal.takes(self._trained.names, self._trained.tensors) and not sends:
+                self._take(slot)
         if self._buckets is None:
             self._meet_here()
         else:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from disttrain.parallel.buffers import Place, SlotBuffers, place_of
 from disttrain.parallel.fsdp_layout import FsdpLayout
 from disttrain.parallel.gradients import GradientProgress, gradient_of, slots_in_turn
+from disttrain.parallel.rehearsal import Rehearsal
 from disttrain.parallel.shard_checks import HookChecks, ShardChecks
 from disttrain.parallel.slot_checks import SlotChecks
 from disttrain.parallel.slots import Node, Slots, TreeSum
@@ -70,6 +71,7 @@ class FsdpGradients:
         reduction: Literal["invariant", "fast"] = "invariant",
         weight_of: WeightOf | None = None,
         by_module: bool = False,
+        rehearses: bool = False,
     ) -> None:
         self.slots = slots
         self.module = model
@@ -90,6 +92,7 @@ class FsdpGradients:
         self._shard_checks = ShardChecks(layout.groups, by_group) if by_module else None
         further = [] if self._shard_checks is None else [self._shard_checks]
         self._checks = SlotChecks(model, [HookChecks(dict(model.named_parameters())), *further])
+        self._rehearsal = Rehearsal(model, rehearses=rehearses)
         self._begin()
 
     def close(self) -> None:
@@ -114,6 +117,10 @@ class FsdpGradients:
         ]
         return by_group
 
+    @property
+    def rehearsing(self) -> bool:
+        return self._rehearsal.is_on
+
     def opens(self, iteration: int) -> bool:
         return True
 
@@ -130,10 +137,11 @@ class FsdpGradients:
         self.progress.begin(iteration)
         with self._layout.gathered():
             for slot, microbatch in slots_in_turn(
-                self.slots, batch, self._buffers, self._checks, self._seed, iteration
+                self.slots, batch, self._buffers, self._checks, self._seed, iteration, rehearsal=self._rehearsal
             ):
                 yield microbatch
-                self._take(slot)
+                if not self._rehearsal.takes(self._trained.names, self._gathered):
+                    self._take(slot)
             self._buffers.step_ends()
             self._keep_moved()
         self._meet()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from disttrain.parallel.buffers import SlotBuffers
 from disttrain.parallel.fsdp_layout import FsdpLayout
 from disttrain.parallel.gradients import GradientProgress, slots_in_turn
+from disttrain.parallel.rehearsal import Rehearsal, gradient_fingerprint, values_of
 from disttrain.parallel.shard_checks import HookChecks, ShardChecks
 from disttrain.parallel.slot_checks import SlotChecks
 from disttrain.parallel.slots import Node, Slots
@@ -75,6 +76,7 @@ class FsdpModuleGradients:
         seed: int,
         reduction: Literal["invariant", "fast"] = "invariant",
         weight_of: WeightOf | None = None,
+        rehearses: bool = False,
     ) -> None:
         self.slots = slots
         self.module = model
@@ -90,6 +92,7 @@ class FsdpModuleGradients:
         seen = dict(model.named_parameters())
         self._shard_checks = ShardChecks(layout.groups, self._watch_use(), layout.process_group)
         self._checks = SlotChecks(model, [HookChecks(seen), self._shard_checks])
+        self._rehearsal = Rehearsal(model, rehearses=rehearses, process_group=layout.process_group)
         for index, group in enumerate(layout.groups):
             group.set_custom_reduce_scatter(GroupGradients(self, index))
             group.set_gradient_divide_factor(1.0)
@@ -113,6 +116,7 @@ class FsdpModuleGradients:
             hook.remove()
         self._hooks = []
         self._members: dict[int, list[nn.Parameter]] = {}
+        self._names_of = dict(zip(self._trained.tensors, self._trained.names, strict=True))
         index = {name: i for i, name in enumerate(self._trained.names)}
         by_group = self._layout.gathered_parameters()
         for number, parameters in enumerate(by_group):
@@ -124,6 +128,10 @@ class FsdpModuleGradients:
 
     def _noting(self, i: int) -> Callable[[Tensor], None]:
         return lambda parameter: self._unused.discard(i)
+
+    @property
+    def rehearsing(self) -> bool:
+        return self._rehearsal.is_on
 
     def opens(self, iteration: int) -> bool:
         return True
@@ -139,9 +147,16 @@ class FsdpModuleGradients:
         self._begin()
         self.weights.begin(batch)
         self.progress.begin(iteration)
-        for _, microbatch in slots_in_turn(self.slots, batch, self._buffers, self._checks, self._seed, iteration):
+        for _, microbatch in slots_in_turn(
+            self.slots, batch, self._buffers, self._checks, self._seed, iteration, rehearsal=self._rehearsal
+        ):
+            self._fingerprints.clear()
             yield microbatch
             self._check_arrived()
+            if self._rehearsal.watches:
+                names = [self._names_of[self._members[index][0]] for index, _ in self._fingerprints]
+                if self._rehearsal.keeps(names, values_of([each for _, each in self._fingerprints])):
+                    self._begin()
         self._buffers.step_ends()
         self.progress.over = True
         self._trained.warn_of_unused(self._unused, logger, iteration=iteration, rank=self.slots.rank)
@@ -152,6 +167,7 @@ class FsdpModuleGradients:
             parameter.grad = None
         self._unused = set(range(len(self._trained.tensors)))
         self._here: set[int] = set()
+        self._fingerprints: list[tuple[int, Tensor]] = []
 
     def arrived(self, index: int, gradient: Tensor, out: Tensor) -> None:
         """Take the gradient of a group from FSDP2; `out` will hold this rank's part of the sum.
@@ -159,6 +175,12 @@ class FsdpModuleGradients:
         If a group is called several times in a forward, its gradient arrives as often, filled up with zeros.
         """
         slot = self.slots.mine[0]
+        if self._rehearsal.watches:
+            self._fingerprints.append((index, gradient_fingerprint(gradient)))
+        if self._rehearsal.is_on:  # its gradients are not sent
+            self._here.add(index)
+            out.zero_()
+            return
         (gradient,) = self.weights.apply(slot, [gradient])
         self._start({(slot, slot + 1): gradient}, out).wait()
         for parameter in self._members[index] if index in self._here else ():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from disttrain.errors import ConfigError
 from disttrain.parallel.buffers import SlotBuffers
+from disttrain.parallel.rehearsal import Rehearsal
 from disttrain.parallel.slot_checks import SlotChecks
 from disttrain.parallel.slots import Slots
 from disttrain.seeding import seed_for, seed_torch
@@ -61,6 +62,10 @@ class Gradients(Protocol):
     """True: a step's output is the list of its microbatches' outputs. False: the one output itself."""
 
     @property
+    def rehearsing(self) -> bool:
+        """Whether the microbatch that was yielded last is a rehearsal (`rehearsal.py`), so it has no output."""
+
+    @property
     def progress(self) -> GradientProgress | None:
         """The progress of the newest step's gradients; None where the host cannot see it."""
 
@@ -85,12 +90,24 @@ def slots_in_turn(
     seed: int,
     iteration: int,
     seed_generators: Callable[[int], object] = seed_torch,
+    rehearsal: Rehearsal | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """Yield (slot, microbatch) for this rank's slots, each with the step's buffers and the slot's own seed.
 
     This is the one place that fixes the seed of a slot's forward: it is made of the run's seed, the step and the slot.
+    With a `rehearsal` the first slot of a process is yielded twice; its `takes` is then called after each backward.
     """
     checks.step_starts(iteration)
+    if rehearsal is not None:
+        for copied in rehearsal.copy(batch[0]):
+            slot_seed = seed_for(seed, "step", iteration - 1, slots.mine[0])
+            buffers.rehearsal_starts()
+            checks.slot_starts()
+            with rehearsal.runs(slot_seed):
+                seed_generators(slot_seed)
+                yield slots.mine[0], copied
+            checks.slot_ends()
+            buffers.rehearsal_ends()
     for slot, microbatch in zip(slots.mine, batch, strict=True):
         buffers.slot_starts(slot)
         seed_generators(seed_for(seed, "step", iteration - 1, slot))
@@ -108,6 +125,7 @@ class Accumulation:
     """
 
     several = False
+    rehearsing = False
     progress = None
 
     def __init__(self, model: nn.Module, steps: int = 1) -> None:

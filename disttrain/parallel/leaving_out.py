@@ -26,6 +26,10 @@ class LeavingOut:
         self._gradients = gradients
         self._leaves_out = leaves_out
 
+    @property
+    def rehearsing(self) -> bool:
+        return self._gradients.rehearsing
+
     def opens(self, iteration: int) -> bool:
         return not self._leaves_out(iteration) and self._gradients.opens(iteration)
 

@@ -48,6 +48,8 @@ class World:
     """The time for which fsdp gathers parameters: all for a step, or each module's for its forward and backward."""
     weight_of: WeightOf | None = None
     """microbatch -> the number of targets over which its loss is the mean; None: each slot counts once."""
+    rehearses: bool = False
+    """Whether the first step of a process runs its first slot twice and compares the two (not on XLA devices)."""
 
 
 class Strategy(Protocol):
@@ -85,6 +87,7 @@ class DdpStrategy:
             weight_of=world.weight_of,
             further=further,
             by_module=by_module,
+            rehearses=world.rehearses,
         )
 
 
@@ -127,9 +130,16 @@ class FsdpStrategy:
                 reduction=world.reduction,
                 weight_of=world.weight_of,
                 by_module=by_module,
+                rehearses=world.rehearses,
             )
         return FsdpModuleGradients(
-            model, world.slots, self._cut, seed=seed, reduction=world.reduction, weight_of=world.weight_of
+            model,
+            world.slots,
+            self._cut,
+            seed=seed,
+            reduction=world.reduction,
+            weight_of=world.weight_of,
+            rehearses=world.rehearses,
         )
 
 

@@ -47,6 +47,7 @@ class XlaSlotGradients:
 
     several = True
     divisor = 1
+    rehearsing = False  # a rehearsal would be a program of its own, and wait for the device
     progress = None  # the collectives are recorded in programs: the host cannot see them
 
     def __init__(

@@ -177,6 +177,7 @@ def world_of(config: Config, slots: Slots, backend: Backend) -> World:
         reduction=config.reduction,
         fsdp_gather=config.fsdp_gather,
         weight_of=None if config.weight is None else weight_of,
+        rehearses=config.deterministic and config.precision != "apex",  # apex moves its loss scale in a backward
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_run import net, points, small_run
+from small_run import net, points, small_run, trained
 from torch import nn
 from torchmetrics.regression import MeanSquaredError
 
@@ -121,3 +121,20 @@ def test_best_uses_the_direction_of_the_metric(tmp_path: Path) -> None:
 def test_the_number_of_slots_must_be_known(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="num_slots is not resolved"):
         small_run(tmp_path, num_slots=None)
+
+
+class Counting(nn.Linear):
+    """A layer whose output depends on the number of its calls."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().forward(x) / self.calls
+
+
+def test_a_forward_that_depends_on_its_calls_is_refused_unless_nothing_is_promised(tmp_path: Path) -> None:
+    changes = {"model": partial(Counting, 3, 1), "max_epochs": 1}
+    with pytest.raises(ConfigError, match=r"it changes the attribute calls of Counting \(model\)"):
+        trained(tmp_path / "refused", **changes)
+    assert trained(tmp_path / "warned", **changes, deterministic=False)["step"] == 4
