@@ -44,7 +44,7 @@ from disttrain.launching.end_with_launcher import end_with_launcher
 from disttrain.launching.torchrun import report_exit_code
 from disttrain.process import set_process_variables
 from disttrain.run.directory import RunDirectory
-from disttrain.run.state import length_of
+from disttrain.run.state import run_length
 from disttrain.run.train import train
 from disttrain.version import __version__
 
@@ -266,7 +266,7 @@ def is_finished(result: dict[str, Any], config: Config) -> bool:
     if result.get("status") != "completed":
         return False
     if "terminated" in result:
-        return bool(result["terminated"] == length_of(config))
+        return bool(result["terminated"] == run_length(config))
     if config.max_steps is not None:
         return int(result["step"]) >= config.max_steps
     return int(result["epoch"]) >= (config.max_epochs or 0)

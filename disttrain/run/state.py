@@ -151,7 +151,7 @@ class Run:
     @property
     def length(self) -> dict[str, Any]:
         """The length that the config asks for: a run that the user's code has ended goes on with another one."""
-        return length_of(self.config)
+        return run_length(self.config)
 
     @property
     def maximum(self) -> dict[str, int]:
@@ -240,7 +240,7 @@ class Run:
         )
 
 
-def length_of(config: Config) -> dict[str, Any]:
+def run_length(config: Config) -> dict[str, Any]:
     """Return the fields of a config that say how long its run is."""
     return {"max_epochs": config.max_epochs, "max_steps": config.max_steps}
 

@@ -58,7 +58,6 @@ REFUSED_SHARDED: dict[str, str] = {
     "zoo_handlers.hook_on_a_gradient_here_and_there": "the parameter model.first.weight has a hook (register_hook)",
     "zoo_handlers.hook_on_accumulated": "the parameter model.first.weight has a hook",
     "zoo_handlers.hook_in_a_handler": "the parameter model.0.weight has a hook (register_hook)",
-    "zoo_optimizers.own_unknown": "elementwise = True",
     "zoo_optimizers.sgd_bfloat16": "SGD over parameters of torch.bfloat16 rounds the last elements",
     "zoo_models.scalars_and_nothing": "cannot cut the parameter model.scale of shape ()",
 }

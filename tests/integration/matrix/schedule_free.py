@@ -21,8 +21,6 @@ class ScheduleFreeSGD(torch.optim.Optimizer):
     in evaluation mode, and an optimizer begins in that mode.
     """
 
-    elementwise = True
-
     def __init__(self, parameters: Any, lr: float, beta: float = 0.9) -> None:
         super().__init__(parameters, {"lr": lr, "beta": beta, "num_steps": 0, "train_mode": False})
 
