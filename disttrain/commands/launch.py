@@ -44,6 +44,7 @@ from disttrain.launching.end_with_launcher import end_with_launcher
 from disttrain.launching.torchrun import report_exit_code
 from disttrain.process import set_process_variables
 from disttrain.run.directory import RunDirectory
+from disttrain.run.state import run_length
 from disttrain.run.train import train
 from disttrain.version import __version__
 
@@ -191,7 +192,14 @@ def check_and_train(config: Config, options: argparse.Namespace, backend: Backen
         config = resolve_slots(config, stored, backend.world_size)
     check_config(config, stored, directory, backend)
     if stored is not None and result is not None and is_finished(result, config):
-        console.print(f"{directory.path} is completed; --fresh starts a new run")
+        if "terminated" in result:
+            console.print(
+                f"{directory.path} was ended by its own code at step {result['step']:,}; it goes on with another "
+                "max_epochs or max_steps, and --fresh starts a new run",
+                soft_wrap=True,
+            )
+        else:
+            console.print(f"{directory.path} is completed; --fresh starts a new run", soft_wrap=True)
         print_summary(result, directory, console)
         return COMPLETED
     print_beginning(config, directory, backend, console)
@@ -257,6 +265,8 @@ def is_finished(result: dict[str, Any], config: Config) -> bool:
     """Return True if a run with this result has nothing left to do under this config."""
     if result.get("status") != "completed":
         return False
+    if "terminated" in result:
+        return bool(result["terminated"] == run_length(config))
     if config.max_steps is not None:
         return int(result["step"]) >= config.max_steps
     return int(result["epoch"]) >= (config.max_epochs or 0)

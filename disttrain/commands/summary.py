@@ -41,6 +41,7 @@ def print_summary(result: dict[str, Any], directory: RunDirectory, console: Cons
     """Print the content of result.json, and the paths of the run's files, as a table."""
     rows = {
         "steps": f"{result['step']:,} ({result['epoch']} epochs), {result['status']}"
+        + ("; ended by its own code" if "terminated" in result else "")
         + (f"; the updates of {result['skipped_steps']:,} were left out" if result["skipped_steps"] else ""),
         **{f"validation {name}": value_text(value) for name, value in result["metrics"].items()},
         **_best_row(result, directory),

@@ -106,10 +106,12 @@ class StepEnd:
         if self._best_unsaved:
             self._save_once(engine)
 
-    def finish(self, engine: Engine) -> None:
-        """Do what is left of the last step; called once, after all steps."""
+    def finish(self, engine: Engine, *, anew: bool = False) -> None:
+        """Do what is left of the last step; called once, after all steps. `anew`: save even what is saved already."""
         self.losses.fetch(engine)
         self.interrupted = not self._evaluate(engine)
+        if anew:
+            self.saved_at = -1
         self._save_once(engine)
 
     def resumed_at(self, step: int) -> None:

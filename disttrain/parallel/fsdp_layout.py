@@ -77,22 +77,20 @@ class FsdpLayout:
         self.prefixes = [places[group] for group in self.groups]
         """For each group, what stands before those names in the model."""
         self._has_forwards = False  # before the first one, FSDP2 has no record of them
+        if stays_gathered:
+            for group in self.groups:
+                _cut_without_hooks(group, self._mesh)
+            return
         model.register_forward_pre_hook(self._note_forward)
         for group, names in zip(self.groups, self.own, strict=True):
-            watch = None if stays_gathered else ForwardWatch(names)
-            if watch is not None:
-                group.register_forward_hook(_with_memory_of_its_own)
-                group.register_forward_hook(watch.forward_ends)
-            fully_shard(group, mesh=self._mesh, reshard_after_forward=self._reshards(group))
-            if watch is not None:
-                group.register_forward_pre_hook(watch.forward_starts)
+            watch = ForwardWatch(names)
+            group.register_forward_hook(_with_memory_of_its_own)
+            group.register_forward_hook(watch.forward_ends)
+            fully_shard(group, mesh=self._mesh, reshard_after_forward=group is not model)
+            group.register_forward_pre_hook(watch.forward_starts)
 
     def _note_forward(self, model: nn.Module, inputs: Any) -> None:
         self._has_forwards = True
-
-    def _reshards(self, group: nn.Module) -> bool:
-        """Return whether a group's parameters are freed between forward and backward; the root's are not."""
-        return not self.stays_gathered and group is not self.model
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         check_elementwise(optimizer)
@@ -144,7 +142,7 @@ class FsdpLayout:
                 self.groups[-1].reset_iter_state()
             for group in self.groups:
                 group.reshard()
-                group.set_reshard_after_forward(self._reshards(group), recurse=False)
+                group.set_reshard_after_forward(not self.stays_gathered and group is not self.model, recurse=False)
                 group.set_reshard_after_backward(True, recurse=False)
 
     def whole(self, tensor: Tensor) -> Tensor:
@@ -229,6 +227,25 @@ class FsdpLayout:
             return None if not hasattr(tensor, "placements") else (tensor.device_mesh, tensor.placements)
 
         return cut
+
+
+def _cut_without_hooks(group: nn.Module, mesh: Any) -> None:
+    """Cut the parameters of a group by FSDP2, without the hooks by which it gathers them for each forward.
+
+    All parameters are gathered for the whole step, and gradients are taken from them as autograd leaves them. The hooks
+    would gather and free parameters at each `autograd.grad` inside a forward.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    before = {name: dict(getattr(group, name)) for name in ("_forward_pre_hooks", "_forward_hooks")}
+    fully_shard(group, mesh=mesh, reshard_after_forward=False)
+    for name, hooks in before.items():
+        for key in getattr(group, name).keys() - hooks.keys():
+            del getattr(group, name)[key]
+    for name in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+        present = group._forward_pre_hooks if "pre" in name else group._forward_hooks
+        for key in getattr(group, name).keys() - present.keys():
+            del getattr(group, name)[key]
 
 
 def _with_memory_of_its_own(module: nn.Module, inputs: Any, output: Any) -> Any:

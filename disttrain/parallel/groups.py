@@ -92,13 +92,6 @@ def check_shardable(model: nn.Module) -> None:
 
 def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
     """Raise ConfigError unless the optimizer's step on a part of a parameter equals that part of the whole step."""
-    own = not f"{type(optimizer).__module__}.".startswith("torch.optim.")  # Adafactor's and Muon's is "torch.optim"
-    if own and getattr(optimizer, "elementwise", None) is not True:
-        raise ConfigError(
-            f'strategy="fsdp": each rank steps its own part of each parameter, and {type(optimizer).__name__} is not '
-            "one of torch's optimizers; if its step treats each element by itself, say so with the attribute "
-            'elementwise = True, or use strategy="ddp"'
-        )
     for kind in type(optimizer).__mro__:
         if kind.__name__ in ACROSS_PARAMETERS:
             raise ConfigError(

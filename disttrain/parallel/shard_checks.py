@@ -55,6 +55,7 @@ class ShardChecks:
         self._names = [f"{type(each).__name__.removeprefix('FSDP')} ({places[each] or 'all'})" for each in groups]
         self._steps_left = CHECKED_STEPS
         self._calls: list[int] = []
+        self._in_slot = False
         self._first_calls: list[int] | None = None
         self._fired: Counter[tuple[int, str]] = Counter()
         self._hooks: list[Any] = []
@@ -71,7 +72,7 @@ class ShardChecks:
 
     def _compare(self, number: int) -> None:
         """Raise ConfigError unless all ranks call the same group now, or have all come to the end of the forward."""
-        if self._group is None or self._group.size() == 1:
+        if self._group is None or self._group.size() == 1 or not self._in_slot:
             return
         mine = torch.tensor([number], device=next(iter(self._own[-1].values()), torch.empty(0)).device)
         by_rank = [torch.empty_like(mine) for _ in range(self._group.size())]
@@ -98,9 +99,11 @@ class ShardChecks:
     def slot_starts(self) -> None:
         self._calls = []
         self._fired.clear()
+        self._in_slot = True  # and not in an evaluation, where each rank calls the model as often as it likes
 
     def slot_ends(self) -> None:
         """Raise ConfigError for what the slot has done that sharded parameters do not allow."""
+        self._in_slot = False
         if not self._hooks:
             return
         called = set(self._calls)

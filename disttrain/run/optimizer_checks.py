@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from disttrain.errors import ConfigError
+from disttrain.run.evaluation_point import begin_training
 from disttrain.seeding import keep_random_state
 
 ROWS, COLUMNS, NUM_STEPS = 24, 37, 3
@@ -93,6 +94,7 @@ def stepped(optimizer: Optimizer, rows: slice) -> list[Tensor] | None:
     copied = _copy(optimizer, given, [nn.Parameter(values.clone()) for values in small])
     if copied is None:
         return None
+    begin_training(copied)
     parameters = [parameter for group in copied.param_groups for parameter in group["params"]]
     gradients = [[_like(parameter) for parameter in given] for _ in range(NUM_STEPS)]
     torch.default_generator.manual_seed(1)

@@ -75,6 +75,8 @@ class Run:
     """What handlers change of the modules beside tensors; set when the run is assembled."""
     evaluation_due: bool = False
     """True if a signal interrupted this step's evaluation; a resumed run evaluates before its next step."""
+    terminated: dict[str, Any] | None = None
+    """The `length` that the run had when code of the user's ended it (`trainer.terminate`); None if none has."""
     training: bool = False
     """True once the first step may run: from then on nothing further can be kept."""
 
@@ -147,6 +149,11 @@ class Run:
         return len(self.loader) if isinstance(self.loader, SlotLoader) else None
 
     @property
+    def length(self) -> dict[str, Any]:
+        """The length that the config asks for: a run that the user's code has ended goes on with another one."""
+        return run_length(self.config)
+
+    @property
     def maximum(self) -> dict[str, int]:
         """The end of the run, as `Engine.run` takes it."""
         if self.config.max_epochs is not None and self.epoch_length is not None:
@@ -188,6 +195,7 @@ class Run:
             **({"evaluation_due": True} if self.evaluation_due else {}),
             **({"module_settings": settings} if settings else {}),
             **({"left_out": left_out} if left_out else {}),
+            **({} if self.terminated is None else {"terminated": self.terminated}),
             **({"recent_losses": recent} if recent else {}),
             **({} if self.best is None else self.best.position()),
             **self.freezing.position(),
@@ -212,6 +220,7 @@ class Run:
             )
         self.updates.num_skipped = skipped if isinstance(skipped, int) else 0
         self.evaluation_due = position.get("evaluation_due") is True
+        self.terminated = position.get("terminated")
         self.left_out.update({int(step): str(reason) for step, reason in left_out.items()})
         if self.settings is not None:
             self.settings.load(position.get("module_settings", {}))
@@ -229,6 +238,11 @@ class Run:
             config_sha256=config_hash(self.config),
             config=binding_fields(describe(self.config)),
         )
+
+
+def run_length(config: Config) -> dict[str, Any]:
+    """Return the fields of a config that say how long its run is."""
+    return {"max_epochs": config.max_epochs, "max_steps": config.max_steps}
 
 
 def total_steps(config: Config, data: Mapping[str, Any]) -> int:

@@ -102,10 +102,12 @@ def attempt(
         try:
             if run.evaluation_due:
                 end.catch_up(run.trainer)
-            if step < run.total_steps and not end.interrupted:
+            is_over = run.terminated == run.length
+            if step < run.total_steps and not end.interrupted and not is_over:
                 run.trainer.run(run.loader, **run.maximum, epoch_length=run.epoch_length)
             if not end.interrupted:
-                end.finish(run.trainer)
+                run.terminated = run.length if run.trainer.state.iteration < run.total_steps else None
+                end.finish(run.trainer, anew=run.terminated is not None and not is_over)
         except NonFiniteError as error:
             if config.on_nan != "rollback":
                 raise
@@ -268,6 +270,7 @@ def outcome(run: Run, end: StepEnd, attempts: Attempts) -> dict[str, Any]:
         "num_slots": run.slots.num_slots,
         "checkpoint": checkpoint_name(end.saved_at),
         **best_entry(run, end.saved_at),
+        **({} if run.terminated is None else {"terminated": run.terminated}),
         "skipped_steps": run.skipped_steps,
         "rollbacks": len(run.left_out),
         "samples_per_second": round(trained / max(wall_s, 1e-9), 1),

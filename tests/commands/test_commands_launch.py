@@ -5,9 +5,11 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from disttrain.commands import launch
-from disttrain.config import load_config
+from disttrain.config import Config, load_config, replace
 from disttrain.errors import BackendError
 
 
@@ -61,3 +63,21 @@ def test_a_launch_from_a_thread_returns_its_code(words: list[str], code: int, mo
     thread.start()
     thread.join()
     assert codes == [code]
+
+
+def test_a_run_that_its_own_code_ended_is_finished_for_the_length_that_it_had() -> None:
+    ended = {"status": "completed", "step": 4, "epoch": 1, "terminated": {"max_epochs": 3, "max_steps": None}}
+    config = Config(
+        name="ended",
+        model=lambda: nn.Linear(1, 1),
+        train_data=list,
+        loss=nn.MSELoss(),
+        optimizer=torch.optim.SGD,
+        global_batch_size=2,
+        max_epochs=3,
+    )
+    for max_epochs, finished in ((3, True), (1, False), (5, False)):
+        assert launch.is_finished(ended, replace(config, max_epochs=max_epochs)) == finished
+    plain = {name: value for name, value in ended.items() if name != "terminated"}
+    assert launch.is_finished(plain, replace(config, max_epochs=1))
+    assert not launch.is_finished(plain, replace(config, max_epochs=3))

@@ -14,7 +14,7 @@ from disttrain.commands.compare import compare_runs
 from disttrain.commands.main import main
 from disttrain.commands.scenarios import Life, Scenario
 from disttrain.commands.start_ranks import PRELOAD
-from disttrain.commands.verify import PRELOAD_FSDP, Verification
+from disttrain.commands.verification import PRELOAD_FSDP, Verification
 from disttrain.config import load_config
 from disttrain.run.directory import RunDirectory
 

@@ -85,31 +85,11 @@ def test_torchs_optimizers_that_need_whole_parameters_are_named_as_such(name: st
         check_elementwise(getattr(torch.optim, name)([nn.Parameter(torch.zeros(2, 2))]))
 
 
-class Centred(torch.optim.SGD):
-    """An optimizer of one's own, which looks across a parameter."""
-
-    def __init__(self, parameters: Any) -> None:
-        super().__init__(parameters, lr=0.1)
-
-
-class ElementByElement(Centred):
-    elementwise = True
-
-
-def test_an_optimizer_of_ones_own_may_say_that_it_treats_each_element_by_itself() -> None:
-    model = nn.Linear(2, 2)
-    layout = strategy_for("fsdp", model, World(slots=Slots(1), device=CPU)).layout
-    with pytest.raises(ConfigError):
-        layout.check_optimizer(Centred(model.parameters()))
-    layout.check_optimizer(ElementByElement(model.parameters()))
-
-
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
         (torch.optim.LBFGS, "LBFGS needs whole parameters"),
         (lambda parameters: torch.optim.SGD(parameters, fused=True), "SGD(fused=True) rounds the last elements"),
-        (Centred, "Centred is not one of torch's optimizers; if its step treats each element by itself, say so"),
     ],
 )
 def test_optimizers_that_would_give_other_bits_are_refused(optimizer: Any, message: str) -> None:

@@ -93,6 +93,21 @@ def norm_of_its_own_gradient(net: Net, x: Tensor) -> Tensor:
     return loss + 0.1 * sum(slope.square().sum() for slope in slopes)
 
 
+def norm_of_all_its_gradients(net: Net, x: Tensor) -> Tensor:
+    weights = [weight for weight in net.parameters() if weight.requires_grad]
+    slopes = torch.autograd.grad(net.loss(net(x), x), weights, create_graph=True)
+    return mse_loss(net(x), x) + 0.1 * sum(slope.square().sum() for slope in slopes)
+
+
+def one_step_of_its_own(net: Net, x: Tensor) -> Tensor:
+    """Take a step by hand and compute the loss with the weights after it, as MAML does."""
+    named = {name: weight for name, weight in net.named_parameters() if weight.requires_grad}
+    slopes = torch.autograd.grad(mse_loss(net(x), x), list(named.values()), create_graph=True, allow_unused=True)
+    pairs = zip(named.items(), slopes, strict=True)
+    moved = {name: weight if slope is None else weight - 0.1 * slope for (name, weight), slope in pairs}
+    return mse_loss(torch.func.functional_call(net, moved, (x + 0.1,)), x)
+
+
 PROGRAMS: list[Callable[[Net, Tensor], Tensor]] = [
     method_alone,
     method_and_call,
@@ -103,6 +118,8 @@ PROGRAMS: list[Callable[[Net, Tensor], Tensor]] = [
     other_weights_for_a_call,
     gradient_of_the_gradient,
     norm_of_its_own_gradient,
+    norm_of_all_its_gradients,
+    one_step_of_its_own,
 ]
 
 

@@ -96,3 +96,23 @@ def test_an_error_leaves_the_directory_free_for_the_next_launch(tmp_path: Path) 
     with pytest.raises(ValueError, match="on purpose"):
         trained(tmp_path, handlers=[broken], checkpoint={"every_steps": 2})
     assert trained(tmp_path)["params_sha256"] == trained(tmp_path / "whole")["params_sha256"]
+
+
+def stop_after_an_epoch(trainer: Engine, run: Run) -> None:
+    trainer.add_event_handler(Events.EPOCH_COMPLETED(once=1), trainer.terminate)
+
+
+def test_a_run_that_its_own_code_ends_is_over_until_another_length_is_asked_for(tmp_path: Path) -> None:
+    config = {"handlers": [stop_after_an_epoch], "max_epochs": 3}
+    first = trained(tmp_path, **config)
+    assert (first["status"], first["step"]) == ("completed", 4)
+    assert first["terminated"] == {"max_epochs": 3, "max_steps": None}
+    again = trained(tmp_path, **config)  # as if the process had been killed before it wrote its result
+    assert (again["step"], again["terminated"]) == (4, first["terminated"])
+    assert again["params_sha256"] == first["params_sha256"]
+    longer = trained(tmp_path, **config | {"max_epochs": 4})
+    assert (longer["step"], longer.get("terminated")) == (16, None)
+
+
+def test_a_run_that_comes_to_its_end_is_not_marked(tmp_path: Path) -> None:
+    assert "terminated" not in trained(tmp_path)

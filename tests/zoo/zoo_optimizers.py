@@ -45,8 +45,6 @@ def half_of_them(parameters: Parameters) -> optim.Optimizer:
 
 
 class Lion(optim.Optimizer):
-    elementwise = True
-
     def __init__(self, parameters: Parameters, lr: float = 1e-2) -> None:
         super().__init__(parameters, {"lr": lr, "betas": (0.9, 0.99)})
 
@@ -62,8 +60,6 @@ class Lion(optim.Optimizer):
 
 class Quantized(optim.Optimizer):
     """A moment in uint8, a count in int64, a rate in float64 and a text."""
-
-    elementwise = True
 
     def __init__(self, parameters: Parameters, lr: float = 1e-2) -> None:
         super().__init__(parameters, {"lr": lr})
@@ -93,8 +89,6 @@ class Quantized(optim.Optimizer):
 class Masters(optim.Optimizer):
     """Float32 masters of bfloat16 weights."""
 
-    elementwise = True
-
     def __init__(self, parameters: Parameters, lr: float = 3e-2) -> None:
         super().__init__(parameters, {"lr": lr})
 
@@ -110,8 +104,6 @@ class Masters(optim.Optimizer):
 
 class ScheduleFree(optim.Optimizer):
     """Trains at one point and evaluates at another, so it has `eval` and `train`."""
-
-    elementwise = True
 
     def __init__(self, parameters: Parameters, lr: float = 3e-2, beta: float = 0.9) -> None:
         super().__init__(parameters, {"lr": lr, "beta": beta, "k": 0, "train_mode": True})
@@ -148,8 +140,6 @@ class ScheduleFree(optim.Optimizer):
 class Lookahead(optim.Optimizer):
     """Slow weights that follow the fast ones each third step; the count is in the group."""
 
-    elementwise = True
-
     def __init__(self, parameters: Parameters, lr: float = 1e-2) -> None:
         super().__init__(parameters, {"lr": lr, "count": 0})
 
@@ -166,16 +156,8 @@ class Lookahead(optim.Optimizer):
                     p.copy_(slow.lerp_(p, 0.5))
 
 
-class Unknown(Lion):
-    """Does not say that it is elementwise."""
-
-    elementwise = False
-
-
 class Centred(optim.Optimizer):
     """Subtracts a gradient's mean over its parameter: it looks across a parameter."""
-
-    elementwise = True
 
     def __init__(self, parameters: Parameters, lr: float = 1e-2) -> None:
         super().__init__(parameters, {"lr": lr})
@@ -191,8 +173,6 @@ class Centred(optim.Optimizer):
 class Noisy(optim.Optimizer):
     """Langevin: draws from torch's generator in its step."""
 
-    elementwise = True
-
     def __init__(self, parameters: Parameters, lr: float = 1e-2) -> None:
         super().__init__(parameters, {"lr": lr})
 
@@ -206,8 +186,6 @@ class Noisy(optim.Optimizer):
 
 class Both(optim.Optimizer):
     """Two optimizers in one: Adam for matrices and SGD for vectors."""
-
-    elementwise = True
 
     def __init__(self, parameters: Parameters) -> None:
         listed = list(parameters)
@@ -325,7 +303,6 @@ VARIANTS: dict[str, Callable[[], Fields]] = {
     "own_quantized_state": used(Quantized),
     "own_schedule_free": used(ScheduleFree),
     "own_lookahead": used(Lookahead),
-    "own_unknown": used(Unknown),
     "own_centred_gradients": used(Centred),
     "own_noise_in_the_step": used(Noisy),
     "own_two_in_one": used(Both),
