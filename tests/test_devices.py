@@ -238,7 +238,7 @@ EXCEPTIONS = {
     ("backend/connect.py", "xla"): TORCH_XLA,
     ("backend/determinism.py", "xla"): "torch has no device module for it, which would name the processor",
     ("config/checks.py", "xla"): "a field that only this backend has",
-    ("engine/supervised.py", "xla"): "ignite's contract: the factories choose the step of torch_xla by the device",
+    ("engine/step_defaults.py", "xla"): "ignite's contract: the factories choose the step of torch_xla by the device",
     ("parallel/strategies.py", "xla"): TORCH_XLA,
     ("parallel/spmd_layout.py", "xla"): TORCH_XLA,
     ("precision/table.py", "xla"): TORCH_XLA,

@@ -24,6 +24,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from disttrain.devices import device_row
 from disttrain.errors import ConfigError
 
 CHECKED_STEPS = 2
@@ -191,8 +192,8 @@ def fingerprints(named: Iterable[tuple[str, Tensor]]) -> Fingerprints:
     *Cost*: one pass over the tensors where they lie, and one wait for the device. On XLA the version counters alone.
     """
     tensors = dict(named)
-    on_xla = any(tensor.device.type == "xla" for tensor in tensors.values())
-    sums = [] if on_xla else [_sum_of_bits(tensor.detach()) for tensor in tensors.values()]
+    views_bytes = all(device_row(tensor.device).views_bytes for tensor in tensors.values())
+    sums = [_sum_of_bits(tensor.detach()) for tensor in tensors.values()] if views_bytes else []
     values = torch.stack([each.to(sums[0].device) for each in sums]).tolist() if sums else [0] * len(tensors)
     return {
         name: (*version, value)

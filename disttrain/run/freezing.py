@@ -41,7 +41,15 @@ class Freezing:
 
     def _begin(self) -> None:
         self._flags_at_start = self._flags()
-        self._groups_at_start = names_by_group(self._optimizer, self._named)
+        # A precision may have put parameters of its own into the optimizer, such as float32 masters.
+        known = {id(parameter) for parameter in self._named.values()}
+        members = [each for group in self._optimizer.param_groups for each in group["params"]]
+        self._has_own = all(id(each) in known for each in members)
+        self._groups_at_start = self._groups()
+
+    def _groups(self) -> list[list[str]]:
+        """Return the names in each group of the optimizer; none if a precision steps parameters of its own."""
+        return names_by_group(self._optimizer, self._named) if self._has_own else []
 
     def assembled(self, kept: Mapping[str, Any]) -> None:
         """Take what there is now as the start: all handlers have been called. `kept` may hold further optimizers."""
@@ -53,7 +61,7 @@ class Freezing:
 
     def position(self) -> dict[str, Any]:
         """Return the changes since the start, for a checkpoint's manifest."""
-        groups = names_by_group(self._optimizer, self._named)
+        groups = self._groups()
         changed = {name: flag for name, flag in self._flags().items() if flag != self._flags_at_start[name]}
         return {FLAGS: changed, **({} if groups == self._groups_at_start else {GROUPS: groups})}
 
@@ -75,7 +83,8 @@ class Freezing:
                 "another name=NAME, or start anew with --fresh"
             )
         self._set_flags({**self._flags_at_start, **flags})
-        self._set_groups([[self._named[name] for name in group] for group in groups])
+        if self._has_own:
+            self._set_groups([[self._named[name] for name in group] for group in groups])
 
     def _set_flags(self, flags: Mapping[str, bool]) -> None:
         for name, flag in flags.items():
@@ -127,7 +136,7 @@ class Freezing:
         """
         flags = [parameter.requires_grad for parameter in self._named.values()]
         now = flags, [len(group["params"]) for group in self._optimizer.param_groups]
-        if now == self._checked:
+        if now == self._checked or not self._has_own:
             return
         names_by_group(self._optimizer, self._named)
         self._layout.check_optimizer(self._optimizer)

@@ -53,10 +53,11 @@ def test_nothing_in_it_is_a_pickle(tmp_path: Path) -> None:
 
 def test_the_state_and_its_description_come_back(tmp_path: Path) -> None:
     path = save(tmp_path, 40, training_state(), info=INFO)
-    state, manifest, skipped = load(path)
-    assert same(state, training_state())
+    loaded = load(path)
+    assert same(loaded.state, training_state())
+    manifest = loaded.manifest
     assert (manifest.position, manifest.seed, manifest.num_slots) == (INFO.position, 7, 8)
-    assert skipped == []
+    assert loaded.skipped == []
 
 
 @pytest.mark.parametrize("state", [None, 1, [], {}, torch.tensor(3.0), (), {"a": torch.empty(0, 3)}])

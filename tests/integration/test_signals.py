@@ -52,7 +52,8 @@ def watch(trainer, run):
     trainer.add_event_handler(Events.ITERATION_STARTED, step)
     class Slow(torch.optim.lr_scheduler.LambdaLR):
         def state_dict(self):
-            phase("save", run.backend.rank)
+            if pathlib.Path("begun").exists():  # not when the state is encoded before the first step
+                phase("save", run.backend.rank)
             return super().state_dict()
     run.schedule = Slow(run.optimizer, lambda step: 1.0)
 fields.update(train_data=build, valid_data=Valid, handlers=[watch])
