@@ -102,7 +102,7 @@ def stepped(optimizer: Optimizer, rows: slice) -> list[Tensor] | None:
         for parameter, gradient in zip(parameters, of_step, strict=True):
             parameter.grad = (gradient[rows] if gradient.ndim else gradient).clone()
         copied.step()
-    return [parameter.detach() for parameter in parameters]
+    return [parameter.detach().cpu() for parameter in parameters]
 
 
 def _like(parameter: Tensor) -> Tensor:
