@@ -45,7 +45,7 @@ class Training:
         torch.manual_seed(0)
         self.model: nn.Module = GPT()
         slots = Slots(num_slots, backend.rank, backend.world_size)
-        world = World(slots=slots, device=CPU, process_group=backend.process_group)
+        world = World(slots=slots, device=CPU, process_group=backend.process_group, fsdp_gather="module")
         chosen = strategy_for(strategy, self.model, world)
         self.layout = chosen.layout
         self.optimizer = torch.optim.AdamW(self.model.parameters(), foreach=True)
