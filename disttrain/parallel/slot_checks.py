@@ -62,17 +62,18 @@ class SlotChecks:
         self._in_slot = self._strayed = False
         weakly = weakref.ref(self)
 
-        def before_optimizer(optimizer: Optimizer, arguments: Any, options: Any) -> None:
-            if (checks := weakly()) is not None and (checks._strayed or checks._open_step is not None):
-                checks._refuse(optimizer)
-
         def before_gradient(gradients: Any) -> None:
             if (checks := weakly()) is not None and not checks._in_slot:
                 checks._strayed = True
 
-        weakref.finalize(self, register_optimizer_step_pre_hook(before_optimizer).remove)
+        _watch_optimizers(self)
         self._watched = [get_gradient_edge(each).node for each in model.parameters() if each.requires_grad]
         self._watches = [node.register_prehook(before_gradient) for node in self._watched]
+
+    def before_optimizer(self, optimizer: Optimizer) -> None:
+        """Run before each step of any optimizer of the process."""
+        if self._strayed or self._open_step is not None:
+            self._refuse(optimizer)
 
     def _refuse(self, optimizer: Optimizer) -> None:
         """Raise RuntimeError if an optimizer of this model is about to step with gradients that are not the mean."""
@@ -144,6 +145,23 @@ class SlotChecks:
 
     def _fingerprints(self) -> Fingerprints:
         return fingerprints((name, each) for name, each in self._model.named_parameters() if each.requires_grad)
+
+
+_watching: "weakref.WeakSet[SlotChecks]" = weakref.WeakSet()
+_hooks: list[Any] = []
+"""The one hook of the process on optimizers. It stays: torch walks through its hooks while one of them runs, and taking
+a hook off in that moment, as a garbage collection might, would be an error."""
+
+
+def _watch_optimizers(checks: SlotChecks) -> None:
+    _watching.add(checks)
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before_any_optimizer))
+
+
+def _before_any_optimizer(optimizer: Optimizer, arguments: Any, options: Any) -> None:
+    for checks in list(_watching):
+        checks.before_optimizer(optimizer)
 
 
 def _left_open(step: int | None) -> str:

@@ -6,7 +6,7 @@ called, no checkpoint loaded). A resumed run gets it back before any tensor is r
 counts the parameters of its groups. A resume fires STARTED again, and inside an epoch EPOCH_STARTED too: what their
 handlers freeze, unfreeze or add then has been done before, so it is undone, or not added twice.
 
-*Errors*: ConfigError, the same on every rank, for a parameter with `requires_grad` that no optimizer has, for a
+*Errors*: ConfigError, the same on every rank, for a parameter that was unfrozen and that no optimizer has, for a
 parameter of the optimizer that is not the model's, and for a checkpoint that names parameters the model lacks.
 
 *Cost*: reads `requires_grad` of every parameter once a step.
@@ -36,6 +36,9 @@ class Freezing:
         self._optimizer = optimizer
         self._layout = layout
         self._kept: Mapping[str, Any] = {}
+        members = {id(each) for group in optimizer.param_groups for each in group["params"]}
+        # The config's own choice: an optimizer over a part of the parameters.
+        self._left_out = {n for n, each in self._named.items() if each.requires_grad and id(each) not in members}
         self._checked: tuple[list[bool], list[int]] | None = None
         self._begin()
 
@@ -142,7 +145,8 @@ class Freezing:
         self._layout.check_optimizer(self._optimizer)
         optimizers = [self._optimizer, *(each for each in self._kept.values() if hasattr(each, "param_groups"))]
         stepped = {id(each) for one in optimizers for group in one.param_groups for each in group["params"]}
-        if lost := [name for name, each in self._named.items() if each.requires_grad and id(each) not in stepped]:
+        lost = [name for name, each in self._named.items() if each.requires_grad and id(each) not in stepped]
+        if lost := [name for name in lost if name not in self._left_out]:
             raise ConfigError(
                 f"expected every parameter with requires_grad in a group of the optimizer, but {shortened(lost)} "
                 "would get a gradient and never be trained; where it is unfrozen, call "
