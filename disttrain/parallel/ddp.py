@@ -142,6 +142,7 @@ class SlotGradients:
         """Yield the microbatches of this rank's slots; `batch` holds one for each, in slot order."""
         last = self.slots.mine[-1]
         self.slots.check_batch(batch)
+        self._checks.check_parameters()
         if self._trained.changed():
             self._lay_out()
         self._begin()

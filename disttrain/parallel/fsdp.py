@@ -130,6 +130,7 @@ class FsdpGradients:
     def microbatches(self, batch: Sequence[Any], iteration: int) -> Iterator[Any]:
         """Yield the microbatches of this rank's slots; `batch` holds one for each, in slot order."""
         self.slots.check_batch(batch)
+        self._checks.check_parameters()
         if self._trained.changed():
             self._find_gathered()
         self._begin()

@@ -142,6 +142,7 @@ class FsdpModuleGradients:
     def microbatches(self, batch: Sequence[Any], iteration: int) -> Iterator[Any]:
         """Yield the microbatches of this rank's slots; `batch` holds one for each, in slot order."""
         self.slots.check_batch(batch)
+        self._checks.check_parameters()
         if self._trained.changed():
             self._watch_use()
         self._begin()

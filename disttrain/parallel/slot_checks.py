@@ -58,7 +58,6 @@ class SlotChecks:
         self._open_step: int | None = None
         self._newest = 0
         self._parameters = {id(parameter) for parameter in model.parameters()}  # those that an optimizer gets
-        self._is_cut = any(hasattr(parameter, "to_local") for parameter in model.parameters())
         self._in_slot = self._strayed = False
         weakly = weakref.ref(self)
 
@@ -87,8 +86,13 @@ class SlotChecks:
             "make a list of the microbatches before it"
         )
 
-    def _check_parameters(self) -> None:
-        """Raise ConfigError for a parameter that the model did not have when its gradients were set up."""
+    def check_parameters(self) -> None:
+        """Raise ConfigError for a parameter that the model did not have when its gradients were set up.
+
+        Called at the start of each step, while parameters that are cut are not gathered.
+        """
+        if self._parameters.issuperset(map(id, self._model.parameters())):
+            return
         for name, parameter in self._model.named_parameters():
             if id(parameter) not in self._parameters:
                 raise ConfigError(
@@ -111,8 +115,6 @@ class SlotChecks:
                 stacklevel=4,
             )
         self._strayed = False
-        if self._steps_left and not self._is_cut:
-            self._check_parameters()
         left, self._open_step = self._open_step, iteration
         if left not in (None, iteration):
             raise RuntimeError(f"{_left_open(left)}; after an exception try the same step again")

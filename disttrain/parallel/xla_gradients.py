@@ -91,6 +91,7 @@ class XlaSlotGradients:
     def microbatches(self, batch: Sequence[Any], iteration: int) -> Iterator[Any]:
         """Yield the microbatches of this replica's slots; `batch` holds one for each, in slot order."""
         self.slots.check_batch(batch)
+        self._checks.check_parameters()
         if self._trained.changed():
             self._parameters = self._trained.tensors
         self._unused = set(range(len(self._parameters)))

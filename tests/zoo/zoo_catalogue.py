@@ -71,6 +71,8 @@ REFUSED_SHARDED: dict[str, str] = {
     "zoo_models.scalars_and_nothing": "cannot cut the parameter model.scale of shape ()",
 }
 AWAITED: dict[str, str] = {
+    "zoo_histories.layer_added": "refused alike on any number of ranks, but when it happens",
+    "zoo_histories.layer_made_anew": "refused alike on any number of ranks, but when it happens",
     "zoo_histories.forward_counts_calls": "state that is neither parameter nor buffer, used after many calls",
     "zoo_forwards.slot_without_gradient": "a slot that does not call the model",
     "zoo_handlers.buffer_registered_late": "buffers that are not saved, or not there when the run begins",
@@ -80,8 +82,6 @@ AWAITED: dict[str, str] = {
     "zoo_handlers.noise_on_the_weights": "draws of a shard's shape in a handler",
     "zoo_handlers.average_by_torch": "a deep copy of a sharded model",
     "zoo_handlers.average_with_buffers": "a deep copy of a sharded model",
-    "zoo_histories.layer_added": "a model that changes its form",
-    "zoo_histories.layer_made_anew": "a model that changes its form",
     "zoo_histories.rate_from_the_loss": "losses of one rank alone in a handler",
     "zoo_histories.handler_calls_the_model": "gathered parameters for the whole function under fsdp",
     "zoo_histories.handler_changes_the_batch": "draws of a handler for each microbatch of a rank",
