@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## train the handwritten-digits example on 2 gloo ranks
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m disttrain.launch examples/digits.py
 
-test: setup  ## run the test suite (about 6 minutes on 2 cores)
+test: setup  ## run the test suite (about 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: setup  ## run the long tests, which `make test` leaves out
