@@ -40,6 +40,7 @@ def test_a_run_is_built_by_keywords_and_every_part_is_required() -> None:
         "samples",
         "settings",
         "evaluation_due",
+        "terminated",
         "training",
     ]  # values that change while the run trains
 
@@ -53,7 +54,7 @@ def test_handlers_get_the_complete_run(tmp_path: Path) -> None:
 
     run = small_run(tmp_path, handlers=[handler], checkpoint={"monitor": "loss"}, schedule=constant)
     [values] = values_by_call
-    started_later = ("attached", "kept", "samples", "settings", "evaluation_due", "training")
+    started_later = ("attached", "kept", "samples", "settings", "evaluation_due", "terminated", "training")
     parts = [name for name in values if name not in started_later]
     assert [name for name in parts if values[name] is None] == []
     assert all(getattr(run, name) is values[name] for name in parts)
