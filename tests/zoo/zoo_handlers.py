@@ -99,7 +99,12 @@ def counted(trainer: Any, run: Any) -> None:
 # -- freezing
 def freeze(when: Any, *, frozen: bool, layer: int = 0) -> Handler:
     def handler(trainer: Any, run: Any) -> None:
-        trainer.add_event_handler(when, lambda: run.model[layer].requires_grad_(not frozen))
+        def change() -> None:
+            run.model[layer].requires_grad_(not frozen)
+            if not frozen:
+                run.optimizer.add_param_group({"params": list(run.model[layer].parameters())})
+
+        trainer.add_event_handler(when, change)
 
     return handler
 
