@@ -71,6 +71,7 @@ REFUSED_SHARDED: dict[str, str] = {
     "zoo_models.scalars_and_nothing": "cannot cut the parameter model.scale of shape ()",
 }
 AWAITED: dict[str, str] = {
+    "zoo_histories.handler_runs_a_backward": "a handler that calls a sharded model outside gathered()",
     "zoo_histories.layer_added": "refused alike on any number of ranks, but when it happens",
     "zoo_histories.layer_made_anew": "refused alike on any number of ranks, but when it happens",
     "zoo_histories.forward_counts_calls": "state that is neither parameter nor buffer, used after many calls",
