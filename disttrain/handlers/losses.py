@@ -96,7 +96,7 @@ class LossLog:
 
     def _collect_losses(self, engine: Engine) -> None:
         self._losses.append([loss.detach() for loss in engine.state.output])
-        self._weights.append(self.weights())
+        self._weights.append(self.weights() if self._losses[-1] else None)  # a step that was left out whole has none
         self._updates.append(self.update())
 
     def fetch(self, engine: Engine) -> None:

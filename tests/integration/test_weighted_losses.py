@@ -36,6 +36,14 @@ class Sentences(Dataset[Tensor]):
         return torch.randint(9, (length,), generator=torch.Generator().manual_seed(i))
 
 
+class WithABadWord(Sentences):
+    """The first word of sentence 5 is 9, which no model knows."""
+
+    def __getitem__(self, i: int) -> Tensor:
+        words = super().__getitem__(i)
+        return torch.cat([torch.tensor([9]), words[1:]]) if i == 5 else words
+
+
 def padded(samples: list[Tensor]) -> Tensor:
     return nn.utils.rnn.pad_sequence(samples, batch_first=True, padding_value=-1)
 
@@ -44,6 +52,11 @@ def next_word(model: nn.Module, words: Tensor) -> tuple[Tensor, None]:
     targets = words[:, 1:]
     logits = model(words[:, :-1].clamp(min=0))
     return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1), None
+
+
+def infinite_at_a_bad_word(model: nn.Module, words: Tensor) -> tuple[Tensor, None]:
+    loss, _ = next_word(model, words.clamp(max=8))
+    return loss / (words < 9).all(), None
 
 
 def targets_of(words: Tensor) -> int:
@@ -121,6 +134,18 @@ def test_a_step_without_any_target_is_left_out(ranks: Ranks, tmp_path: Path) -> 
     assert result["skipped_steps"] == 1
     assert '"loss": null' in curves
     assert "no target of its batch counts" in curves
+
+
+def test_a_step_that_a_rollback_leaves_out_has_no_weights(ranks: Ranks, tmp_path: Path) -> None:
+    changes = {"train_data": partial(WithABadWord, 24, 24), "forward": infinite_at_a_bad_word, "on_nan": "rollback"}
+    changes |= {"global_batch_size": 4, "num_slots": 4}  # steps before the bad ones, so that some weights are there
+    results = []
+    for world_size in (1, 2):
+        result, curves = ranks(world_size, lives, str(tmp_path / str(world_size)), changes)[0]
+        assert (result["status"], result["rollbacks"]) == ("completed", 3)  # one step in each epoch
+        assert curves.count('"loss": null') == 3
+        results.append((result["params_sha256"], curves))
+    assert results[0] == results[1]
 
 
 def test_validation_data_without_any_target_is_refused(ranks: Ranks, tmp_path: Path) -> None:
