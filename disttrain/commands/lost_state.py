@@ -7,9 +7,12 @@ same in all undisturbed runs and another one in a killed run. Timers differ in e
 import json
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
 from disttrain.engine import Engine, Events
 from disttrain.evidence import batch_hash
 from disttrain.files import write_text
+from disttrain.parallel.layout import part_here
 from disttrain.run.directory import RunDirectory
 from disttrain.run.handler_state import unkept_values
 from disttrain.run.state import Run
@@ -24,7 +27,7 @@ def record_handler_state(trainer: Engine, run: Run) -> None:
         values = unkept_values(run.attached, run)  # on every rank: a state_dict may call the other ranks
         if run.backend.rank == 0:
             hashes = {
-                path: batch_hash(value.to_local() if hasattr(value, "to_local") else value)
+                path: batch_hash(part_here(value) if isinstance(value, Tensor) else value)
                 for path, value in values.items()
             }
             write_text(run.directory.path / FILE, json.dumps(hashes))

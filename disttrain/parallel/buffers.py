@@ -15,15 +15,15 @@ and each step broadcasts all of them once. Register constants (masks, tables) wi
 steps, frozen parameters are copied to the host; later a counter of each is read.
 """
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from disttrain.errors import ConfigError
-from disttrain.parallel.slot_checks import CHECKED_STEPS, MOVES_BY_MODULE, Versions, check_frozen, versions
+from disttrain.parallel.fingerprints import Versions, versions
+from disttrain.parallel.layout import part_here
+from disttrain.parallel.slot_checks import CHECKED_STEPS, MOVES_BY_MODULE, check_frozen
 from disttrain.parallel.slots import Slots
 
 Place = tuple[nn.Module, str]
@@ -178,38 +178,43 @@ class FrozenParameters:
         self._model = model
         self._may_move = may_move
         self._steps_left = CHECKED_STEPS
+        self._parameters = list(model.parameters())  # all that a step may have (`SlotChecks.check_parameters`)
+        self._watched: dict[str, Place] = {}
         self._at_start: dict[str, Tensor] = {}
         self._before: Versions = {}
         self._moved: set[str] = set()
         self.names = {place_of(model, name): name for name, _ in model.named_parameters()}
         """The name of each parameter by its place."""
 
-    def _watched(self) -> dict[str, nn.Parameter]:
-        return {
-            name: parameter
-            for name, parameter in self._model.named_parameters()
-            if not parameter.requires_grad and name not in self._moved
-        }
-
     def step_starts(self) -> None:
-        self._at_start = {}
-        if self._steps_left:
-            self._at_start = {name: host_copy(parameter) for name, parameter in self._watched().items()}
+        """Find the frozen parameters that have not moved so far; in the first steps copy them."""
+        self._watched, self._at_start = {}, {}
+        if all(parameter.requires_grad for parameter in self._parameters):
+            return
+        for name, parameter in self._model.named_parameters():
+            if not parameter.requires_grad and name not in self._moved:
+                self._watched[name] = place_of(self._model, name)
+                if self._steps_left:
+                    self._at_start[name] = host_copy(parameter)
 
     def slot_starts(self) -> None:
-        self._before = versions(self._watched().items())
+        self._before = self._versions()
+
+    def _versions(self) -> Versions:
+        return versions((name, getattr(*place)) for name, place in self._watched.items())
 
     def moved_by_slot(self) -> list[tuple[Place, Tensor]]:
         """Return the parameters that the slot was the first to move: where they are, and their values before it."""
-        watched = self._watched()
-        now = versions(watched.items())
+        now = self._versions()
         if not self._steps_left:
             check_frozen(self._before, now)
             return []
-        starts = {name: start for name, start in self._at_start.items() if name in watched}
-        return self._take(
-            [n for n, start in starts.items() if now[n] != self._before[n] or not same(watched[n], start)]
-        )
+        moved = [
+            name
+            for name, place in self._watched.items()
+            if now[name] != self._before[name] or not same(getattr(*place), self._at_start[name])
+        ]
+        return self._take(moved)
 
     def moved_on_any_rank(self, group: ProcessGroup | None) -> list[tuple[Place, Tensor]]:
         """Return the parameters that only slots of other ranks have moved, at the end of each of the first steps."""
@@ -229,7 +234,7 @@ class FrozenParameters:
         if names and not self._may_move:
             raise ConfigError(MOVES_BY_MODULE.format(names[0]))
         self._moved |= set(names)
-        return [(place_of(self._model, name), self._at_start[name]) for name in names]
+        return [(self._watched.pop(name), self._at_start[name]) for name in names]
 
 
 def place_of(model: nn.Module, name: str) -> Place:
@@ -240,15 +245,9 @@ def place_of(model: nn.Module, name: str) -> Place:
 
 def host_copy(tensor: Tensor) -> Tensor:
     """Return a copy of a tensor in the host's memory."""
-    return _local(tensor).to("cpu", copy=True)
+    return part_here(tensor).to("cpu", copy=True)
 
 
 def same(tensor: Tensor, copy: Tensor) -> bool:
     """Return whether a tensor has the bits of its copy on the host."""
-    return torch.equal(_local(tensor).cpu().reshape(-1).view(torch.uint8), copy.reshape(-1).view(torch.uint8))
-
-
-def _local(tensor: Any) -> Tensor:
-    """Return a tensor, or this rank's part of it, without its graph."""
-    local: Tensor = tensor.detach()
-    return local.to_local() if hasattr(local, "to_local") else local
+    return torch.equal(part_here(tensor).cpu().reshape(-1).view(torch.uint8), copy.reshape(-1).view(torch.uint8))

@@ -1,11 +1,9 @@
 """Gradients that meet over slots, where every rank holds the whole model: the same bits on any number of ranks.
 
-*Contract*: a step runs this rank's microbatches in slot order. Before each one, torch's generators are seeded with
-`seed_for(seed, "step", step, slot)`, step = iteration - 1, and the buffers with which the step began are restored.
-Python's and numpy's generators belong to the data and are left alone. After the step, every trained parameter's
-`.grad` is the sum over all slots in the tree's grouping, divided by `num_slots`. It has the same bits on every rank and
-on any number of ranks. The buffers are those of slot 0. Where a slot does not use a parameter, its gradient counts as
-zero there; if no slot uses it, its gradient is zero. A parameter without `requires_grad` has no gradient.
+*Contract*: that of `GradientsOverSlots`. After the step, every trained parameter's `.grad` is the sum over all slots in
+the tree's grouping, divided by `num_slots`. It has the same bits on every rank and on any number of ranks. The buffers
+are those of slot 0. Where a slot does not use a parameter, its gradient counts as zero there; if no slot uses it, its
+gradient is zero. A parameter without `requires_grad` has no gradient.
 
     gradients = SlotGradients(model, Slots(8, rank, world_size), seed=7, process_group=group)
     for iteration, batch in enumerate(batches, start=1):     # batch: one (x, y) for each slot of this rank
@@ -25,8 +23,7 @@ and merged as in a binary counter: at most log2(slots of the rank) + 1 extra cop
 (`buckets.py`) are sent while the backward goes on: each when it is complete, and its sums when the next one is.
 """
 
-import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -37,16 +34,14 @@ from torch.distributed import ProcessGroup
 from disttrain.errors import ConfigError
 from disttrain.parallel.buckets import Bucket, Buckets
 from disttrain.parallel.buffers import SlotBuffers
-from disttrain.parallel.gradients import GradientProgress, gradient_of, slots_in_turn
-from disttrain.parallel.model_checks import check_model
+from disttrain.parallel.gradients import GradientProgress
+from disttrain.parallel.layout import take_from_first_rank
+from disttrain.parallel.over_slots import GradientsOverSlots
 from disttrain.parallel.rehearsal import Rehearsal
 from disttrain.parallel.slot_checks import FurtherChecks, SlotChecks
 from disttrain.parallel.slots import Node, Slots, TreeSum
-from disttrain.parallel.trained_parameters import TrainedParameters
 from disttrain.parallel.tree import Reduction, TreeReduce, accumulation_dtype
-from disttrain.parallel.weights import SlotWeights, WeightOf
-
-logger = logging.getLogger(__name__)
+from disttrain.parallel.weights import WeightOf
 
 Gradient = list[Tensor]
 """One tensor for each of some parameters."""
@@ -60,7 +55,7 @@ def _add(left: Gradient, right: Gradient) -> Gradient:
     return right
 
 
-class SlotGradients:
+class SlotGradients(GradientsOverSlots):
     """The gradients of a run that is cut into slots; the step calls `module`, which is the model itself.
 
     `reduction="fast"` sums each rank's slots and then makes one all-reduce per bucket: the bits are the same only for
@@ -81,8 +76,7 @@ class SlotGradients:
     *Source*: the buckets of DistributedDataParallel (arXiv:2006.15704); `parallel.tree` for the sum.
     """
 
-    several = True
-    divisor = 1
+    progress: GradientProgress
 
     def __init__(
         self,
@@ -98,25 +92,20 @@ class SlotGradients:
         by_module: bool = False,
         rehearses: bool = False,
     ) -> None:
-        check_model(model, device)
         if reduction not in ("invariant", "fast"):
             raise ConfigError(f'expected reduction="invariant" or "fast", got {reduction!r}')
-        self.slots = slots
-        self.module = model
-        self._seed = seed
+        super().__init__(model, slots, seed=seed, process_group=process_group, device=device, weight_of=weight_of)
         self._invariant = reduction == "invariant"
         self._group = process_group
         self._tree = TreeReduce(slots, process_group)
         if slots.world_size > 1:
             take_from_first_rank([*model.parameters(), *model.buffers()], process_group)
-        self._trained = TrainedParameters(model, process_group)
         self._buffers = SlotBuffers(model, slots, process_group, frozen_may_move=not by_module)
         self._checks = SlotChecks(model, further)
         self._rehearsal = Rehearsal(model, rehearses=rehearses)
         # The wait for an all-reduce cannot be measured here, and with an accelerator the host does not wait.
         on_cpu = all(parameter.device.type == "cpu" for parameter in self._trained.tensors)
         self.progress = GradientProgress(waited_s=0.0 if self._invariant and on_cpu else None)
-        self.weights = SlotWeights(slots, process_group, weight_of, self._trained.tensors[0].device)
         self._buckets: Buckets | None = None
         self._lay_out()
         self._begin()
@@ -128,29 +117,9 @@ class SlotGradients:
         if self.slots.world_size > 1:
             self._buckets = Buckets(self._trained.tensors, self._send)
 
-    @property
-    def rehearsing(self) -> bool:
-        return self._rehearsal.is_on
-
-    def opens(self, iteration: int) -> bool:
-        return True
-
-    def closes(self, iteration: int) -> bool:
-        return True
-
-    def microbatches(self, batch: Sequence[Any], iteration: int) -> Iterator[Any]:
-        """Yield the microbatches of this rank's slots; `batch` holds one for each, in slot order."""
+    def _step(self, batch: Sequence[Any], iteration: int) -> Iterator[Any]:
         last = self.slots.mine[-1]
-        self.slots.check_batch(batch)
-        self._checks.check_parameters()
-        if self._trained.changed():
-            self._lay_out()
-        self._begin()
-        self.weights.begin(batch)
-        self.progress.begin(iteration)
-        for slot, microbatch in slots_in_turn(
-            self.slots, batch, self._buffers, self._checks, self._seed, iteration, rehearsal=self._rehearsal
-        ):
+        for slot, microbatch in self._in_turn(batch, iteration):
             sends = self._buckets is not None and slot == last and not self._rehearsal.is_on
             if sends and self._buckets is not None:
                 self._buckets.opens()
@@ -165,36 +134,23 @@ class SlotGradients:
         self._sums.parts.clear()
         with self.progress.waits():
             self._buffers.step_ends()
-        self.progress.over = True
-        self._trained.warn_of_unused(self._unused, logger, iteration=iteration, rank=self.slots.rank)
 
     def close(self) -> None:
         """Release the model: hooks on its parameters refer to this object."""
         if self._buckets is not None:
             self._buckets.close()
-        self.module = nn.Identity()
+        super().close()
 
     def _begin(self) -> None:
-        """Drop the state of the previous step, even if it failed."""
-        for parameter in self._trained.tensors:
-            parameter.grad = None
+        super()._begin()
         if self._buckets is not None:
             self._buckets.begin()
         self._sums = TreeSum[Gradient](self.slots.num_slots, _add)
-        self._unused = set(range(len(self._trained.tensors)))
         self._on_their_way: list[tuple[Bucket, Reduction]] = []
 
-    def _note_used(self, index: Iterable[int]) -> None:
-        """Note which of some parameters have a gradient, after the backward of a slot."""
-        self._unused.difference_update(i for i in index if self._trained.tensors[i].grad is not None)
-
     def _take(self, slot: int) -> None:
-        """Take a slot's gradients off the parameters and add them to the sums."""
-        self._note_used(range(len(self._trained.tensors)))
-        gradient = [gradient_of(parameter) for parameter in self._trained.tensors]
-        for parameter in self._trained.tensors:
-            parameter.grad = None
-        self._sums.put((slot, slot + 1), self.weights.apply(slot, gradient))
+        """Add a slot's gradients to the sums."""
+        self._sums.put((slot, slot + 1), self.weights.apply(slot, self._taken_off(self._trained.tensors)))
 
     def _meet_here(self) -> None:
         """Set the parameters' gradients where one rank runs all slots."""
@@ -211,10 +167,7 @@ class SlotGradients:
         wide = accumulation_dtype(bucket.flat.dtype)
         total = bucket.flat if wide == bucket.flat.dtype else torch.empty_like(bucket.flat, dtype=wide)
         views = bucket.views(total, parameters)
-        self._note_used(bucket.index)
-        torch._foreach_copy_(views, [gradient_of(parameters[i]) for i in bucket.index])
-        for i in bucket.index:
-            parameters[i].grad = None  # its memory is free before the bucket has been sent
+        torch._foreach_copy_(views, self._taken_off(parameters, bucket.index))  # frees them before the bucket is sent
         views = self.weights.apply(last[0], views)
         sums = TreeSum[Gradient](self.slots.num_slots, _add)
         sums.parts = {node: [gradient[i] for i in bucket.index] for node, gradient in self._sums.parts.items()}
@@ -254,13 +207,3 @@ class SlotGradients:
             for i, view in zip(bucket.index, bucket.views(bucket.flat, self._trained.tensors), strict=True):
                 self._trained.tensors[i].grad = view
         self._on_their_way.clear()
-
-
-@torch.no_grad()
-def take_from_first_rank(tensors: Sequence[Tensor], process_group: ProcessGroup | None) -> None:
-    """Give every rank the values of rank 0's tensors, which have the same shapes on all."""
-    for tensor in tensors:
-        whole = tensor.detach().contiguous()
-        dist.broadcast(whole.view(-1).view(torch.uint8), group=process_group, group_src=0)
-        if whole.data_ptr() != tensor.data_ptr():
-            tensor.copy_(whole)

@@ -17,7 +17,6 @@ are merged as in a binary counter, in at most log2(slots of the rank) + 1 copies
 gradients and optimizer states between two steps, and 1/W of the optimizer states always.
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -27,16 +26,14 @@ from torch import Tensor, nn
 
 from disttrain.parallel.buffers import Place, SlotBuffers, place_of
 from disttrain.parallel.fsdp_layout import FsdpLayout
-from disttrain.parallel.gradients import GradientProgress, gradient_of, slots_in_turn
+from disttrain.parallel.gradients import GradientProgress
+from disttrain.parallel.over_slots import GradientsOverSlots
 from disttrain.parallel.rehearsal import Rehearsal
 from disttrain.parallel.shard_checks import HookChecks, ShardChecks
 from disttrain.parallel.slot_checks import SlotChecks
 from disttrain.parallel.slots import Node, Slots, TreeSum
-from disttrain.parallel.trained_parameters import TrainedParameters
 from disttrain.parallel.tree import Reduction, TreeReduce, accumulation_dtype
-from disttrain.parallel.weights import SlotWeights, WeightOf
-
-logger = logging.getLogger(__name__)
+from disttrain.parallel.weights import WeightOf
 
 WholeGradient = list[Tensor]
 """One tensor for each trained parameter."""
@@ -47,7 +44,7 @@ def _add(left: WholeGradient, right: WholeGradient) -> WholeGradient:
     return left
 
 
-class FsdpGradients:
+class FsdpGradients(GradientsOverSlots):
     """The gradients of a run that is cut into slots, of a model that is cut over the ranks; `module` is the model.
 
     `reduction="fast"` sums each rank's slots and then makes one reduce-scatter per group: the bits are the same only
@@ -58,8 +55,7 @@ class FsdpGradients:
     *Source*: FSDP2 for the shards; `parallel.tree` for the sum.
     """
 
-    several = True
-    divisor = 1
+    progress: GradientProgress
 
     def __init__(
         self,
@@ -73,23 +69,16 @@ class FsdpGradients:
         by_module: bool = False,
         rehearses: bool = False,
     ) -> None:
-        self.slots = slots
-        self.module = model
+        group = layout.process_group
+        super().__init__(model, slots, seed=seed, process_group=group, device=None, weight_of=weight_of)
         self.progress = GradientProgress(waited_s=None)  # FSDP2 itself waits for parameters
         self._layout = layout
-        self._seed = seed
         self._invariant = reduction == "invariant"
-        self._trained = TrainedParameters(model, layout.process_group)
-        self._tree = TreeReduce(slots, layout.process_group)
+        self._tree = TreeReduce(slots, group)
         self._cut: dict[Place, Tensor] = {place_of(model, n): each for n, each in model.named_parameters()}
-        self._buffers = SlotBuffers(model, slots, layout.process_group, frozen_may_move=not by_module)
-        for group in layout.groups:
-            group.set_requires_gradient_sync(
-                False, recurse=False
-            )  # FSDP2 leaves the gradients where autograd puts them
-        by_group = self._find_gathered()
-        self.weights = SlotWeights(slots, layout.process_group, weight_of, self._gathered[0].device)
-        self._shard_checks = ShardChecks(layout.groups, by_group) if by_module else None
+        self._buffers = SlotBuffers(model, slots, group, frozen_may_move=not by_module)
+        self._lay_out()
+        self._shard_checks = ShardChecks(layout.groups, self._by_group) if by_module else None
         further = [] if self._shard_checks is None else [self._shard_checks]
         self._checks = SlotChecks(model, [HookChecks(dict(model.named_parameters())), *further])
         self._rehearsal = Rehearsal(model, rehearses=rehearses)
@@ -99,11 +88,11 @@ class FsdpGradients:
         """Release the model."""
         if self._shard_checks is not None:
             self._shard_checks.close()
-        self.module = nn.Identity()
+        super().close()
 
-    def _find_gathered(self) -> list[dict[str, Tensor]]:
-        """Find the gathered form of each trained parameter; return those of all parameters, by group."""
-        by_group = self._layout.gathered_parameters()
+    def _lay_out(self) -> None:
+        """Find the gathered form of all parameters, by group, and of the trained ones."""
+        by_group = self._by_group = self._layout.gathered_parameters()
         whole = {
             prefix + name: parameter
             for prefix, parameters in zip(self._layout.prefixes, by_group, strict=True)
@@ -115,54 +104,26 @@ class FsdpGradients:
             [index[prefix + name] for name in parameters if prefix + name in index]
             for prefix, parameters in zip(self._layout.prefixes, by_group, strict=True)
         ]
-        return by_group
 
-    @property
-    def rehearsing(self) -> bool:
-        return self._rehearsal.is_on
-
-    def opens(self, iteration: int) -> bool:
-        return True
-
-    def closes(self, iteration: int) -> bool:
-        return True
-
-    def microbatches(self, batch: Sequence[Any], iteration: int) -> Iterator[Any]:
-        """Yield the microbatches of this rank's slots; `batch` holds one for each, in slot order."""
-        self.slots.check_batch(batch)
-        self._checks.check_parameters()
-        if self._trained.changed():
-            self._find_gathered()
-        self._begin()
-        self.weights.begin(batch)
-        self.progress.begin(iteration)
+    def _step(self, batch: Sequence[Any], iteration: int) -> Iterator[Any]:
         with self._layout.gathered():
-            for slot, microbatch in slots_in_turn(
-                self.slots, batch, self._buffers, self._checks, self._seed, iteration, rehearsal=self._rehearsal
-            ):
+            for slot, microbatch in self._in_turn(batch, iteration):
                 yield microbatch
                 if not self._rehearsal.takes(self._trained.names, self._gathered):
                     self._take(slot)
             self._buffers.step_ends()
             self._keep_moved()
         self._meet()
-        self.progress.over = True
-        self._trained.warn_of_unused(self._unused, logger, iteration=iteration, rank=self.slots.rank)
 
     def _begin(self) -> None:
-        """Drop the state of the previous step, even if it failed."""
-        for parameter in (*self._trained.tensors, *self._gathered):
+        super()._begin()
+        for parameter in self._gathered:
             parameter.grad = None
-        self._unused = set(range(len(self._gathered)))
         self._sums = TreeSum[WholeGradient](self.slots.num_slots, _add)
 
     def _take(self, slot: int) -> None:
-        """Take a slot's gradients off the gathered parameters and add them to the sums."""
-        self._unused.difference_update(i for i, each in enumerate(self._gathered) if each.grad is not None)
-        gradient = [gradient_of(each) for each in self._gathered]
-        for parameter in self._gathered:
-            parameter.grad = None
-        wide = [part.to(accumulation_dtype(part.dtype)) for part in gradient]
+        """Add a slot's gradients to the sums."""
+        wide = [part.to(accumulation_dtype(part.dtype)) for part in self._taken_off(self._gathered)]
         self._sums.put((slot, slot + 1), self.weights.apply(slot, wide))
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from disttrain.errors import ConfigError
 from disttrain.parallel.counterparts import Counterparts
 from disttrain.parallel.groups import check_elementwise, check_shardable, groups_of, own_parameters
-from disttrain.parallel.layout import Cuts, ReplicatedLayout, norm_of_norms
+from disttrain.parallel.layout import Cuts, ReplicatedLayout, norm_of_norms, part_here, take_from_first_rank
 from disttrain.parallel.slot_checks import ForwardWatch
 from disttrain.parallel.tree import Message
 
@@ -64,6 +64,7 @@ class FsdpLayout:
         if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
             raise ConfigError(f'strategy="fsdp" needs torch 2.13 or newer, got {torch.__version__}; use "ddp"')
         check_shardable(model)
+        take_from_first_rank([*model.parameters(), *model.buffers()], process_group)
         self.model = model
         self.process_group = process_group
         self.stays_gathered = stays_gathered
@@ -128,9 +129,7 @@ class FsdpLayout:
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Hold all parameters whole: each rank may call the model any number of times, and no module waits."""
-        for group in self.groups:
-            group.set_reshard_after_forward(False, recurse=False)
-            group.set_reshard_after_backward(False, recurse=False)
+        self._free_after_use(False)
         for group in self.groups:
             group.unshard()
         try:
@@ -142,8 +141,13 @@ class FsdpLayout:
                 self.groups[-1].reset_iter_state()
             for group in self.groups:
                 group.reshard()
-                group.set_reshard_after_forward(not self.stays_gathered and group is not self.model, recurse=False)
-                group.set_reshard_after_backward(True, recurse=False)
+            self._free_after_use(True)
+
+    def _free_after_use(self, value: bool) -> None:
+        """Let each module's hooks free what they have gathered, or not; with `stays_gathered` there are no hooks."""
+        for group in [] if self.stays_gathered else self.groups:
+            group.set_reshard_after_forward(value and group is not self.model, recurse=False)
+            group.set_reshard_after_backward(value, recurse=False)
 
     def whole(self, tensor: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor
@@ -153,8 +157,8 @@ class FsdpLayout:
     def clip(self, parameters: Sequence[Tensor], limit: float, norm: Tensor) -> None:
         parts = []
         for parameter in parameters:
-            part = nn.Parameter(_local(parameter), requires_grad=True)
-            part.grad = None if parameter.grad is None else _local(parameter.grad)
+            part = nn.Parameter(part_here(parameter), requires_grad=True)
+            part.grad = None if parameter.grad is None else part_here(parameter.grad)
             parts.append(part)
         nn.utils.clip_grads_with_norm_(parts, limit, norm)
 
@@ -162,7 +166,7 @@ class FsdpLayout:
     def total_norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Return the norm, with the bits of whole gradients; with reduction="fast", a cheaper one with other bits."""
         if not self._invariant:
-            squares = norm_of_norms([torch.linalg.vector_norm(_local(gradient)) for gradient in gradients]) ** 2
+            squares = norm_of_norms([torch.linalg.vector_norm(part_here(gradient)) for gradient in gradients]) ** 2
             dist.all_reduce(squares, group=self.process_group)
             return squares.sqrt_()
         norms = torch.zeros(len(gradients), dtype=torch.float64, device=gradients[0].device)
@@ -194,14 +198,14 @@ class FsdpLayout:
         for peer in range(size):
             for index in owned[rank]:
                 gradient = gradients[index]
-                part = _local(gradient)
+                part = part_here(gradient)
                 if peer != rank:
                     part = part.new_empty(_rows(len(gradient), peer, size), *gradient.shape[1:])
                     ops.append((dist.irecv, part, peer))
                 parts[index].append(part)
         for peer in range(size):
             if peer != rank:
-                ops += [(dist.isend, _local(gradients[index]).contiguous(), peer) for index in owned[peer]]
+                ops += [(dist.isend, part_here(gradients[index]).contiguous(), peer) for index in owned[peer]]
         messages = [
             dist.P2POp(op, part, group=self.process_group, group_peer=peer) for op, part, peer in ops if part.numel()
         ]
@@ -261,11 +265,6 @@ def _with_memory_of_its_own(module: nn.Module, inputs: Any, output: Any) -> Any:
         for key, part in output.items():
             output[key] = _with_memory_of_its_own(module, inputs, part)
     return output
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor."""
-    return cast("Any", tensor.detach()).to_local() if hasattr(tensor, "to_local") else tensor.detach()
 
 
 def _rows(num_rows: int, rank: int, world_size: int) -> int:

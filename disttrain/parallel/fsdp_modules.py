@@ -10,7 +10,6 @@ ConfigError in the first steps for a forward that uses parameters outside their 
 *Cost*: that of plain FSDP2.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -19,17 +18,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from disttrain.parallel.buffers import SlotBuffers
+from disttrain.parallel.fingerprints import fetched, fingerprint_by_place
 from disttrain.parallel.fsdp_layout import FsdpLayout
-from disttrain.parallel.gradients import GradientProgress, slots_in_turn
-from disttrain.parallel.rehearsal import Rehearsal, gradient_fingerprint, values_of
+from disttrain.parallel.gradients import GradientProgress
+from disttrain.parallel.over_slots import GradientsOverSlots
+from disttrain.parallel.rehearsal import Rehearsal
 from disttrain.parallel.shard_checks import HookChecks, ShardChecks
 from disttrain.parallel.slot_checks import SlotChecks
 from disttrain.parallel.slots import Node, Slots
-from disttrain.parallel.trained_parameters import TrainedParameters
 from disttrain.parallel.tree import Reduction, TreeReduce
-from disttrain.parallel.weights import SlotWeights, WeightOf
-
-logger = logging.getLogger(__name__)
+from disttrain.parallel.weights import WeightOf
 
 
 def _adding(total: Tensor) -> Tensor:
@@ -54,7 +52,7 @@ class GroupGradients:
         return None
 
 
-class FsdpModuleGradients:
+class FsdpModuleGradients(GradientsOverSlots):
     """The gradients of ranks with one slot each, of a model that is cut over the ranks; `module` is the model.
 
     `reduction="fast"` makes one reduce-scatter per group: the bits are the same only for the same number of ranks.
@@ -64,8 +62,7 @@ class FsdpModuleGradients:
     *Source*: FSDP2's `set_custom_reduce_scatter`; `parallel.tree` for the sum.
     """
 
-    several = True
-    divisor = 1
+    progress: GradientProgress
 
     def __init__(
         self,
@@ -78,21 +75,19 @@ class FsdpModuleGradients:
         weight_of: WeightOf | None = None,
         rehearses: bool = False,
     ) -> None:
-        self.slots = slots
-        self.module = model
+        process_group = layout.process_group
+        super().__init__(model, slots, seed=seed, process_group=process_group, device=None, weight_of=weight_of)
         self.progress = GradientProgress(waited_s=None)  # FSDP2 itself waits for parameters
         self._layout = layout
-        self._seed = seed
         self._invariant = reduction == "invariant"
-        self._trained = TrainedParameters(model, layout.process_group)
-        self._tree = TreeReduce(slots, layout.process_group)
-        self.weights = SlotWeights(slots, layout.process_group, weight_of, next(model.parameters()).device)
-        self._buffers = SlotBuffers(model, slots, layout.process_group, frozen_may_move=False)
+        self._tree = TreeReduce(slots, process_group)
+        self._buffers = SlotBuffers(model, slots, process_group, frozen_may_move=False)
         self._hooks: list[Any] = []
         seen = dict(model.named_parameters())
-        self._shard_checks = ShardChecks(layout.groups, self._watch_use(), layout.process_group)
+        self._lay_out()
+        self._shard_checks = ShardChecks(layout.groups, self._by_group, process_group)
         self._checks = SlotChecks(model, [HookChecks(seen), self._shard_checks])
-        self._rehearsal = Rehearsal(model, rehearses=rehearses, process_group=layout.process_group)
+        self._rehearsal = Rehearsal(model, rehearses=rehearses, process_group=process_group)
         for index, group in enumerate(layout.groups):
             group.set_custom_reduce_scatter(GroupGradients(self, index))
             group.set_gradient_divide_factor(1.0)
@@ -105,68 +100,39 @@ class FsdpModuleGradients:
         self._shard_checks.close()
         for hook in self._hooks:
             hook.remove()
-        self.module = nn.Identity()
+        super().close()
 
-    def _watch_use(self) -> list[dict[str, Tensor]]:
-        """List the trained parameters of each group, and note which of them each backward uses.
-
-        Return, for each group, its own gathered parameters by their names in it.
-        """
+    def _lay_out(self) -> None:
+        """Find the gathered form of all parameters, by group, and note which of the trained ones a backward uses."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         self._members: dict[int, list[nn.Parameter]] = {}
         self._names_of = dict(zip(self._trained.tensors, self._trained.names, strict=True))
         index = {name: i for i, name in enumerate(self._trained.names)}
-        by_group = self._layout.gathered_parameters()
-        for number, parameters in enumerate(by_group):
+        self._by_group = self._layout.gathered_parameters()
+        for number, parameters in enumerate(self._by_group):
             for name, parameter in parameters.items():
                 if (i := index.get(self._layout.prefixes[number] + name)) is not None:
                     self._hooks.append(parameter.register_post_accumulate_grad_hook(self._noting(i)))  # type: ignore[no-untyped-call]
                     self._members.setdefault(number, []).append(self._trained.tensors[i])
-        return by_group
 
     def _noting(self, i: int) -> Callable[[Tensor], None]:
         return lambda parameter: self._unused.discard(i)
 
-    @property
-    def rehearsing(self) -> bool:
-        return self._rehearsal.is_on
-
-    def opens(self, iteration: int) -> bool:
-        return True
-
-    def closes(self, iteration: int) -> bool:
-        return True
-
-    def microbatches(self, batch: Sequence[Any], iteration: int) -> Iterator[Any]:
-        """Yield the microbatches of this rank's slots; `batch` holds one for each, in slot order."""
-        self.slots.check_batch(batch)
-        self._checks.check_parameters()
-        if self._trained.changed():
-            self._watch_use()
-        self._begin()
-        self.weights.begin(batch)
-        self.progress.begin(iteration)
-        for _, microbatch in slots_in_turn(
-            self.slots, batch, self._buffers, self._checks, self._seed, iteration, rehearsal=self._rehearsal
-        ):
+    def _step(self, batch: Sequence[Any], iteration: int) -> Iterator[Any]:
+        for _, microbatch in self._in_turn(batch, iteration):
             self._fingerprints.clear()
             yield microbatch
             self._check_arrived()
             if self._rehearsal.watches:
                 names = [self._names_of[self._members[index][0]] for index, _ in self._fingerprints]
-                if self._rehearsal.keeps(names, values_of([each for _, each in self._fingerprints])):
+                if self._rehearsal.keeps(names, fetched([each for _, each in self._fingerprints])):
                     self._begin()
         self._buffers.step_ends()
-        self.progress.over = True
-        self._trained.warn_of_unused(self._unused, logger, iteration=iteration, rank=self.slots.rank)
 
     def _begin(self) -> None:
-        """Drop the state of the previous step, even if it failed."""
-        for parameter in self._trained.tensors:
-            parameter.grad = None
-        self._unused = set(range(len(self._trained.tensors)))
+        super()._begin()
         self._here: set[int] = set()
         self._fingerprints: list[tuple[int, Tensor]] = []
 
@@ -177,7 +143,7 @@ class FsdpModuleGradients:
         """
         slot = self.slots.mine[0]
         if self._rehearsal.watches:
-            self._fingerprints.append((index, gradient_fingerprint(gradient)))
+            self._fingerprints.append((index, fingerprint_by_place(gradient)))
         if self._rehearsal.is_on:  # its gradients are not sent
             self._here.add(index)
             out.zero_()

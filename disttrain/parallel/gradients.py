@@ -6,21 +6,13 @@ yield, and it runs the generator to its end. After that, every parameter's `.gra
 same bits on every rank. Seeding, buffers and communication happen before and after the yield.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
-
-from disttrain.errors import ConfigError
-from disttrain.parallel.buffers import SlotBuffers
-from disttrain.parallel.rehearsal import Rehearsal
-from disttrain.parallel.slot_checks import SlotChecks
-from disttrain.parallel.slots import Slots
-from disttrain.seeding import seed_for, seed_torch
+from torch import nn
 
 
 @dataclass
@@ -82,42 +74,6 @@ class Gradients(Protocol):
         """Release the model. It may be called any number of times."""
 
 
-def slots_in_turn(
-    slots: Slots,
-    batch: Sequence[Any],
-    buffers: SlotBuffers,
-    checks: SlotChecks,
-    seed: int,
-    iteration: int,
-    seed_generators: Callable[[int], object] = seed_torch,
-    rehearsal: Rehearsal | None = None,
-) -> Iterator[tuple[int, Any]]:
-    """Yield (slot, microbatch) for this rank's slots, each with the step's buffers and the slot's own seed.
-
-    This is the one place that fixes the seed of a slot's forward: it is made of the run's seed, the step and the slot.
-    With a `rehearsal` the first slot of a process is yielded twice; its `takes` is then called after each backward.
-    """
-    checks.step_starts(iteration)
-    if rehearsal is not None:
-        for copied in rehearsal.copy(batch[0]):
-            slot_seed = seed_for(seed, "step", iteration - 1, slots.mine[0])
-            buffers.rehearsal_starts()
-            checks.slot_starts()
-            with rehearsal.runs(slot_seed):
-                seed_generators(slot_seed)
-                yield slots.mine[0], copied
-            checks.slot_ends()
-            buffers.rehearsal_ends()
-    for slot, microbatch in zip(slots.mine, batch, strict=True):
-        buffers.slot_starts(slot)
-        seed_generators(seed_for(seed, "step", iteration - 1, slot))
-        checks.slot_starts()
-        yield slot, microbatch
-        checks.slot_ends()
-        buffers.slot_ends(slot)
-    checks.step_ends()
-
-
 class Accumulation:
     """Gradient accumulation: `steps` iterations of one microbatch each make an update. Each loss is divided by `steps`.
 
@@ -149,15 +105,3 @@ class Accumulation:
 
     def close(self) -> None:
         self._no_sync = nullcontext
-
-
-def gradient_of(parameter: Tensor) -> Tensor:
-    """Return a parameter's gradient in one slot, which is zero if the slot did not use it."""
-    if parameter.grad is None:
-        return torch.zeros_like(parameter)
-    if parameter.grad.layout != torch.strided:
-        raise ConfigError(
-            f"the gradient of a parameter of shape {list(parameter.shape)} is sparse, and cannot be summed in a fixed "
-            "order; use sparse=False"
-        )
-    return parameter.grad

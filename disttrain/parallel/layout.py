@@ -11,7 +11,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 Cuts = Callable[[str, tuple[int, ...]], Any]
@@ -95,3 +97,20 @@ def norm_of_norms(norms: Sequence[Tensor]) -> Tensor:
     dtype = functools.reduce(torch.promote_types, [norm.dtype for norm in norms])
     norm: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, dtype) for norm in norms]))
     return norm
+
+
+@torch.no_grad()
+def take_from_first_rank(tensors: Sequence[Tensor], process_group: ProcessGroup | None) -> None:
+    """Give every rank the values of rank 0's tensors, which have the same shapes on all."""
+    for tensor in tensors:
+        whole = tensor.detach().contiguous()
+        dist.broadcast(whole.view(-1).view(torch.uint8), group=process_group, group_src=0)
+        if whole.data_ptr() != tensor.data_ptr():
+            tensor.copy_(whole)
+
+
+def part_here(tensor: Tensor) -> Tensor:
+    """Return a tensor, or this rank's part of one that is cut over the ranks, without its graph."""
+    detached: Any = tensor.detach()
+    here: Tensor = detached.to_local() if hasattr(detached, "to_local") else detached
+    return here

@@ -10,7 +10,7 @@ from disttrain.errors import ConfigError
 def check_model(model: nn.Module, device: torch.device | None) -> None:
     """Raise ConfigError for a model whose gradients cannot be the same on any number of ranks."""
     for name, module in model.named_modules():
-        described = f"{type(module).__name__} ({name or 'the model itself'})"
+        described = f"{type(module).__name__.removeprefix('FSDP')} ({name or 'the model itself'})"
         if isinstance(module, nn.SyncBatchNorm):
             raise ConfigError(
                 f"{described} normalises over the samples of all ranks, so its results change with their number; "

@@ -27,12 +27,11 @@ from torch.distributed import ProcessGroup
 from torch.utils._pytree import tree_leaves
 
 from disttrain.errors import ConfigError
+from disttrain.parallel.fingerprints import fingerprints_by_place
 from disttrain.seeding import random_state_kept
 
 ALIGNMENT = 64
 """The bytes at whose multiples torch places a tensor on the CPU."""
-PIECE = 2**18
-MULTIPLIER = 0x2545F4914F6CDD1D
 SHOWN = 3
 
 Attributes = dict[str, tuple[Any, Any]]
@@ -98,7 +97,7 @@ class Rehearsal:
         """
         if not self.watches:
             return False
-        is_rehearsal = self.keeps(names, fingerprints_of([parameter.grad for parameter in parameters]))
+        is_rehearsal = self.keeps(names, fingerprints_by_place([parameter.grad for parameter in parameters]))
         if is_rehearsal:
             for parameter in parameters:
                 parameter.grad = None
@@ -163,38 +162,6 @@ def _copied_alike(tensor: Tensor) -> Tensor:
     start = (tensor.data_ptr() - memory.data_ptr()) % ALIGNMENT // size
     copied = memory[start : start + tensor.numel()].view(tensor.shape)
     return copied.copy_(tensor.detach()).requires_grad_(tensor.requires_grad)
-
-
-def fingerprints_of(gradients: Sequence[Tensor | None]) -> list[int]:
-    """Return, for each gradient, a number that differs if a bit of it does; one wait for each device."""
-    return values_of(
-        [torch.zeros((), dtype=torch.int64) if each is None else gradient_fingerprint(each) for each in gradients]
-    )
-
-
-def values_of(sums: Sequence[Tensor]) -> list[int]:
-    """Fetch 0-dimensional tensors, with one wait for each device."""
-    by_device: dict[torch.device, list[int]] = {}
-    for i, each in enumerate(sums):
-        by_device.setdefault(each.device, []).append(i)
-    values = [0] * len(sums)
-    for index in by_device.values():
-        for i, value in zip(index, torch.stack([sums[i] for i in index]).tolist(), strict=True):
-            values[i] = value
-    return values
-
-
-def gradient_fingerprint(gradient: Tensor) -> Tensor:
-    """Return a sum of a gradient's bits in which each word counts by its place, so that errors do not cancel out."""
-    if gradient.layout != torch.strided:
-        return torch.ones((), dtype=torch.int64)  # a sparse gradient, which is refused later
-    values = gradient.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
-    words = values.view(torch.int32) if values.numel() % 4 == 0 and values.storage_offset() % 4 == 0 else values
-    weights = torch.arange(1, min(PIECE, words.numel()) + 1, device=words.device) * MULTIPLIER | 1
-    total = torch.ones((), dtype=torch.int64, device=words.device)
-    for piece in torch.split(words, PIECE):
-        total = total * MULTIPLIER + (piece * weights[: piece.numel()]).sum()
-    return total
 
 
 def attributes_of(model: nn.Module) -> Attributes:

@@ -86,8 +86,7 @@ class ShardChecks:
         self._compare(number)
         self._calls.append(number)
         for name in self._own[number]:
-            present = group.get_parameter(name) if _has(group, name) else None
-            if not isinstance(present, nn.Parameter):
+            if not _has(group, name):
                 raise ConfigError(
                     f'fsdp_gather="module": the parameter {name} of {self._names[number]} was replaced for a call '
                     f"(functional_call, or a parametrization of your own), but it is gathered by its place; {ADVICE}"
@@ -179,5 +178,6 @@ def own_module(hook: Any) -> str:
 
 
 def _has(group: nn.Module, name: str) -> bool:
+    """Return whether a parameter lies at its place in the group."""
     owner, _, attribute = name.rpartition(".")
     return isinstance(getattr(group.get_submodule(owner), attribute, None), nn.Parameter)

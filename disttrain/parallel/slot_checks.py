@@ -9,23 +9,22 @@ set up. One rank checks all this, as several do.
 *Errors*: ConfigError that names the parameter, in the first steps. RuntimeError after an unfinished loop, from the
 optimizer's step, and from the next step's loop if no optimizer of torch stepped.
 
-*Cost*: in the first `CHECKED_STEPS` steps, one pass over all trained parameters before and after each slot, and a call
+*Cost*: in the first `CHECKED_STEPS` steps, one pass over all trained parameters for each slot and one more, and a call
 of a function for each gradient. Later one call for each step of any optimizer of the process.
 """
 
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from disttrain.devices import device_row
 from disttrain.errors import ConfigError
+from disttrain.parallel.fingerprints import Fingerprints, Versions, fingerprints
 
 CHECKED_STEPS = 2
 CHECKED_CALLS = 8
@@ -34,9 +33,6 @@ MOVES_BY_MODULE = (
     "it a buffer, change it in a handler after the step (Events.ITERATION_COMPLETED), or use "
     'fsdp_gather="step"'
 )
-
-Versions = dict[str, tuple[int, int | None]]
-Fingerprints = dict[str, tuple[int, int | None, int]]
 
 
 class FurtherChecks(Protocol):
@@ -112,9 +108,9 @@ class SlotChecks:
                 f"step {iteration} comes again after step {self._newest}, so its slots draw the same random numbers as "
                 "before; unless the run went back to a checkpoint, count the steps over the whole run, not the epoch",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
-        self._strayed = False
+        self._strayed, self._before = False, {}
         left, self._open_step = self._open_step, iteration
         if left not in (None, iteration):
             raise RuntimeError(f"{_left_open(left)}; after an exception try the same step again")
@@ -132,7 +128,7 @@ class SlotChecks:
 
     def slot_starts(self) -> None:
         self._in_slot = True
-        if self._steps_left:
+        if self._steps_left and not self._before:
             self._before = self._fingerprints()
         for checks in self._further:
             checks.slot_starts()
@@ -141,7 +137,9 @@ class SlotChecks:
         """Raise ConfigError if the slot has changed a trained parameter."""
         self._in_slot = False
         if self._steps_left:
-            check_unchanged(self._before, self._fingerprints())
+            now = self._fingerprints()
+            check_unchanged(self._before, now)
+            self._before = now  # that of the next slot: nothing of the user's runs between the two
         for checks in self._further:
             checks.slot_ends()
 
@@ -194,38 +192,11 @@ class ForwardWatch:
         """Run before FSDP2 frees the parameters; ConfigError if the forward has changed one."""
         if self._calls_left:
             self._calls_left -= 1
+            now = fingerprints((name, module.get_parameter(name)) for name in self._names)
             for name in self._names:
-                parameter = module.get_parameter(name)
-                if not parameter.requires_grad and fingerprints([(name, parameter)])[name] != self._before[name]:
+                if not module.get_parameter(name).requires_grad and now[name] != self._before[name]:
                     raise ConfigError(MOVES_BY_MODULE.format(name))
-            check_unchanged(self._before, fingerprints((name, module.get_parameter(name)) for name in self._names))
-
-
-def versions(named: Iterable[tuple[str, Tensor]]) -> Versions:
-    """Return, by name, numbers that differ if a tensor is replaced or changed in place."""
-    return {name: (id(tensor), None if tensor.is_inference() else tensor._version) for name, tensor in named}
-
-
-def fingerprints(named: Iterable[tuple[str, Tensor]]) -> Fingerprints:
-    """Return, by name, numbers that differ after a change of a tensor, also one by `.data`, which no version counts.
-
-    *Cost*: one pass over the tensors where they lie, and one wait for the device. On XLA the version counters alone.
-    """
-    tensors = dict(named)
-    views_bytes = all(device_row(tensor.device).views_bytes for tensor in tensors.values())
-    sums = [_sum_of_bits(tensor.detach()) for tensor in tensors.values()] if views_bytes else []
-    values = torch.stack([each.to(sums[0].device) for each in sums]).tolist() if sums else [0] * len(tensors)
-    return {
-        name: (*version, value)
-        for (name, version), value in zip(versions(tensors.items()).items(), values, strict=True)
-    }
-
-
-def _sum_of_bits(tensor: Any) -> Tensor:
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    values = local.contiguous().view(-1).view(torch.uint8)
-    words = values.numel() % 4 == 0 and values.storage_offset() % 4 == 0
-    return (values.view(torch.int32) if words else values).sum(dtype=torch.int64)
+            check_unchanged(self._before, now)
 
 
 def check_frozen(before: Versions, after: Versions) -> None:

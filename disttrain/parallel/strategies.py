@@ -22,6 +22,7 @@ from disttrain.parallel.fsdp_layout import FsdpLayout, UncutLayout
 from disttrain.parallel.fsdp_modules import FsdpModuleGradients
 from disttrain.parallel.groups import groups_of, own_parameters
 from disttrain.parallel.layout import Layout, ReplicatedLayout
+from disttrain.parallel.over_slots import GradientsOverSlots
 from disttrain.parallel.shard_checks import HookChecks, ShardChecks
 from disttrain.parallel.slot_checks import FurtherChecks
 from disttrain.parallel.slots import Slots
@@ -57,9 +58,7 @@ class Strategy(Protocol):
 
     layout: Layout
 
-    def gradients(
-        self, model: nn.Module, *, seed: int
-    ) -> SlotGradients | FsdpGradients | FsdpModuleGradients | XlaSlotGradients:
+    def gradients(self, model: nn.Module, *, seed: int) -> GradientsOverSlots:
         """Return the gradients of `model`, which the precision may have wrapped since the layout was made."""
 
 

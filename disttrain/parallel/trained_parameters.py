@@ -18,6 +18,8 @@ from torch.distributed import ProcessGroup
 
 from disttrain.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 
 class TrainedParameters:
     """A model's trained parameters, `tensors`, in the order of the model, and their `names`."""
@@ -62,11 +64,11 @@ class TrainedParameters:
         if not self.tensors:
             raise ConfigError("no parameter is left to train: requires_grad is False for all")
 
-    def warn_of_unused(self, unused: Set[int], log: logging.Logger, *, iteration: int, rank: int) -> None:
+    def warn_of_unused(self, unused: Set[int], *, iteration: int, rank: int) -> None:
         """Log a warning, once in a run, that names the parameters which no slot of this rank has used."""
         if unused and not self._warned:
             self._warned = True
-            log.warning(
+            logger.warning(
                 "step %d: no slot of rank %d used the parameters %s. Their gradients count as zero, so weight decay "
                 "and momentum still move them; freeze what is not in use with requires_grad_(False).",
                 iteration,

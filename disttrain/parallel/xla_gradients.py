@@ -12,7 +12,6 @@ all replicas: the memory of W gradients for W replicas. If a replica's slots are
 gradients of all slots. "fast" is one all-reduce.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -21,15 +20,12 @@ from torch import Tensor, nn
 
 from disttrain.errors import ConfigError
 from disttrain.parallel.buffers import SlotBuffers
-from disttrain.parallel.gradients import slots_in_turn
-from disttrain.parallel.model_checks import check_model
+from disttrain.parallel.over_slots import GradientsOverSlots
+from disttrain.parallel.rehearsal import Rehearsal
 from disttrain.parallel.slot_checks import SlotChecks
 from disttrain.parallel.slots import Node, Slots, TreeSum, fold
-from disttrain.parallel.trained_parameters import TrainedParameters
 from disttrain.parallel.tree import accumulation_dtype
 from disttrain.seeding import seed_torch
-
-logger = logging.getLogger(__name__)
 
 ReplicaGradient = list[Tensor]
 """One tensor for each trainable parameter."""
@@ -39,16 +35,12 @@ def _add(left: ReplicaGradient, right: ReplicaGradient) -> ReplicaGradient:
     return [a + b for a, b in zip(left, right, strict=True)]
 
 
-class XlaSlotGradients:
+class XlaSlotGradients(GradientsOverSlots):
     """The gradients of a run that is cut into slots, on XLA devices; `module` is the model.
 
-    `gather` records the gather of a tensor from all replicas, [world_size, *S], bit for bit.
+    `gather` records the gather of a tensor from all replicas, [world_size, *S], bit for bit. There is no `progress`:
+    the collectives are recorded in programs, so the host cannot see them.
     """
-
-    several = True
-    divisor = 1
-    rehearsing = False  # a rehearsal would be a program of its own, and wait for the device
-    progress = None  # the collectives are recorded in programs: the host cannot see them
 
     def __init__(
         self,
@@ -62,45 +54,29 @@ class XlaSlotGradients:
     ) -> None:
         import torch_xla
 
-        check_model(model, device)
+        super().__init__(model, slots, seed=seed, process_group=None, device=device)
         if slots.num_slots % slots.world_size:
             raise ConfigError(
                 f"num_slots={slots.num_slots} cannot be shared equally by {slots.world_size} XLA devices, which must "
                 f"all run the same programs; use a number of devices that divides {slots.num_slots}"
             )
-        self.slots = slots
-        self.module = model
-        self._seed = seed
         self._gather = gather
         self._device = device
         self._xla = torch_xla
         self._invariant = reduction == "invariant"
         self._meets_whole = not self._invariant or all(len(slots.nodes(rank)) == 1 for rank in range(slots.world_size))
-        self._trained = TrainedParameters(model)
-        self._parameters = self._trained.tensors
         self._buffers = XlaSlotBuffers(model, slots, gather)
         self._checks = SlotChecks(model)
-        self._unused: set[int] = set()
+        self._rehearsal = Rehearsal(model, rehearses=False)  # it would be a program of its own, and wait for the device
 
-    def opens(self, iteration: int) -> bool:
-        return True
+    def _lay_out(self) -> None:
+        """Nothing depends on which parameters are trained."""
 
-    def closes(self, iteration: int) -> bool:
-        return True
-
-    def microbatches(self, batch: Sequence[Any], iteration: int) -> Iterator[Any]:
-        """Yield the microbatches of this replica's slots; `batch` holds one for each, in slot order."""
-        self.slots.check_batch(batch)
-        self._checks.check_parameters()
-        if self._trained.changed():
-            self._parameters = self._trained.tensors
-        self._unused = set(range(len(self._parameters)))
+    def _step(self, batch: Sequence[Any], iteration: int) -> Iterator[Any]:
         gradients = _Sums(self.slots.num_slots, merges=self._meets_whole)
-        for slot, microbatch in slots_in_turn(
-            self.slots, batch, self._buffers, self._checks, self._seed, iteration, self._seed_generators
-        ):
+        for slot, microbatch in self._in_turn(batch, iteration):
             yield microbatch
-            gradient = self._take()
+            gradient = [part.to(accumulation_dtype(part.dtype)) for part in self._taken_off(self._trained.tensors)]
             self._xla.sync()
             gradients.put((slot, slot + 1), gradient)
         self._xla.sync()
@@ -108,45 +84,30 @@ class XlaSlotGradients:
         self._xla.sync()
         self._buffers.step_ends()
         self._xla.sync()
-        self._trained.warn_of_unused(self._unused, logger, iteration=iteration, rank=self.slots.rank)
-
-    def close(self) -> None:
-        """Release the model."""
-        self.module = nn.Identity()
 
     def _seed_generators(self, seed: int) -> None:
-        """Seed torch's generators, including those of the devices, in a program of their own."""
+        """Seed torch's generators in a program of their own."""
         self._xla.sync()
         seed_torch(seed)
         self._xla.manual_seed(seed, self._device)
 
-    def _take(self) -> ReplicaGradient:
-        """Take a slot's gradients off the parameters."""
-        self._unused &= {i for i, parameter in enumerate(self._parameters) if parameter.grad is None}
-        gradient = []
-        for parameter in self._parameters:
-            part = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            gradient.append(part.to(accumulation_dtype(parameter.dtype)))
-            parameter.grad = None
-        return gradient
-
     def _meet(self, parts: dict[Node, ReplicaGradient]) -> None:
         """Set each parameter's gradient to the sum over all slots of all replicas, divided by the number of slots."""
-        num_slots, num_replicas = self.slots.num_slots, self.slots.world_size
-        if num_replicas == 1:
-            total = parts[0, num_slots]
+        parameters = self._trained.tensors
+        if self.slots.world_size == 1:
+            total = parts[0, self.slots.num_slots]
         else:
-            total = [torch.empty(())] * len(self._parameters)
+            total = [torch.empty(())] * len(parameters)
             for dtype in dict.fromkeys(part.dtype for part in next(iter(parts.values()))):
                 index = [i for i, tensor in enumerate(next(iter(parts.values()))) if tensor.dtype == dtype]
                 flat = {node: torch.cat([part[i].reshape(-1) for i in index]) for node, part in sorted(parts.items())}
                 met = self._over_replicas(list(flat.values()))
                 self._xla.sync()  # one collective a program: devices may take independent ones in any order
-                shapes = [self._parameters[i].shape for i in index]
+                shapes = [parameters[i].shape for i in index]
                 for i, piece in zip(index, torch.split(met, [shape.numel() for shape in shapes]), strict=True):
-                    total[i] = piece.reshape(self._parameters[i].shape)
-        for parameter, whole in zip(self._parameters, total, strict=True):
-            parameter.grad = torch.div(whole, num_slots).to(parameter.dtype)
+                    total[i] = piece.reshape(parameters[i].shape)
+        for parameter, whole in zip(parameters, total, strict=True):
+            parameter.grad = torch.div(whole, self.weights.divisor).to(parameter.dtype)
 
     def _over_replicas(self, values: list[Tensor]) -> Tensor:
         """Return the sum over replicas of flat tensors: one for all of a replica's slots, or one for each slot."""

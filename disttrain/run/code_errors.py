@@ -67,8 +67,8 @@ def _part(error: BaseException, config: Config) -> str | None:
     """Return the field of the config whose part ran when the exception came, in libraries alone; None if none did."""
     frames = list(_library_frames(error))
     ran = [frame.f_locals.get("self") for frame in frames]
-    wraps = ("torch.nn.parallel", "disttrain")  # what a strategy puts around the model
-    modules = [each for each in ran if isinstance(each, nn.Module) and not type(each).__module__.startswith(wraps)]
+    of_user = [each for each in ran if not type(each).__module__.startswith("disttrain")]  # not the StepFunction
+    modules = [each for each in of_user if isinstance(each, nn.Module)]
     codes = [frame.f_code for frame in frames]
     # By identity: a metric overloads ==.
     if config.loss is not None and (any(each is config.loss for each in ran) or code_of(config.loss) in codes):

@@ -28,7 +28,7 @@ from disttrain.backend import Backend
 from disttrain.engine.step_defaults import to_device
 from disttrain.errors import DataError, DisttrainError
 from disttrain.parallel import mean_over_slots
-from disttrain.parallel.slot_checks import Versions, versions
+from disttrain.parallel.fingerprints import Versions, versions
 from disttrain.precision import Precision
 from disttrain.run.evaluation_point import evaluating
 from disttrain.seeding import keep_random_state, seed_for

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from disttrain.errors import CheckpointError
 from disttrain.handlers.stateful import bare
+from disttrain.parallel.layout import part_here
 
 
 def check_restored(name: str, saved: Any, part: Any) -> None:
@@ -68,10 +69,9 @@ def _same_bits(saved: Tensor, present: Any) -> bool:
     return left.shape == right.shape and torch.equal(left, right)
 
 
-def _on_host(tensor: Any) -> Tensor:
+def _on_host(tensor: Tensor) -> Tensor:
     """Return the bytes of this rank's part of a tensor."""
-    local: Tensor = tensor.detach()
-    local = local.to_local() if hasattr(local, "to_local") else local
+    local = part_here(tensor)
     if local.layout != torch.strided:
         local = local.to_dense()
     return local.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
@@ -83,6 +83,5 @@ def _shown(value: Any, beside: Any = None) -> str:
         return f"{type(value).__name__} {str(value)[:60]}"
     text = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(beside, Tensor) and (beside.dtype, beside.shape) == (value.dtype, value.shape):
-        local = value.to_local() if hasattr(value, "to_local") else value
-        text += f" {local.detach().flatten()[:3].tolist()}..."
+        text += f" {part_here(value).flatten()[:3].tolist()}..."
     return text

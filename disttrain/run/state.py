@@ -18,7 +18,7 @@ from disttrain.errors import CheckpointError, ConfigError
 from disttrain.evidence import state_tensors
 from disttrain.handlers.bad_steps import BadSteps
 from disttrain.handlers.best import Best
-from disttrain.parallel import Gradients, Layout, Slots
+from disttrain.parallel import GradientsOverSlots, Layout, Slots
 from disttrain.precision import Precision
 from disttrain.run.directory import RunDirectory
 from disttrain.run.evaluation import Evaluation
@@ -47,7 +47,7 @@ class Run:
     schedule: Any
     """The learning rate's schedule; None without one."""
     precision: Precision
-    gradients: Gradients
+    gradients: GradientsOverSlots
     """How the gradients of slots and ranks meet."""
     updates: Updates
     """Gradient norm, clipping, and updates that are left out."""
@@ -120,8 +120,7 @@ class Run:
     @property
     def weights(self) -> list[int] | None:
         """The weights of this rank's slots in the newest step; None without the config's `weight`."""
-        weights = getattr(self.gradients, "weights", None)
-        return None if weights is None else weights.mine
+        return self.gradients.weights.mine
 
     @property
     def grad_norm(self) -> Tensor | None:

@@ -1,7 +1,8 @@
 """Small models and the loop that trains them by slots, for the tests of this folder and the ranks that they start."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import cross_entropy
 
 from disttrain.backend.base import Backend
+from disttrain.errors import ConfigError
 from disttrain.parallel import SlotGradients, Slots
 
 STEPS = 6
@@ -107,3 +109,18 @@ def train(name: str, slots: Slots, group: ProcessGroup | None, steps: int = STEP
 
 def slots_of(backend: Backend, num_slots: int) -> Slots:
     return Slots(num_slots, backend.rank, backend.world_size)
+
+
+@contextmanager
+def refusals(backend: Backend) -> Iterator[list[str]]:
+    """Take the ConfigError of the `with` body, of this rank or of one for which it waits, into a list of messages."""
+    told: list[str] = []
+    try:
+        yield told
+    except ConfigError as error:
+        backend.fail(error)  # as the launcher does, so that ranks which wait for this one wake
+        told.append(str(error))
+    except RuntimeError:
+        first = backend.first_failure()
+        assert first is not None
+        told.append(first.message.removeprefix("ConfigError: "))

@@ -132,7 +132,7 @@ class Records(logging.Handler):
 
 def warnings_of_unused(backend: Backend) -> tuple[list[str], list[Tensor | None]]:
     records = Records()
-    logger = logging.getLogger("disttrain.parallel.ddp")
+    logger = logging.getLogger("disttrain.parallel.trained_parameters")
     logger.addHandler(records)
     try:
         model = train("mixed", slots_of(backend, 6), backend.process_group, steps=3)

@@ -5,12 +5,11 @@ from typing import Any
 import pytest
 import torch
 from ranks import Ranks
-from slot_models import NEEDS_FSDP, slots_of
+from slot_models import NEEDS_FSDP, refusals, slots_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from disttrain.backend.base import Backend
-from disttrain.errors import ConfigError
 from disttrain.parallel import World, strategy_for
 
 
@@ -49,7 +48,7 @@ def steps(backend: Backend, how: str, gather: Any, num_slots: int, when: str = "
     model = Blocks(how)
     slots = slots_of(backend, num_slots)
     world = World(slots=slots, device=torch.device("cpu"), process_group=backend.process_group, fsdp_gather=gather)
-    try:
+    with refusals(backend) as told:
         if when == "built":
             hook(model)
         strategy = strategy_for("fsdp", model, world)
@@ -62,13 +61,8 @@ def steps(backend: Backend, how: str, gather: Any, num_slots: int, when: str = "
             for x in gradients.microbatches(batch, iteration):
                 gradients.module(x).square().mean().backward()
             optimizer.step()
-    except ConfigError as error:
-        backend.fail(error)
-        return str(error)
-    except RuntimeError:
-        first = backend.first_failure()
-        assert first is not None
-        return first.message.removeprefix("ConfigError: ")
+    if told:
+        return told[0]
     return " ".join(strategy.layout.whole(each.detach()).double().sum().item().hex() for each in model.parameters())
 
 

@@ -28,11 +28,11 @@ def test_a_tied_parameter_counts_once() -> None:
 
 
 def test_unused_parameters_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
-    trained, logger = TrainedParameters(partly_frozen()), logging.getLogger("disttrain.test")
+    trained = TrainedParameters(partly_frozen())
     with caplog.at_level(logging.WARNING):
-        trained.warn_of_unused(set(), logger, iteration=1, rank=0)
+        trained.warn_of_unused(set(), iteration=1, rank=0)
         assert caplog.records == []
-        trained.warn_of_unused({3, 0}, logger, iteration=2, rank=1)
-        trained.warn_of_unused({1}, logger, iteration=3, rank=1)
+        trained.warn_of_unused({3, 0}, iteration=2, rank=1)
+        trained.warn_of_unused({1}, iteration=3, rank=1)
     [record] = caplog.records
     assert record.getMessage().startswith("step 2: no slot of rank 1 used the parameters 0.weight, 2.bias.")

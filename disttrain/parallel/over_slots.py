@@ -1,0 +1,158 @@
+"""A step over this rank's slots: what is alike wherever parameters lie and however gradients meet.
+
+*Contract*: a step runs this rank's microbatches in slot order. Before each one, torch's generators are seeded with
+`seed_for(seed, "step", step, slot)`, step = iteration - 1, and the buffers with which the step began are restored.
+Python's and numpy's generators belong to the data and are left alone. A strategy says what happens around the loop
+(`_step`), and drops there what a failed step has left (`_begin`).
+
+*Errors*: ConfigError for a model that cannot give the same bits on any number of ranks, before the first step or, for
+what shows only in a forward, in the first steps (`slot_checks.py`). ValueError for another number of microbatches.
+
+*Cost*: reads the list of the model's parameters once a step.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from disttrain.errors import ConfigError
+from disttrain.parallel.buffers import SlotBuffers
+from disttrain.parallel.gradients import GradientProgress
+from disttrain.parallel.model_checks import check_model
+from disttrain.parallel.rehearsal import Rehearsal
+from disttrain.parallel.slot_checks import SlotChecks
+from disttrain.parallel.slots import Slots
+from disttrain.parallel.trained_parameters import TrainedParameters
+from disttrain.parallel.weights import SlotWeights, WeightOf
+from disttrain.seeding import seed_for, seed_torch
+
+
+class GradientsOverSlots(ABC):
+    """The base of the gradients of runs that are cut into slots; the step calls `module`.
+
+    A subclass sets `_buffers`, `_checks` and `_rehearsal`.
+    """
+
+    several = True
+    divisor = 1
+    progress: GradientProgress | None = None
+    _buffers: SlotBuffers
+    _checks: SlotChecks
+    _rehearsal: Rehearsal
+
+    def __init__(
+        self,
+        model: nn.Module,
+        slots: Slots,
+        *,
+        seed: int,
+        process_group: ProcessGroup | None,
+        device: torch.device | None,
+        weight_of: WeightOf | None = None,
+    ) -> None:
+        check_model(model, device)
+        self.slots = slots
+        self.module = model
+        self._seed = seed
+        self._trained = TrainedParameters(model, process_group)
+        self._unused: set[int] = set()
+        self.weights = SlotWeights(slots, process_group, weight_of, self._trained.tensors[0].device)
+
+    @property
+    def rehearsing(self) -> bool:
+        return self._rehearsal.is_on
+
+    def opens(self, iteration: int) -> bool:
+        return True
+
+    def closes(self, iteration: int) -> bool:
+        return True
+
+    def microbatches(self, batch: Sequence[Any], iteration: int) -> Iterator[Any]:
+        """Yield the microbatches of this rank's slots; `batch` holds one for each, in slot order."""
+        self.slots.check_batch(batch)
+        self._checks.check_parameters()
+        if self._trained.changed():
+            self._lay_out()
+        self._begin()
+        self.weights.begin(batch)
+        if self.progress is not None:
+            self.progress.begin(iteration)
+        yield from self._step(batch, iteration)
+        if self.progress is not None:
+            self.progress.over = True
+        self._trained.warn_of_unused(self._unused, iteration=iteration, rank=self.slots.rank)
+
+    def close(self) -> None:
+        """Release the model."""
+        self.module = nn.Identity()
+
+    @abstractmethod
+    def _step(self, batch: Sequence[Any], iteration: int) -> Iterator[Any]:
+        """Yield the microbatches of one step; at its end the trained parameters have their gradients."""
+
+    @abstractmethod
+    def _lay_out(self) -> None:
+        """Prepare for the trained parameters of the next steps."""
+
+    def _begin(self) -> None:
+        """Drop the state of the previous step, even if it failed."""
+        for parameter in self._trained.tensors:
+            parameter.grad = None
+        self._unused = set(range(len(self._trained.tensors)))
+
+    def _in_turn(self, batch: Sequence[Any], iteration: int) -> Iterator[tuple[int, Any]]:
+        """Yield (slot, microbatch) for this rank's slots, each with the step's buffers and the slot's own seed.
+
+        This is the one place that fixes the seed of a slot's forward: it is made of the run's seed, the step and the
+        slot. The first slot of a process may be yielded twice; `Rehearsal.takes` is called after each backward.
+        """
+        self._checks.step_starts(iteration)
+        for copied in self._rehearsal.copy(batch[0]):
+            slot = self.slots.mine[0]
+            slot_seed = seed_for(self._seed, "step", iteration - 1, slot)
+            self._buffers.rehearsal_starts()
+            self._checks.slot_starts()
+            with self._rehearsal.runs(slot_seed):
+                self._seed_generators(slot_seed)
+                yield slot, copied
+            self._checks.slot_ends()
+            self._buffers.rehearsal_ends()
+        for slot, microbatch in zip(self.slots.mine, batch, strict=True):
+            self._buffers.slot_starts(slot)
+            self._seed_generators(seed_for(self._seed, "step", iteration - 1, slot))
+            self._checks.slot_starts()
+            yield slot, microbatch
+            self._checks.slot_ends()
+            self._buffers.slot_ends(slot)
+        self._checks.step_ends()
+
+    def _seed_generators(self, seed: int) -> None:
+        """Seed torch's generators, including those of the devices."""
+        seed_torch(seed)
+
+    def _taken_off(self, parameters: Sequence[Tensor], index: Iterable[int] | None = None) -> list[Tensor]:
+        """Take a slot's gradients off all parameters, or those at `index`, and note which the slot has used.
+
+        `parameters`: the trained ones in their order, as autograd sees them. One that was not used has gradient zero.
+        """
+        taken = []
+        for i in range(len(parameters)) if index is None else index:
+            parameter = parameters[i]
+            gradient = parameter.grad
+            if gradient is None:
+                taken.append(torch.zeros_like(parameter))
+                continue
+            if gradient.layout != torch.strided:
+                raise ConfigError(
+                    f"the gradient of a parameter of shape {list(parameter.shape)} is sparse, and cannot be summed in "
+                    "a fixed order; use sparse=False"
+                )
+            taken.append(gradient)
+            parameter.grad = None
+            self._unused.discard(i)
+        return taken
