@@ -30,12 +30,12 @@ test: setup  ## run the test suite (about 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: setup  ## run the long tests, which `make test` leaves out
-	$(BIN)/python -m pytest -m slow --timeout 900 -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m slow --timeout 900 -o faulthandler_timeout=1200 -n 2 --dist loadfile
 
 soak: setup  ## 400 kills, 80 power losses (root), 20 minutes of faults on three hosts (root), fuzzing, 500 programs; 1 hour
 	$(BIN)/python -m pytest -n 2 --dist loadfile --hypothesis-profile explore \
 		tests/properties tests/checkpoint tests/config
-	$(BIN)/python -m pytest --timeout 3600 --hypothesis-profile explore tests/zoo/test_zoo_programs.py
+	$(BIN)/python -m pytest --timeout 3600 -o faulthandler_timeout=4000 --hypothesis-profile explore tests/zoo/test_zoo_programs.py
 	$(BIN)/python tests/soak/fuzz.py --seconds 60
 	$(BIN)/python tests/soak/power.py --losses 40
 	$(BIN)/python tests/soak/kills.py --kills 200

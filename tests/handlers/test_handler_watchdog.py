@@ -87,7 +87,7 @@ def hang_on(backend: Backend, logs: Path, hanging: int) -> tuple[int | None, str
     return end.code, broken
 
 
-@pytest.mark.parametrize("hanging", [0, 1])
+@pytest.mark.parametrize("hanging", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_rank_that_hangs_and_the_rank_that_waits_are_reported(ranks: Ranks, tmp_path: Path, hanging: int) -> None:
     ended = ranks(2, hang_on, tmp_path, hanging, fresh=True)
     assert ended[1 - hanging][1] != ""  # the collective in which it waited has failed

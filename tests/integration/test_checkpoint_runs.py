@@ -148,7 +148,8 @@ def steps(folder: Path) -> list[int]:
     return sorted(entry.step for entry in survey(folder / "runs" / "soak" / "checkpoints") if entry.state == "good")
 
 
-@pytest.mark.parametrize("asynchronous", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [False, True])
 def test_killed_at_random_moments_while_it_saves_constantly(tmp_path: Path, asynchronous: bool) -> None:
     # 2.7 MB of state: each rank writes a file.
     report = Campaign(tmp_path, ranks=2, asynchronous=asynchronous, num_steps=40, width=3000).run(3)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from commands import environment
 
 from disttrain.commands.compare import compare_runs
@@ -39,6 +40,7 @@ def test_a_kept_average_has_the_bits_of_an_uninterrupted_run(tmp_path: Path) -> 
         assert (compared.num_steps, compared.num_hashed) == (NUM_STEPS, NUM_STEPS + 1)
 
 
+@pytest.mark.slow
 def test_verify_finds_an_average_that_is_not_kept_and_names_it(tmp_path: Path) -> None:
     words = ["verify", CFG, "--worlds", "1", "--workers", "0", "--kills", "1", "--steps", "6", "--quick", "num_slots=4"]
     done = subprocess.run(

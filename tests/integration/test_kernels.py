@@ -7,6 +7,7 @@ import torch
 from commands import launch_as_typed, write_cfg
 
 
+@pytest.mark.slow
 def test_another_instruction_set_gives_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cfg(tmp_path)
     first = launch_as_typed("cfg.py", "max_epochs=1", cwd=tmp_path)

@@ -59,9 +59,10 @@ def test_a_rank_that_is_killed_starts_again_and_the_command_is_printed(tmp_path:
     ("change", "code", "expected"),
     [
         ("def net(): raise FileNotFoundError('no such weights')\nfields['model'] = net", 2, "no such weights"),
-        pytest.param("fields['optimizer'] = 3", 2, "optimizer", marks=pytest.mark.slow),
+        ("fields['optimizer'] = 3", 2, "optimizer"),
     ],
 )
+@pytest.mark.slow
 def test_a_mistake_is_reported_once_and_nothing_restarts(tmp_path: Path, change: str, code: int, expected: str) -> None:
     write_cfg(tmp_path, change)
     done = launch("cfg.py", "--ranks", 2, cwd=tmp_path)
@@ -236,6 +237,7 @@ def test_ranks_whose_server_is_killed_go_on_with_the_run_of_this_launch(tmp_path
 
 
 @pytest.mark.skipif(not TORCHRUN_READS_GRACE, reason="this torch's torchrun always kills ranks after 30 s")
+@pytest.mark.slow
 def test_the_grace_is_printed_and_known_to_the_ranks(tmp_path: Path) -> None:
     write_cfg(tmp_path, "import os; print('grace', os.environ.get('TORCH_ELASTIC_SHUTDOWN_TIMEOUT'))")
     done = launch("cfg.py", "--ranks", 1, "--grace", 110, "max_epochs=1", cwd=tmp_path)

@@ -165,6 +165,7 @@ def test_resumed_on_another_number_of_ranks_and_workers(whole: Path, tmp_path: P
     same_as(whole, tmp_path)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_rank_that_dies(whole: Path, tmp_path: Path) -> None:
     write_cfg(tmp_path, DIES.format(step=7, rank=1, event="ITERATION_COMPLETED"))
     done = launch_as_typed("cfg.py", "--fresh", ranks=2, cwd=tmp_path, torchrun=("--max-restarts", "3"))

@@ -60,7 +60,8 @@ def test_other_ranks_and_workers_give_the_same_bits(
     check(references, model, Scenario("elsewhere", (Life(ranks, workers),)))
 
 
-@pytest.mark.parametrize("model", [pytest.param("mlp", marks=slow), "cnn", pytest.param("gpt", marks=slow)])
+@slow
+@pytest.mark.parametrize("model", MODELS)
 def test_killed_on_8_ranks_then_3_then_5_gives_the_same_bits(
     references: dict[str, tuple[Verification, RunDirectory]], model: str
 ) -> None:

@@ -89,7 +89,12 @@ def steps_with_the_bad_sample() -> list[int]:
 
 CASES = [
     pytest.param(BAD_SAMPLE, (), id="sample"),
-    pytest.param(JUMPS_IN_STREAM, ("checkpoint.asynchronous=true", "num_workers=1"), id="stream-jump"),
+    pytest.param(
+        JUMPS_IN_STREAM,
+        ("checkpoint.asynchronous=true", "num_workers=1"),
+        id="stream-jump",
+        marks=pytest.mark.slow,
+    ),
 ]
 
 

@@ -79,6 +79,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     return found
 
 
+@pytest.mark.slow
 def test_every_way_to_start_a_run_gives_the_same_bits(results: dict[str, dict[str, Any]]) -> None:
     assert [results[name]["world_size"] for name in LAUNCHES] == [1, 2, 3]
     assert len({found["params_sha256"] for found in results.values()}) == 1

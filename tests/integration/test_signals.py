@@ -98,8 +98,8 @@ def stop_in(folder: Path, phase: str, number: signal.Signals, ranks: int) -> tup
     ("phase", "number", "ranks", "pause"),
     [
         ("start-up", signal.SIGTERM, 0, 20.0),
-        ("loading", signal.SIGUSR1, 0, 2.0),
-        ("evaluation", signal.SIGINT, 0, 2.0),
+        pytest.param("loading", signal.SIGUSR1, 0, 2.0, marks=slow),
+        pytest.param("evaluation", signal.SIGINT, 0, 2.0, marks=slow),
         ("save", signal.SIGINT, 0, 1.0),
         pytest.param("start-up", signal.SIGTERM, 2, 20.0, marks=slow),
         pytest.param("step", signal.SIGTERM, 2, 20.0, marks=slow),

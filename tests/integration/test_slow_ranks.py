@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import pytest
 from commands import write_cfg
 from ranks import Ranks
 
@@ -35,6 +36,7 @@ def command(backend: Backend, folder: str) -> int:
     return main(["cfg.py", "backend=gloo"])
 
 
+@pytest.mark.slow
 def test_a_slow_rank_is_named_with_the_slow_part_of_its_steps(tmp_path: Path, ranks: Ranks) -> None:
     for part, words in (("loading", "loading its data takes "), ("computing", "computing takes ")):
         folder = tmp_path / part

@@ -33,6 +33,7 @@ def test_a_script_is_sound_and_prints_its_usage(path: Path) -> None:
     assert done.stderr.startswith("usage: ")
 
 
+@pytest.mark.slow
 def test_one_host(tmp_path: Path) -> None:
     write_cfg(tmp_path)
     command = [LOCAL / "one_host.sh", "2", "cfg.py", "max_epochs=1"]

@@ -39,8 +39,9 @@ sys.stdout.write(f"rank {backend.rank} restarts {backend.restarts} sum {int(valu
 
 @pytest.mark.parametrize(
     "rendezvous",
-    ["standalone", pytest.param("c10d", marks=pytest.mark.slow), pytest.param("static", marks=pytest.mark.slow)],
+    ["standalone", "c10d", "static"],
 )
+@pytest.mark.slow
 def test_torchrun_restarts_workers_when_one_is_killed(rendezvous: str, tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(WORKER)

@@ -40,7 +40,10 @@ def of_one_process(ranks: Ranks) -> dict[tuple[str, int], str]:
     return digests
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 8])
+SIZES = [1, 2, 3, 4, 5, pytest.param(8, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("world_size", SIZES)
 def test_weights_have_the_same_bits_on_any_number_of_ranks(ranks: Ranks, world_size: int) -> None:
     alone = of_one_process(ranks)
     assert len(set(alone.values())) == len(RUNS)

@@ -140,7 +140,10 @@ def in_one_batch(num: int = PRIME) -> dict[str, Any]:
 ROUNDED = ("loss", "error", "correlation")
 
 
-@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 8), (2, 8), (3, 8), (5, 8), (3, 60), (3, PRIME)])
+@pytest.mark.parametrize(
+    ("world_size", "batch_size"),
+    [(1, 8), (2, 8), (3, 8), pytest.param(5, 8, marks=pytest.mark.slow), (3, 60), (3, PRIME)],
+)
 def test_metrics_are_those_of_the_data_set(ranks: Ranks, world_size: int, batch_size: int) -> None:
     # With batches of 60 the first of three ranks has no sample, with batches of 101 the first two have none.
     first, *others = ranks(world_size, evaluate, batch_size)
