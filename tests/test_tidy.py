@@ -16,6 +16,7 @@ from tidy_rules import (
     repeated_names,
     repeated_test_files,
     riddling_docstrings,
+    unlisted_modules,
     untested_modules,
     unused_names,
     wide_lines,
@@ -145,6 +146,15 @@ VIOLATIONS: list[tuple[Rule, Tree, str]] = [
         "docs/extending.md:4: `gone.py` does not exist",
     ),
     (missing_paths, {"docs/page.md": ""}, "docs/extending.md:1: the page is missing"),
+    (
+        unlisted_modules,  # a name elsewhere in the text does not list it
+        {
+            "disttrain/room/__init__.py": '"""Holds b.\n\na  does A\n"""\n',
+            "disttrain/room/a.py": "",
+            "disttrain/room/b.py": "",
+        },
+        "disttrain/room/__init__.py:1: its docstring has no line that begins with `b`",
+    ),
 ]
 
 # (rule, a tree that nearly breaks it)
@@ -244,6 +254,14 @@ NEAR_MISSES: list[tuple[Rule, Tree]] = [
             "docs/page.md": "`gone.py`\n",
             "disttrain/room/a.py": "",
             "tests/room/test_a.py": "",
+        },
+    ),
+    (
+        unlisted_modules,
+        {
+            "disttrain/room/__init__.py": '"""Room.\n\n    a  does A\n"""\n',
+            "disttrain/room/a.py": "",
+            "disttrain/b.py": "",
         },
     ),
 ]

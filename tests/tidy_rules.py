@@ -282,6 +282,22 @@ def missing_paths(root: Path) -> list[str]:
     return found
 
 
+def unlisted_modules(root: Path) -> list[str]:
+    """The docstring of a room lists the room's modules, a line for each: "NAME   its purpose"."""
+    found = []
+    for room in sorted((root / PACKAGE).glob("*/__init__.py")):
+        text = ast.get_docstring(ast.parse(room.read_text())) or ""
+        listed = {line.split()[0].strip("`") for line in text.splitlines() if line.strip()}
+        modules = sorted(path.stem for path in room.parent.glob("*.py") if path.name != "__init__.py")
+        found += [
+            f"{room.relative_to(root).as_posix()}:1: its docstring has no line that begins with `{name}`; say there "
+            "what the module is for"
+            for name in modules
+            if name not in listed
+        ]
+    return found
+
+
 RULES: tuple[Callable[[Path], list[str]], ...] = (
     long_files,
     long_functions,
@@ -293,4 +309,5 @@ RULES: tuple[Callable[[Path], list[str]], ...] = (
     untested_modules,
     repeated_test_files,
     missing_paths,
+    unlisted_modules,
 )

@@ -4,6 +4,7 @@
     sampler        chooses the samples and the seed of each step and slot
     dataset        seeds the samples of a batch, names the sample of an error, identifies and checks a dataset
     fetching       fetches batches in this process or in worker processes
+    weighted       batches with the number of their targets, by a config's `weight`
     loader         `SlotLoader`: yields the microbatches of this rank's slots, from any position
     probes         single samples that are loaded to compare them with those of other ranks
     copy_ahead     copies the next step to an accelerator while the current step computes

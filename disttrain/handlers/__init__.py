@@ -3,19 +3,20 @@
 A handler is any callable; these are the ones that disttrain ships. `Checkpoint` and `DiskSaver` are for every program.
 The other handlers serve `disttrain launch` (run/), and can serve a program of your own.
 
-step_end      does everything that is due at the end of a step: losses, validation, checkpoint, stop
-losses        fetches the losses of all slots, and makes a line for each step
-bad_steps     finds steps whose loss or gradient is not finite, or whose loss jumps
-best          remembers the best evaluation, whose checkpoint is kept
-checkpoint    saves objects while an engine runs, and loads them again: `Checkpoint`
-rotation      chooses the saved checkpoints that stay
-stateful      turns named objects into their states and back
-curves        writes the curves in metrics/, as JSONL and for TensorBoard
-progress      shows a progress bar, or plain lines
-preemption    turns signals into a save and a stop on which all ranks agree
-compilations  counts the programs that an XLA device compiles
-watchdog      stops a rank that makes no progress, and reports it
-stragglers    reports ranks that are slower than the others
+step_end           does everything that is due at the end of a step: losses, validation, checkpoint, stop
+losses             fetches the losses of all slots, and makes a line for each step
+bad_steps          finds steps whose loss or gradient is not finite, or whose loss jumps
+best               remembers the best evaluation, whose checkpoint is kept
+checkpoint         saves objects while an engine runs, and loads them again: `Checkpoint`
+checkpoint_moment  the moments at which `Checkpoint` is called, and what it may save then
+rotation           chooses the saved checkpoints that stay
+stateful           turns named objects into their states and back
+curves             writes the curves in metrics/, as JSONL and for TensorBoard
+progress           shows a progress bar, or plain lines
+preemption         turns signals into a save and a stop on which all ranks agree
+compilations       counts the programs that an XLA device compiles
+watchdog           stops a rank that makes no progress, and reports it
+stragglers         reports ranks that are slower than the others
 
 line       the results of one step: its number, epoch, loss, gradient norm and learning rate
 update     the gradient norm of a step, and the reason if its update was left out

@@ -3,11 +3,15 @@
 state              `Run`: the parts of a run, complete, built once
 assemble           makes a `Run` of a Config and a Backend
 factories          calls the factories of a Config
+builders           builds the model, the optimizer and the schedule by them
+optimizer_checks   refuses an optimizer that a run cannot step, save or shard
 step_checks        checks what the functions of a config give to each other in a step
 field_places       the line of a field's value in the user's files
 code_errors        explains an exception of the user's code in one line
 data               training data with its loader and identity, and validation data
 updates            around each update: gradient norm, clipping, schedule, updates that are left out
+evaluation_point   the parameters of an optimizer that evaluates at another point than it trains at
+module_settings    plain attributes of modules that handlers change
 freezing           the parameters that are trained, and the groups of the optimizer, while both change
 train              the way of a run: assemble, restore, attach, train, result
 resume             the state that a checkpoint holds of a run, and how a run resumes from one

@@ -5,7 +5,7 @@ own microbatches, in training and in evaluation alike.
 
 *Errors*: ConfigError that names the field, its file and its line.
 
-*Cost*: well under a microsecond for each microbatch.
+*Cost*: about a microsecond for each microbatch.
 """
 
 from collections.abc import Callable, Mapping

@@ -8,7 +8,8 @@ Python's, numpy's and torch's generators are seeded by position when a step begi
 before its update. What the optimizer, the schedule and the handlers of the step's end draw is then the same on every
 rank, though each rank has drawn for other slots.
 
-*Cost*: one pass over the gradients for the norm; with on_nan="skip" the host waits for it.
+*Cost*: one pass over the gradients for the norm, for which the host waits with on_nan="skip"; and the three generators
+are seeded twice a step.
 """
 
 import logging
