@@ -10,27 +10,15 @@ from pathlib import Path
 
 import pytest
 from commands import environment
+from resized import NUM_STEPS, run_resized
 
 from disttrain.commands.compare import compare_runs
-from disttrain.commands.scenarios import Life, Scenario
-from disttrain.commands.start_ranks import PRELOAD
-from disttrain.commands.verification import PRELOAD_FSDP, Verification
-from disttrain.config import load_config
 
 CFG = Path(__file__).parent / "matrix" / "averaged.py"
-NUM_STEPS = 8
-FSDP = ("strategy=fsdp", "checkpoint.asynchronous=true")
-SCENARIOS = [
-    Scenario("reference", (Life(1, 0),)),
-    Scenario("resized", (Life(2, 0, 3), Life(3, 1))),
-    Scenario("sharded", (Life(2, 0, 3, FSDP), Life(1, 0, 6), Life(3, 0, None, FSDP))),
-]
 
 
 def test_a_kept_average_has_the_bits_of_an_uninterrupted_run(tmp_path: Path) -> None:
-    preload = (*PRELOAD, *PRELOAD_FSDP)
-    verification = Verification(CFG, load_config(CFG), [], tmp_path, num_slots=4, num_steps=NUM_STEPS, preload=preload)
-    reference, *others = (verification.run(scenario) for scenario in SCENARIOS)
+    reference, *others = run_resized(CFG, tmp_path)
     last = json.loads(reference.ledger_jsonl.read_text().splitlines()[-1])["state"]
     names = ("0.weight", "0.bias", "2.weight", "2.bias")
     assert {f"kept.average.tensors.{name}" for name in names} | {"kept.average.num_updates"} <= set(last)

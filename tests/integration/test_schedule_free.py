@@ -7,25 +7,16 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from resized import run_resized
 from torch import Tensor
 
 from disttrain.checkpoint import committed, export, load
 from disttrain.commands.compare import compare_runs
 from disttrain.commands.main import main
-from disttrain.commands.scenarios import Life, Scenario
-from disttrain.commands.start_ranks import PRELOAD
-from disttrain.commands.verification import PRELOAD_FSDP, Verification
 from disttrain.config import load_config
 from disttrain.run.directory import RunDirectory
 
 CFG = Path(__file__).parent / "matrix" / "schedule_free.py"
-NUM_STEPS = 8
-FSDP = ("strategy=fsdp", "checkpoint.asynchronous=true")
-SCENARIOS = [
-    Scenario("reference", (Life(1, 0),)),
-    Scenario("resized", (Life(2, 0, 3), Life(3, 1))),
-    Scenario("sharded", (Life(2, 0, 3, FSDP), Life(1, 0, 6), Life(3, 0, None, FSDP))),
-]
 
 
 def loss_of(weights: dict[str, Tensor]) -> float:
@@ -52,9 +43,7 @@ def exported(run: RunDirectory) -> dict[str, dict[str, Tensor]]:
 def test_what_is_evaluated_is_exported_and_what_is_trained_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    preload = (*PRELOAD, *PRELOAD_FSDP)
-    verification = Verification(CFG, load_config(CFG), [], tmp_path, num_slots=4, num_steps=NUM_STEPS, preload=preload)
-    reference, *others = (verification.run(scenario) for scenario in SCENARIOS)
+    reference, *others = run_resized(CFG, tmp_path)
     expected = exported(reference)
     for run in others:
         compared = compare_runs(reference, run)

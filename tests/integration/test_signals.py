@@ -102,11 +102,11 @@ def stop_in(folder: Path, phase: str, number: signal.Signals, ranks: int) -> tup
         pytest.param("evaluation", signal.SIGINT, 0, 2.0, marks=slow),
         ("save", signal.SIGINT, 0, 1.0),
         pytest.param("start-up", signal.SIGTERM, 2, 20.0, marks=slow),
-        pytest.param("step", signal.SIGTERM, 2, 20.0, marks=slow),
-        pytest.param("loading", signal.SIGTERM, 2, 20.0, marks=slow),
-        pytest.param("loading", signal.SIGUSR1, 2, 20.0, marks=slow),
+        pytest.param("step", signal.SIGTERM, 2, 10.0, marks=slow),
+        pytest.param("loading", signal.SIGTERM, 2, 10.0, marks=slow),
+        pytest.param("loading", signal.SIGUSR1, 2, 10.0, marks=slow),
         pytest.param("evaluation", signal.SIGTERM, 2, 10.0, marks=slow),
-        pytest.param("save", signal.SIGTERM, 2, 20.0, marks=slow),
+        pytest.param("save", signal.SIGTERM, 2, 10.0, marks=slow),
     ],
 )
 def test_a_signal_in_any_phase(
