@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     Loss = Callable[[Any, Any], Tensor]
     Forward = Callable[[nn.Module, Any], tuple[Tensor, Any]]
     Weight = Callable[[Any], Any]
-    OptimizerFactory = Callable[[Any], Optimizer]
+    OptimizerFactory = Callable[..., Optimizer]
     ScheduleFactory = Callable[[Any, int], LRScheduler]
     MetricFactory = Callable[[], Metric]
     Collate = Callable[[list[Any]], Any]
@@ -56,7 +56,8 @@ class FieldNote:
 
     `may_change`: a resumed run may have another value. `harmless`: the field does not change the result of a step, so
     `disttrain compare` does not mention it. `takes`: the form of a function, such as
-    "(optimizer, total_steps) -> LRScheduler". `within`: the container, if the field holds several functions.
+    "(optimizer, total_steps) -> LRScheduler". `within`: the container, if the field holds several functions. `asks`:
+    the parts of the run that the function may ask for by the name of an argument (`config/asked.py`).
     """
 
     unit: str = ""
@@ -64,6 +65,7 @@ class FieldNote:
     harmless: bool = False
     takes: str = ""
     within: Literal["", "list of ", "dict of name: "] = ""
+    asks: tuple[str, ...] = ()
 
     @property
     def num_arguments(self) -> int:

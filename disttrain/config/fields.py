@@ -41,6 +41,9 @@ from disttrain.config.checks import problems
 from disttrain.config.wording import explain_field_errors, sentence
 from disttrain.errors import ConfigError
 
+STEP_PARTS = ("loss", "forward")
+"""The fields beside `model` whose Modules an optimizer may ask for."""
+
 
 class _Hidden:
     """Hides pydantic's deprecated `BaseModel.validate`, so that a field can have that name."""
@@ -157,8 +160,10 @@ class Config(Declaration):
     """The number of targets in a batch, such as tokens or boxes, over which its loss is the mean. Then gradients and
     losses are means over all targets of the global batch, and a batch of weight 0 counts for nothing. None: every slot
     counts once."""
-    optimizer: Annotated[OptimizerFactory, FieldNote(takes="(parameters) -> Optimizer")]
-    """Builds the optimizer, for example partial(torch.optim.AdamW, lr=1e-3)."""
+    optimizer: Annotated[OptimizerFactory, FieldNote(takes="(parameters) -> Optimizer", asks=("model", *STEP_PARTS))]
+    """Builds the optimizer, for example partial(torch.optim.AdamW, lr=1e-3). A function with an argument `model` gets
+    the model instead of the parameters, to make groups of them (docs/optimizers.md); with `loss` or `forward`, that
+    field's Module too."""
     schedule: Annotated[ScheduleFactory | None, FieldNote(takes="(optimizer, total_steps) -> LRScheduler")] = None
     """Builds the schedule of the learning rate. It steps once after each step of the optimizer. One whose step needs
     `metrics` (ReduceLROnPlateau) steps after each evaluation, with the result that `checkpoint.monitor` names, or the

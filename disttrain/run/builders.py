@@ -6,6 +6,7 @@
 """
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import nn
 
 from disttrain.backend import Backend
 from disttrain.config import Config
+from disttrain.config.annotations import leaves
+from disttrain.config.asked import arguments, asked
 from disttrain.config.wording import got
 from disttrain.engine.supervised import StepFunction
 from disttrain.errors import ConfigError
@@ -24,6 +27,8 @@ from disttrain.run.freezing import names_by_group
 from disttrain.run.optimizer_checks import check_optimizer_steps, required_arguments
 from disttrain.run.step_checks import CheckedStep
 from disttrain.seeding import manual_seed, seed_for
+
+OPTIMIZER_NOTE = next(leaf.note for leaf in leaves(Config) if leaf.name == "optimizer")
 
 
 def build_model(config: Config, backend: Backend) -> nn.Module:
@@ -60,9 +65,20 @@ def refuse_scripted(model: nn.Module) -> None:
 
 
 def build_optimizer(config: Config, step_function: StepFunction, layout: Layout) -> torch.optim.Optimizer:
-    """Build the optimizer over the parameters that are trained: the model's, then those of a loss."""
+    """Build the optimizer over the parameters that are trained, the model's, then those of a loss; or over the model.
+
+    A factory that asks for `model`, `loss` or `forward` gets these, and may freeze parameters, but not exchange them.
+    """
     trained = [parameter for parameter in step_function.parameters() if parameter.requires_grad]
-    optimizer = build("optimizer", config.optimizer, trained)
+    parts = {"model": step_function.model, "loss": step_function.loss, "forward": step_function.step}
+    given, by_name = arguments(config.optimizer, OPTIMIZER_NOTE, [trained], parts)
+    before = {name: id(parameter) for name, parameter in step_function.named_parameters()}
+    optimizer = build("optimizer", partial(config.optimizer, **by_name), *given)
+    if before != {name: id(parameter) for name, parameter in step_function.named_parameters()}:
+        raise ConfigError(
+            f"{field_place(config, 'optimizer')}: expected a function that leaves the model's parameters where they "
+            "are, but it has added, removed or exchanged some; change the model in `model`"
+        )
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(
             f"{field_place(config, 'optimizer')}: expected a function that returns a torch.optim.Optimizer, got "
@@ -72,6 +88,11 @@ def build_optimizer(config: Config, step_function: StepFunction, layout: Layout)
     layout.check_optimizer(optimizer)
     check_optimizer_steps(optimizer, sharded=config.strategy == "fsdp")
     return optimizer
+
+
+def asks_for_parts(config: Config) -> bool:
+    """Return whether the optimizer's factory makes the groups itself, of the model."""
+    return bool(asked(config.optimizer, OPTIMIZER_NOTE))
 
 
 def build_schedule(config: Config, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
