@@ -20,11 +20,11 @@ NORM = re.compile(r"Norm(\d+d)?$")
 """The end of the name of a class that normalises: LayerNorm, BatchNorm2d, LlamaRMSNorm."""
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
-Choice = Sequence[type[nn.Module] | str]
+Exceptions = Sequence[type[nn.Module] | str]
 
 
 def parameter_groups(
-    *modules: nn.Module, weight_decay: float, no_decay: Choice = (), decay: Choice = (), frozen: bool = False
+    *modules: nn.Module, weight_decay: float, no_decay: Exceptions = (), decay: Exceptions = (), frozen: bool = False
 ) -> list[dict[str, Any]]:
     """Return the groups of an optimizer over the trained parameters of `modules`: with `weight_decay`, and with 0.0.
 
@@ -78,7 +78,7 @@ def _usually_without(module: nn.Module) -> Iterator[Tensor]:
                 yield parameter
 
 
-def _named_by(modules: Sequence[nn.Module], choice: Choice, word: str) -> set[int]:
+def _named_by(modules: Sequence[nn.Module], choice: Exceptions, word: str) -> set[int]:
     """Return the ids of the parameters that a choice names."""
     if isinstance(choice, str | type):
         raise ConfigError(f"parameter_groups: expected a list of classes and patterns as {word}, got one; use [...]")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt
-from pydantic import AllowInfNan, BaseModel, Strict
+from pydantic import AllowInfNan, BaseModel, BeforeValidator, Strict
 from pydantic.fields import FieldInfo
 
 from disttrain.devices import backend_names
@@ -48,6 +48,24 @@ PositiveFloat = Annotated[float, Strict(), Gt(0), AllowInfNan(False)]
 NonNegativeFloat = Annotated[float, Strict(), Ge(0), AllowInfNan(False)]
 AboveOne = Annotated[float, Strict(), Gt(1), AllowInfNan(False)]
 Flag = Annotated[bool, Strict()]
+
+
+def _class_names(value: Any) -> Any:
+    """Return a choice of classes as a bool or a tuple of names and classes; "A, B" stands for both names."""
+    if isinstance(value, str):
+        value = [name.strip() for name in value.split(",")]
+    if isinstance(value, type):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        return value
+    for each in value:
+        if not isinstance(each, type) and not (isinstance(each, str) and each.isidentifier()):
+            raise ValueError("neither a class nor its name")
+    return tuple(value) or False
+
+
+Classes = Annotated[Flag | str | tuple[Any, ...], BeforeValidator(_class_names)]
+"""Classes of modules, by themselves or by their names. True: a rule chooses them. False: none."""
 
 
 @dataclass(frozen=True)

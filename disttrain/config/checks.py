@@ -116,8 +116,11 @@ def _with_fsdp(config: "Config") -> Iterator[str]:
             'precision: expected "fp32", "bf16" or "fp16" with strategy="fsdp", got "apex", which needs whole '
             'parameters; use one of these, or strategy="ddp"'
         )
-    if config.compile:
-        yield 'compile: expected False with strategy="fsdp", got True; leave it out, or use strategy="ddp"'
+    if config.compile and config.fsdp_gather == "module":
+        yield (
+            'compile: expected False with strategy="fsdp" and fsdp_gather="module", got True; use fsdp_gather="step", '
+            'or strategy="ddp"'
+        )
 
 
 def _metric_names(names: Any) -> Iterator[str]:

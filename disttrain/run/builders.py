@@ -21,6 +21,7 @@ from disttrain.engine.supervised import StepFunction
 from disttrain.errors import ConfigError
 from disttrain.parallel import Layout
 from disttrain.parallel.model_checks import check_model
+from disttrain.parallel.recomputation import recompute
 from disttrain.run.factories import build, built
 from disttrain.run.field_places import field_place
 from disttrain.run.freezing import names_by_group
@@ -32,9 +33,13 @@ OPTIMIZER_NOTE = next(leaf.note for leaf in leaves(Config) if leaf.name == "opti
 
 
 def build_model(config: Config, backend: Backend) -> nn.Module:
-    """Build the model under its own seed, on this rank's device."""
+    """Build the model under its own seed, on this rank's device, as `activation_checkpointing` and `compile` ask."""
     manual_seed(seed_for(config.seed, "init"))
     model: nn.Module = backend.move(built(config, "model", nn.Module))
+    if config.activation_checkpointing:
+        if backend.device.type == "xla":
+            raise ConfigError("activation_checkpointing has not been built for XLA devices; leave it out")
+        recompute(model, config.activation_checkpointing)
     if config.compile:
         backend.compile(model)
     return model
