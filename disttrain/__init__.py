@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from disttrain.data import SeededDataset as SeededDataset
     from disttrain.data import SlotBatchSampler as SlotBatchSampler
     from disttrain.data import SlotLoader as SlotLoader
+    from disttrain.decay import parameter_groups as parameter_groups
     from disttrain.engine import DeterministicEngine as DeterministicEngine
     from disttrain.engine import Engine as Engine
     from disttrain.engine import EventEnum as EventEnum
@@ -45,6 +46,7 @@ _ROOMS = {
     "backend": ["Backend", "connect", "make_deterministic"],
     "config": ["Config", "load_config"],
     "data": ["IndexShuffle", "ReproducibleBatchSampler", "SeededDataset", "SlotBatchSampler", "SlotLoader"],
+    "decay": ["parameter_groups"],
     "engine": [
         *("DeterministicEngine", "Engine", "EventEnum", "Events", "State"),
         *("create_supervised_evaluator", "create_supervised_trainer"),

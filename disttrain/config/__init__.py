@@ -2,6 +2,7 @@
 
     fields       `Config` and its groups of fields
     annotations  the types of the fields, and the notes that a field carries beside its type
+    asked        the parts of a run that a function asks for by the names of its arguments
     checks       the rules between fields: one length, one loss, slots that divide the global batch
     load         makes a Config from a cfg.py or from a run directory
     overrides    applies `key=value` from the command line to a Config

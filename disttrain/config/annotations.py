@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt
-from pydantic import AllowInfNan, BaseModel, Strict
+from pydantic import AllowInfNan, BaseModel, BeforeValidator, Strict
 from pydantic.fields import FieldInfo
 
 from disttrain.devices import backend_names
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     Loss = Callable[[Any, Any], Tensor]
     Forward = Callable[[nn.Module, Any], tuple[Tensor, Any]]
     Weight = Callable[[Any], Any]
-    OptimizerFactory = Callable[[Any], Optimizer]
+    OptimizerFactory = Callable[..., Optimizer]
     ScheduleFactory = Callable[[Any, int], LRScheduler]
     MetricFactory = Callable[[], Metric]
     Collate = Callable[[list[Any]], Any]
@@ -50,13 +50,32 @@ AboveOne = Annotated[float, Strict(), Gt(1), AllowInfNan(False)]
 Flag = Annotated[bool, Strict()]
 
 
+def _class_names(value: Any) -> Any:
+    """Return a choice of classes as a bool or a tuple of names and classes; "A, B" stands for both names."""
+    if isinstance(value, str):
+        value = [name.strip() for name in value.split(",")]
+    if isinstance(value, type):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        return value
+    for each in value:
+        if not isinstance(each, type) and not (isinstance(each, str) and each.isidentifier()):
+            raise ValueError("neither a class nor its name")
+    return tuple(value) or False
+
+
+Classes = Annotated[Flag | str | tuple[Any, ...], BeforeValidator(_class_names)]
+"""Classes of modules, by themselves or by their names. True: a rule chooses them. False: none."""
+
+
 @dataclass(frozen=True)
 class FieldNote:
     """The facts about a field that its type cannot express.
 
     `may_change`: a resumed run may have another value. `harmless`: the field does not change the result of a step, so
     `disttrain compare` does not mention it. `takes`: the form of a function, such as
-    "(optimizer, total_steps) -> LRScheduler". `within`: the container, if the field holds several functions.
+    "(optimizer, total_steps) -> LRScheduler". `within`: the container, if the field holds several functions. `asks`:
+    the parts of the run that the function may ask for by the name of an argument (`config/asked.py`).
     """
 
     unit: str = ""
@@ -64,6 +83,7 @@ class FieldNote:
     harmless: bool = False
     takes: str = ""
     within: Literal["", "list of ", "dict of name: "] = ""
+    asks: tuple[str, ...] = ()
 
     @property
     def num_arguments(self) -> int:

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
-from disttrain.config.annotations import PLAIN_KEY, FieldNote, leaves
-from disttrain.config.wording import either, got
+from disttrain.config.annotations import PLAIN_KEY, FieldNote, Leaf, leaves
+from disttrain.config.asked import asked, unknown
+from disttrain.config.wording import both, either, got
 from disttrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ def problems(config: "Config") -> Iterator[str]:
         )
     for leaf in leaves(type(config)):
         yield from _callables(leaf.name, leaf.note, value_of(config, leaf.name))
+    for leaf in leaves(type(config)):
+        if leaf.note.asks:
+            yield from _parts_that_are_not_there(config, leaf)
     yield from _metric_names(config.metrics)
     yield from _monitor(config)
     if config.strategy == "fsdp":
@@ -81,6 +85,12 @@ def _callables(name: str, note: FieldNote, value: Any) -> Iterator[str]:
             yield from _callables(f"{name}.{key}", FieldNote(takes=note.takes), function)
     elif note.num_arguments == 0 and hasattr(value, "state_dict") and not isinstance(value, type):
         yield f"{name}: expected {note.takes}, got {got(value)}, built already; give a function that builds it"
+    elif names := asked(value, note):
+        if left := unknown(value, note):
+            yield (
+                f"{name}: expected a function that takes {both(names)} alone, got {got(value)}, which needs "
+                f"{both(left)} too; give {either(left)} by partial(FUNCTION, {left[0]}=...)"
+            )
     else:
         try:
             signature = inspect.signature(value)
@@ -92,6 +102,13 @@ def _callables(name: str, note: FieldNote, value: Any) -> Iterator[str]:
             yield f"{name}: expected {note.takes}, got {got(value)}, which does not take these arguments: {error}"
 
 
+def _parts_that_are_not_there(config: "Config", leaf: Leaf) -> Iterator[str]:
+    for part in leaf.note.asks:
+        if part in asked(value_of(config, leaf.name), leaf.note) and getattr(config, part) is None:
+            given = [each for each in leaf.note.asks if getattr(config, each) is not None]
+            yield f"{leaf.name}: it asks for {part}, but the config has none; it has {both(given)}"
+
+
 def _with_fsdp(config: "Config") -> Iterator[str]:
     """Yield the settings that exclude sharded parameters; parallel/groups.py checks the model and the optimizer."""
     if config.precision == "apex":
@@ -99,8 +116,11 @@ def _with_fsdp(config: "Config") -> Iterator[str]:
             'precision: expected "fp32", "bf16" or "fp16" with strategy="fsdp", got "apex", which needs whole '
             'parameters; use one of these, or strategy="ddp"'
         )
-    if config.compile:
-        yield 'compile: expected False with strategy="fsdp", got True; leave it out, or use strategy="ddp"'
+    if config.compile and config.fsdp_gather == "module":
+        yield (
+            'compile: expected False with strategy="fsdp" and fsdp_gather="module", got True; use fsdp_gather="step", '
+            'or strategy="ddp"'
+        )
 
 
 def _metric_names(names: Any) -> Iterator[str]:

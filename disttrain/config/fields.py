@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, 
 from disttrain.config.annotations import (
     AboveOne,
     BackendName,
+    Classes,
     Collate,
     DataFactory,
     FieldNote,
@@ -40,6 +41,9 @@ from disttrain.config.annotations import (
 from disttrain.config.checks import problems
 from disttrain.config.wording import explain_field_errors, sentence
 from disttrain.errors import ConfigError
+
+STEP_PARTS = ("loss", "forward")
+"""The fields beside `model` whose Modules an optimizer may ask for."""
 
 
 class _Hidden:
@@ -157,8 +161,10 @@ class Config(Declaration):
     """The number of targets in a batch, such as tokens or boxes, over which its loss is the mean. Then gradients and
     losses are means over all targets of the global batch, and a batch of weight 0 counts for nothing. None: every slot
     counts once."""
-    optimizer: Annotated[OptimizerFactory, FieldNote(takes="(parameters) -> Optimizer")]
-    """Builds the optimizer, for example partial(torch.optim.AdamW, lr=1e-3)."""
+    optimizer: Annotated[OptimizerFactory, FieldNote(takes="(parameters) -> Optimizer", asks=("model", *STEP_PARTS))]
+    """Builds the optimizer, for example partial(torch.optim.AdamW, lr=1e-3). A function with an argument `model` gets
+    the model instead of the parameters, to make groups of them (docs/optimizers.md); with `loss` or `forward`, that
+    field's Module too."""
     schedule: Annotated[ScheduleFactory | None, FieldNote(takes="(optimizer, total_steps) -> LRScheduler")] = None
     """Builds the schedule of the learning rate. It steps once after each step of the optimizer. One whose step needs
     `metrics` (ReduceLROnPlateau) steps after each evaluation, with the result that `checkpoint.monitor` names, or the
@@ -170,8 +176,9 @@ class Config(Declaration):
     global_batch_size: Annotated[Positive, FieldNote("samples")]
     """The number of samples in one step, over all ranks."""
     num_slots: Annotated[Positive | None, FieldNote("slots")] = None
-    """The number of equal parts, called slots, of the global batch. Each rank needs at least one. None: the world size
-    of the first launch."""
+    """The number of equal parts, called slots, of the global batch. Each rank needs at least one; it runs several one
+    after the other and adds up their gradients, so more slots than ranks are gradient accumulation. None: the world
+    size of the first launch."""
     max_epochs: Annotated[Positive | None, FieldNote("epochs")] = None
     """The length of the run in epochs. Set either this or `max_steps`. A resumed run may change it, unless there is a
     schedule."""
@@ -217,6 +224,10 @@ class Config(Declaration):
     """Refuse operations that have no deterministic kernel, samples that vary under one seed, and a forward whose
     gradients vary in a second run of a process's first slot. False: warn and continue; the bits may differ each time.
     """
+    activation_checkpointing: Annotated[Classes, FieldNote(may_change=True, harmless=True)] = False
+    """The classes of modules, such as ("Block",), that keep their inputs alone and run again in the backward. This
+    takes less memory and more time, and changes no bit. True: the blocks that an nn.ModuleList or an nn.Sequential
+    holds. On the command line: Block, or Block,Head."""
     compile: Annotated[Flag, FieldNote()] = False
     """Compile the model with torch.compile."""
     handlers: Annotated[

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from disttrain.config.annotations import PLAIN_KEY, Leaf, alternatives, is_group, leaves
+from disttrain.config.annotations import PLAIN_KEY, FieldNote, Leaf, alternatives, is_group, leaves
+from disttrain.config.asked import asked
 from disttrain.config.checks import value_of
 from disttrain.config.fields import Config, Declaration, replace
 from disttrain.config.parse import Missing, parse, parse_keyword
@@ -39,7 +40,7 @@ def settable(config: Config) -> list[str]:
         if not leaf.note.takes:
             keys.append(leaf.name)
         elif not leaf.note.within.startswith("list"):
-            keys += _keywords(leaf.name, value_of(config, leaf.name), leaf.note.num_arguments)
+            keys += _keywords(leaf.name, value_of(config, leaf.name), leaf.note)
     return keys
 
 
@@ -58,8 +59,8 @@ def _override(config: Config, changes: dict[str, Any], key: str, text: str) -> N
         reason = f"no such field{did_you_mean(key, keys)}" if rest else f"{head} is a group of fields"
         raise ConfigError(f"{key}={text}: " + (reason if reason.endswith("?") else f"{reason}; it has {both(keys)}."))
     else:
-        num_arguments = next((leaf.note.num_arguments for leaf in leaves(type(config)) if leaf.name == head), 0)
-        changes[head] = _changed(config, key, head, present, rest, text, num_arguments)
+        note = next((leaf.note for leaf in leaves(type(config)) if leaf.name == head), FieldNote())
+        changes[head] = _changed(config, key, head, present, rest, text, note)
 
 
 def _fields(group: Any) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def _only_in_cfg(config: Config, key: str, text: str) -> ConfigError:
     return ConfigError(f"{key}={text}: a function cannot be given as text; set {key} in the cfg.py{instead}.")
 
 
-def _changed(config: Config, key: str, prefix: str, value: Any, path: list[str], text: str, num_given: int) -> Any:
+def _changed(config: Config, key: str, prefix: str, value: Any, path: list[str], text: str, note: FieldNote) -> Any:
     """Return a copy of `value`, a function or a dict with the dotted name `prefix`, with the part at `path` changed."""
     name, *rest = path
     dotted = f"{prefix}.{name}"
@@ -98,7 +99,7 @@ def _changed(config: Config, key: str, prefix: str, value: Any, path: list[str],
             f"got {got(value)}; change it in the cfg.py."
         )
     function = value if isinstance(value, partial) else partial(value)
-    parameters = _parameters(function, num_given)
+    parameters = _parameters(function, note)
     if name not in function.keywords and name not in parameters and not _takes_any(function):
         near = did_you_mean(dotted, [f"{prefix}.{known}" for known in parameters])
         raise ConfigError(f"{key}={text}: {_name(function)} takes no {name}{near or _known(parameters)}")
@@ -112,7 +113,7 @@ def _changed_part(
 ) -> Any:
     """Return the new value of one keyword or key: parsed from text, or the present one with a part of it changed."""
     if rest:
-        return _changed(config, key, dotted, None if present is Missing else present, rest, text, 0)
+        return _changed(config, key, dotted, None if present is Missing else present, rest, text, FieldNote())
     replaced = parameter.default if present is Missing and parameter else present
     if callable(replaced) and replaced is not Missing:
         raise _only_in_cfg(config, key, text)
@@ -143,9 +144,12 @@ def _signature(function: "partial[Any]") -> inspect.Signature:
         return plain
 
 
-def _parameters(function: "partial[Any]", num_given: int) -> dict[str, inspect.Parameter]:
-    """Return the parameters that an override can set; the caller or the partial gives the first ones."""
+def _parameters(function: "partial[Any]", note: FieldNote) -> dict[str, inspect.Parameter]:
+    """Return the parameters that an override can set; the run or the partial gives the others."""
     parameters = list(_signature(function).parameters.values())
+    if by_name := asked(function, note):
+        parameters = [p for p in parameters if p.name not in by_name]
+    num_given = 0 if by_name else note.num_arguments
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     taken = positional[: len(function.args) + num_given]
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p not in taken]
@@ -156,12 +160,12 @@ def _takes_any(function: "partial[Any]") -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in _signature(function).parameters.values())
 
 
-def _keywords(prefix: str, value: Any, num_given: int) -> Iterator[str]:
+def _keywords(prefix: str, value: Any, note: FieldNote) -> Iterator[str]:
     """Yield the keys of the keywords of a function, or of the functions in a dict."""
     if isinstance(value, Mapping):
         for name in value:
             if isinstance(name, str) and PLAIN_KEY.fullmatch(name):
-                yield from _keywords(f"{prefix}.{name}", value[name], 0)
+                yield from _keywords(f"{prefix}.{name}", value[name], FieldNote())
     elif _is_function(value):
         function = value if isinstance(value, partial) else partial(value)
-        yield from (f"{prefix}.{name}" for name in {**function.keywords, **_parameters(function, num_given)})
+        yield from (f"{prefix}.{name}" for name in {**function.keywords, **_parameters(function, note)})

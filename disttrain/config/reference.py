@@ -48,6 +48,7 @@ def reference_markdown() -> str:
     """Return the reference page of the config."""
     resume = {leaf.name: "may change" if leaf.note.may_change else "stays the same" for leaf in leaves(Config)}
     resume |= dict.fromkeys(("max_epochs", "max_steps"), "may change if there is no `schedule`")
+    resume["activation_checkpointing"] = "may change without `compile`"
     return "\n".join([_INTRO, *(_section(row, resume[row.name]) for row in field_table())])
 
 

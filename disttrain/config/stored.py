@@ -2,7 +2,8 @@
 
 *Contract*: `config.json` holds the description of the resolved config, its hash, and the folder from which the cfg.py
 imports. `overrides.json` beside it holds the list of overrides. A field may change on resume if its note allows it.
-The length of the run may change unless a schedule depends on it.
+The length of the run may change unless a schedule depends on it, and activation checkpointing unless the model is
+compiled: the compiler rounds otherwise when it recomputes.
 """
 
 import hashlib
@@ -18,6 +19,8 @@ from disttrain.files import read_json
 
 NOT_SET = "(not set)"
 """The value of a key that is missing in one of two descriptions."""
+RECOMPUTES = "activation_checkpointing"
+"""A field that changes the bits of compiled models alone."""
 MAX_VALUE = 400
 """The longest text of a value that a checkpoint holds as it is."""
 
@@ -93,10 +96,18 @@ def differences(old: Description, new: Description) -> list[FieldDifference]:
 
 def blocking_differences(old: Description, new: Description) -> list[FieldDifference]:
     """Return the differences that prevent a resume."""
-    changeable = {leaf.name for leaf in leaves(Config) if leaf.note.may_change}
-    if old.get("schedule") is None and new.get("schedule") is None:
-        changeable |= {"max_epochs", "max_steps"}
+    changeable = _changeable(old) & _changeable(new)
     return [difference for difference in differences(old, new) if difference.field not in changeable]
+
+
+def _changeable(description: Description) -> set[str]:
+    """Return the fields that a resumed run may change."""
+    changeable = {leaf.name for leaf in leaves(Config) if leaf.note.may_change}
+    if description.get("schedule") is None:
+        changeable |= {"max_epochs", "max_steps"}
+    if description.get("compile"):
+        changeable -= {RECOMPUTES}
+    return changeable
 
 
 def binding_fields(description: Description) -> Description:
@@ -104,9 +115,7 @@ def binding_fields(description: Description) -> Description:
 
     Left out is the name, which a run gets with its directory.
     """
-    changeable = {leaf.name for leaf in leaves(Config) if leaf.note.may_change} | {"name"}
-    if description.get("schedule") is None:
-        changeable |= {"max_epochs", "max_steps"}
+    changeable = _changeable(description) | {"name"}
     return {key: _shortened(value) for key, value in description.items() if key not in changeable}
 
 
@@ -118,6 +127,8 @@ def _shortened(value: JSON) -> JSON:
 def differences_that_matter(old: Description, new: Description) -> list[FieldDifference]:
     """Return the differences that may change the result of a step."""
     harmless = {leaf.name for leaf in leaves(Config) if leaf.note.harmless}
+    if old.get("compile") or new.get("compile"):
+        harmless -= {RECOMPUTES}
     return [difference for difference in differences(old, new) if difference.field not in harmless]
 
 

@@ -11,6 +11,39 @@ from pydantic import BaseModel, ValidationError
 from disttrain.config.annotations import Leaf, leaves
 from disttrain.errors import ConfigError
 
+OTHER_NAMES = {
+    "accumulate_grad_batches": "num_slots",
+    "amp": "precision",
+    "callbacks": "handlers",
+    "collate_fn": "collate",
+    "dataloader_num_workers": "num_workers",
+    "eval_dataset": "valid_data",
+    "eval_steps": "validate.every_steps",
+    "grad_accumulation_steps": "num_slots",
+    "gradient_accumulation_steps": "num_slots",
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_clip_val": "grad_clip_norm",
+    "limit_train_batches": "max_steps",
+    "logging_steps": "log.every_steps",
+    "loss_fn": "loss",
+    "lr_scheduler": "schedule",
+    "max_grad_norm": "grad_clip_norm",
+    "metric_for_best_model": "checkpoint.monitor",
+    "num_train_epochs": "max_epochs",
+    "per_device_train_batch_size": "global_batch_size",
+    "save_steps": "checkpoint.every_steps",
+    "save_total_limit": "checkpoint.keep",
+    "torch_compile": "compile",
+    "train_batch_size": "global_batch_size",
+    "train_dataset": "train_data",
+    "val_check_interval": "validate.every_steps",
+}
+"""The names of settings in other frameworks, and the fields that say the same here."""
+REMARKS = {
+    "num_slots": " The global batch has this many parts; a rank runs its own one by one, and adds up their gradients.",
+}
+"""What to add where the name of another framework was used, because the field counts something else."""
+
 
 def got(value: object) -> str:
     """Return a short text for a value: the value itself if it is plain, else its kind."""
@@ -39,6 +72,8 @@ def both(words: Iterable[object]) -> str:
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """Return `; did you mean optimizer.lr?` with the nearest of `words`; an empty text if none is near."""
+    if (here := OTHER_NAMES.get(word)) in set(words := list(words)):
+        return f"; did you mean {here}?{REMARKS.get(str(here), '')}"
     scores = {known: _nearness(word, known) for known in sorted(set(words))}
     best = max(scores.values(), default=0.0)
     near = [known for known in scores if scores[known] >= max(best - 0.15, 0.6)]

@@ -25,6 +25,7 @@
     rehearsal           runs the first slot twice, and refuses a forward whose gradients then differ
     fingerprints        numbers that tell whether a tensor has changed
     buffers             makes BatchNorm's statistics independent of the number of ranks
+    recomputation       activation checkpointing: chosen modules run again in the backward
     trained_parameters  the parameters that a run trains, and a warning for those that no slot uses
 
 | noun   | meaning                                                                                             |

@@ -99,7 +99,7 @@ def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
                 'optimizer that treats each element by itself (SGD, Adam, AdamW, RMSprop, Adagrad), or strategy="ddp"'
             )
     for group in optimizer.param_groups:
-        if group.get("fused") and group["params"][0].device.type == "cpu":
+        if group.get("fused") and any(parameter.device.type == "cpu" for parameter in group["params"]):
             raise ConfigError(
                 f'strategy="fsdp": {type(optimizer).__name__}(fused=True) rounds the last elements of a tensor '
                 "differently on a CPU, so its bits change with the number of ranks; leave out fused"

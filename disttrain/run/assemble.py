@@ -34,7 +34,7 @@ from disttrain.handlers.best import Best, mode_of
 from disttrain.parallel import Layout, Slots, World, strategy_for
 from disttrain.parallel.leaving_out import LeavingOut
 from disttrain.precision import Precision, choose_precision
-from disttrain.run.builders import build_model, build_optimizer, build_schedule, build_step_function
+from disttrain.run.builders import asks_for_parts, build_model, build_optimizer, build_schedule, build_step_function
 from disttrain.run.data import build_data, collate_of
 from disttrain.run.directory import RunDirectory
 from disttrain.run.evaluation import Evaluation
@@ -90,7 +90,7 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out
         precision=precision,
         gradients=gradients,
         updates=updates,
-        freezing=Freezing(step_function, optimizer, layout),
+        freezing=Freezing(step_function, optimizer, layout, may_leave_out=not asks_for_parts(config)),
         loader=data.loader,
         trainer=trainer,
         evaluation=evaluation,

@@ -6,6 +6,7 @@
 """
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +14,14 @@ from torch import nn
 
 from disttrain.backend import Backend
 from disttrain.config import Config
+from disttrain.config.annotations import leaves
+from disttrain.config.asked import arguments, asked
 from disttrain.config.wording import got
 from disttrain.engine.supervised import StepFunction
 from disttrain.errors import ConfigError
 from disttrain.parallel import Layout
 from disttrain.parallel.model_checks import check_model
+from disttrain.parallel.recomputation import recompute
 from disttrain.run.factories import build, built
 from disttrain.run.field_places import field_place
 from disttrain.run.freezing import names_by_group
@@ -25,11 +29,17 @@ from disttrain.run.optimizer_checks import check_optimizer_steps, required_argum
 from disttrain.run.step_checks import CheckedStep
 from disttrain.seeding import manual_seed, seed_for
 
+OPTIMIZER_NOTE = next(leaf.note for leaf in leaves(Config) if leaf.name == "optimizer")
+
 
 def build_model(config: Config, backend: Backend) -> nn.Module:
-    """Build the model under its own seed, on this rank's device."""
+    """Build the model under its own seed, on this rank's device, as `activation_checkpointing` and `compile` ask."""
     manual_seed(seed_for(config.seed, "init"))
     model: nn.Module = backend.move(built(config, "model", nn.Module))
+    if config.activation_checkpointing:
+        if backend.device.type == "xla":
+            raise ConfigError("activation_checkpointing has not been built for XLA devices; leave it out")
+        recompute(model, config.activation_checkpointing)
     if config.compile:
         backend.compile(model)
     return model
@@ -60,9 +70,20 @@ def refuse_scripted(model: nn.Module) -> None:
 
 
 def build_optimizer(config: Config, step_function: StepFunction, layout: Layout) -> torch.optim.Optimizer:
-    """Build the optimizer over the parameters that are trained: the model's, then those of a loss."""
+    """Build the optimizer over the parameters that are trained, the model's, then those of a loss; or over the model.
+
+    A factory that asks for `model`, `loss` or `forward` gets these, and may freeze parameters, but not exchange them.
+    """
     trained = [parameter for parameter in step_function.parameters() if parameter.requires_grad]
-    optimizer = build("optimizer", config.optimizer, trained)
+    parts = {"model": step_function.model, "loss": step_function.loss, "forward": step_function.step}
+    given, by_name = arguments(config.optimizer, OPTIMIZER_NOTE, [trained], parts)
+    before = {name: id(parameter) for name, parameter in step_function.named_parameters()}
+    optimizer = build("optimizer", partial(config.optimizer, **by_name), *given)
+    if before != {name: id(parameter) for name, parameter in step_function.named_parameters()}:
+        raise ConfigError(
+            f"{field_place(config, 'optimizer')}: expected a function that leaves the model's parameters where they "
+            "are, but it has added, removed or exchanged some; change the model in `model`"
+        )
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(
             f"{field_place(config, 'optimizer')}: expected a function that returns a torch.optim.Optimizer, got "
@@ -72,6 +93,11 @@ def build_optimizer(config: Config, step_function: StepFunction, layout: Layout)
     layout.check_optimizer(optimizer)
     check_optimizer_steps(optimizer, sharded=config.strategy == "fsdp")
     return optimizer
+
+
+def asks_for_parts(config: Config) -> bool:
+    """Return whether the optimizer's factory makes the groups itself, of the model."""
+    return bool(asked(config.optimizer, OPTIMIZER_NOTE))
 
 
 def build_schedule(config: Config, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:

@@ -30,15 +30,17 @@ FLAGS, GROUPS = "requires_grad", "param_groups"
 class Freezing:
     """The `requires_grad` of a run's parameters, and the groups of its optimizer, by the names in `model`."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, layout: Layout) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer, layout: Layout, *, may_leave_out: bool = True) -> None:
         self._named = {name.replace("_orig_mod.", ""): each for name, each in model.named_parameters()}
         """By their names without torch.compile, as in a checkpoint's state."""
         self._optimizer = optimizer
         self._layout = layout
         self._kept: Mapping[str, Any] = {}
         members = {id(each) for group in optimizer.param_groups for each in group["params"]}
-        # The config's own choice: an optimizer over a part of the parameters.
-        self._left_out = {n for n, each in self._named.items() if each.requires_grad and id(each) not in members}
+        lost = {n for n, each in self._named.items() if each.requires_grad and id(each) not in members}
+        # A factory that gets parameters leaves some out by its own choice; one that gets the model may forget them.
+        self._left_out = lost if may_leave_out else set()
+        self._forgotten = set() if may_leave_out else lost
         self._checked: tuple[list[bool], list[int]] | None = None
         self._begin()
 
@@ -58,6 +60,26 @@ class Freezing:
         """Take what there is now as the start: all handlers have been called. `kept` may hold further optimizers."""
         self._kept = kept
         self._begin()
+        if self._has_own and (forgotten := [name for name in self._without_optimizer() if name in self._forgotten]):
+            raise ConfigError(
+                f"optimizer: expected every parameter with requires_grad in a group, but {shortened(forgotten)} would "
+                "get a gradient, count in its norm and never be trained; give it a group, or freeze it with "
+                "requires_grad_(False)"
+            )
+
+    def say_what_is_left_out(self, warn: Callable[[str], None]) -> None:
+        """Warn about the parameters that get a gradient and that no optimizer steps, by the config's own choice."""
+        if self._has_own and (names := self._without_optimizer()):
+            warn(
+                f"the optimizer leaves out {shortened(names)}, which get a gradient that counts in its norm, and are "
+                "not trained; freeze them with requires_grad_(False) where the model is built"
+            )
+
+    def _without_optimizer(self) -> list[str]:
+        """Return the names of the parameters with requires_grad that are in no group of an optimizer of the run."""
+        optimizers = [self._optimizer, *(each for each in self._kept.values() if hasattr(each, "param_groups"))]
+        stepped = {id(each) for one in optimizers for group in one.param_groups for each in group["params"]}
+        return [name for name, each in self._named.items() if each.requires_grad and id(each) not in stepped]
 
     def _flags(self) -> dict[str, bool]:
         return {name: parameter.requires_grad for name, parameter in self._named.items()}
@@ -143,10 +165,7 @@ class Freezing:
             return
         names_by_group(self._optimizer, self._named)
         self._layout.check_optimizer(self._optimizer)
-        optimizers = [self._optimizer, *(each for each in self._kept.values() if hasattr(each, "param_groups"))]
-        stepped = {id(each) for one in optimizers for group in one.param_groups for each in group["params"]}
-        lost = [name for name, each in self._named.items() if each.requires_grad and id(each) not in stepped]
-        if lost := [name for name in lost if name not in self._left_out]:
+        if lost := [name for name in self._without_optimizer() if name not in self._left_out]:
             raise ConfigError(
                 f"expected every parameter with requires_grad in a group of the optimizer, but {shortened(lost)} "
                 "would get a gradient and never be trained; where it is unfrozen, call "
@@ -158,7 +177,14 @@ class Freezing:
 def names_by_group(optimizer: Optimizer, named: Mapping[str, Tensor]) -> list[list[str]]:
     """Return the names of the parameters in each group; ConfigError for a parameter that is not among `named`."""
     names = {id(parameter): name for name, parameter in named.items()}
+    seen: set[int] = set()
     for parameter in (each for group in optimizer.param_groups for each in group["params"]):
+        if id(parameter) in seen and id(parameter) in names:
+            raise ConfigError(
+                f"optimizer: {type(optimizer).__name__} has the parameter {names[id(parameter)]} twice, so it would be "
+                "stepped twice; leave it out of one place (a tied weight has several names: take it once)"
+            )
+        seen.add(id(parameter))
         if id(parameter) not in names:
             raise ConfigError(
                 f"optimizer: {type(optimizer).__name__} has a parameter of shape {list(parameter.shape)} that belongs "

@@ -11,6 +11,7 @@ import platform
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,6 +94,7 @@ def attempt(
         for note in run.loader.notes:
             console.print(note, soft_wrap=True)
         warn_of_unkept(run, console)
+        run.freezing.say_what_is_left_out(partial(warn, console))
         step = restore(run, console)
         run.training = True
         services = attach(run, preemption, console, step, stack)

@@ -65,6 +65,12 @@ def test_a_missing_field_says_what_belongs_there() -> None:
         ({"timeout_s": float("nan")}, "timeout_s: expected float > 0, got nan."),
         ({"grad_clip_norm": 0.0}, "grad_clip_norm: expected float > 0 | None, got 0.0."),
         ({"compile": 1}, "compile: expected bool, got 1."),
+        ({"activation_checkpointing": [3]}, "activation_checkpointing: expected bool | str | tuple, got [3]."),
+        (
+            {"gradient_accumulation_steps": 4},
+            "gradient_accumulation_steps: no such field; did you mean num_slots? The global batch has this many parts; "
+            "a rank runs its own one by one, and adds up their gradients.",
+        ),
         ({"strategy": "dp"}, 'strategy: expected "ddp" | "fsdp", got \'dp\'.'),
         ({"log": {"tensorboard": "yes"}}, "log.tensorboard: expected bool | \"auto\", got 'yes'."),
         ({"log": 3}, "log: expected a LogConfig or a dict of its fields, got 3."),

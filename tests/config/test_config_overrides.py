@@ -42,6 +42,17 @@ def test_fields_are_parsed_by_their_type(text: str, value: object) -> None:
     assert (type(result), result) == (type(value), value)
 
 
+def test_classes_are_names_a_list_or_a_word() -> None:
+    for text, value in (("true", True), ("Block", ("Block",)), ("Block, Head", ("Block", "Head"))):
+        assert overridden(f"activation_checkpointing={text}").activation_checkpointing == value
+    assert overridden("activation_checkpointing=['Block']").activation_checkpointing == ("Block",)
+    assert (
+        overridden("activation_checkpointing=false", activation_checkpointing=nn.Linear).activation_checkpointing
+        is False
+    )
+    assert "expected bool | str | tuple, got 'a b'" in refused("activation_checkpointing=a b")
+
+
 def test_parts_of_a_group_keep_each_other() -> None:
     config = overridden("checkpoint.keep=5", "checkpoint.every_s=60", checkpoint={"every_steps": 7})
     assert (config.checkpoint.keep, config.checkpoint.every_s, config.checkpoint.every_steps) == (5, 60.0, 7)
@@ -122,7 +133,9 @@ def test_the_result_is_checked_as_a_whole() -> None:
     assert "got both" in refused("max_steps=3")
     assert "use 96 or 104, or num_slots=4, 5 or 10." in refused("global_batch_size=100", num_slots=8)
     assert refused("checkpoint.keep=0") == "checkpoint.keep: expected int > 0, got 0."
-    assert 'compile: expected False with strategy="fsdp"' in refused("strategy=fsdp", compile=True)
+    assert 'compile: expected False with strategy="fsdp" and fsdp_gather="module", got True' in refused(
+        "strategy=fsdp", "fsdp_gather=module", compile=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -133,6 +146,13 @@ def test_the_result_is_checked_as_a_whole() -> None:
         ("batch_size=3", "batch_size=3: no such field; did you mean global_batch_size?"),
         ("checkpoint.kep=3", "checkpoint.kep=3: no such field; did you mean checkpoint.keep?"),
         ("qqq=3", "qqq=3: no such field; --help lists them."),
+        ("max_grad_norm=1", "max_grad_norm=1: no such field; did you mean grad_clip_norm?"),
+        ("save_steps=9", "save_steps=9: no such field; did you mean checkpoint.every_steps?"),
+        (
+            "gradient_accumulation_steps=4",
+            "gradient_accumulation_steps=4: no such field; did you mean num_slots? The global batch has this many "
+            "parts; a rank runs its own one by one, and adds up their gradients.",
+        ),
         ("optimizer.lrr=3", "optimizer.lrr=3: adam takes no lrr; did you mean optimizer.lr?"),
         ("optimizer.parameters=3", "optimizer.parameters=3: adam takes no parameters; it has lr and betas."),
         ("metrics.f1.num_classes=3", "metrics.f1.num_classes=3: metrics has no f1; it has accuracy."),

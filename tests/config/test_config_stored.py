@@ -15,6 +15,7 @@ from disttrain.config import (
     config_hash,
     describe,
     differences,
+    differences_that_matter,
     read_stored,
     to_json,
     with_num_slots,
@@ -151,3 +152,15 @@ def test_a_long_binding_value_is_kept_as_its_hash() -> None:
     )
     assert str(one["train_data"]).startswith("sha256:")
     assert one["train_data"] == same["train_data"] != other["train_data"]
+
+
+def test_a_compiled_run_keeps_what_it_recomputes() -> None:
+    for compiled in (False, True):
+        old = sample(compile=compiled)
+        new = sample(compile=compiled, activation_checkpointing=["Block"])
+        fields = ["activation_checkpointing"] if compiled else []
+        assert blocking(old, new) == blocking(new, old) == fields
+        assert [each.field for each in differences_that_matter(describe(old), describe(new))] == fields
+        assert ("activation_checkpointing" in binding_fields(describe(old))) == compiled
+    before = {key: value for key, value in describe(old).items() if key != "activation_checkpointing"}
+    assert blocking_differences(before, describe(old)) == []  # a run of a release that did not know the field

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from disttrain.config.annotations import FieldNote, Positive
-from disttrain.config.wording import both, did_you_mean, either, explain_field_errors, got, sentence
+from disttrain.config import Config
+from disttrain.config.annotations import FieldNote, Positive, leaves
+from disttrain.config.wording import OTHER_NAMES, both, did_you_mean, either, explain_field_errors, got, sentence
 
 names = st.text("abcdefghij_", min_size=6, max_size=12)
 
@@ -82,3 +83,11 @@ def test_pydantics_errors_are_one_line_each() -> None:
         "sizes.widht: no such field; did you mean sizes.width?",
     ]
     assert lines_for(width=1, build=[2, "x"]) == ["sizes.build.1: expected () -> int, got 'x'."]
+
+
+def test_names_of_other_frameworks_lead_to_fields_that_exist() -> None:
+    fields = {leaf.name for leaf in leaves(Config)}
+    assert set(OTHER_NAMES.values()) <= fields
+    assert not set(OTHER_NAMES) & fields
+    assert did_you_mean("gradient_accumulation_steps", fields).startswith("; did you mean num_slots? The global batch")
+    assert did_you_mean("gradient_checkpointing", fields) == "; did you mean activation_checkpointing?"

@@ -1,0 +1,67 @@
+"""The command and the numbers of docs/memory.md."""
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from commands import ROOT
+
+from disttrain import Slots
+from disttrain.commands.launch import main
+
+PAGE = (ROOT / "docs" / "memory.md").read_text()
+CFG = """
+import functools, torch
+from torch import nn
+from disttrain import Config
+
+class Block(nn.Sequential):
+    pass
+
+x = torch.randn(64, 4)
+config = Config(
+    model=lambda: nn.Sequential(*(Block(nn.Linear(4, 4), nn.Tanh(), nn.Dropout(0.1)) for _ in range(3))),
+    train_data=lambda: torch.utils.data.TensorDataset(x, -x),
+    loss=nn.MSELoss(),
+    optimizer=functools.partial(torch.optim.SGD, lr=0.1),
+    global_batch_size=64,
+    max_steps=2,
+)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _torch_settings() -> Iterator[None]:
+    """Restore the settings of torch that a run in this process changes."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+def test_its_command_trains_and_changes_no_bit_by_recomputing(tmp_path: Path) -> None:
+    (tmp_path / "cfg.py").write_text(CFG)
+    (line,) = re.findall(r"(?m)^python -m disttrain.launch cfg.py (.*)$", PAGE)
+    words = shlex.split(line)
+    assert words[-1] == "activation_checkpointing=Block"
+    results = []
+    for name, given in (("with", words), ("without", words[:-1])):
+        assert main([str(tmp_path / "cfg.py"), *given, f"name={name}", "--runs", str(tmp_path)]) == 0
+        results.append(json.loads((tmp_path / name / "result.json").read_text())["params_sha256"])
+    assert results[0] == results[1]
+
+
+def test_slots_are_the_microbatches_of_gradient_accumulation() -> None:
+    size, slots, ranks, accumulated = map(
+        int,
+        re.findall(
+            r"(?s)`global_batch_size=(\d+), num_slots=(\d+)` on (\d+) ranks .*?`gradient_accumulation_steps=(\d+)`",
+            PAGE,
+        )[0],
+    )
+    assert len(Slots(slots, 0, ranks).mine) == accumulated
+    assert f"runs {accumulated} microbatches of {size // slots} samples on each rank" in " ".join(PAGE.split())
