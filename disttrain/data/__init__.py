@@ -3,6 +3,7 @@
     permutation    `IndexShuffle`: a random order of n samples, computed slice by slice
     sampler        chooses the samples and the seed of each step and slot
     dataset        seeds the samples of a batch, names the sample of an error, identifies and checks a dataset
+    epochs         tells a dataset with `set_epoch` the epoch of the samples that are loaded next
     fetching       fetches batches in this process or in worker processes
     loader         `SlotLoader`: yields the microbatches of this rank's slots, from any position
     probes         single samples that are loaded to compare them with those of other ranks

@@ -28,20 +28,22 @@ INDICES_AT_A_TIME = 8192
 
 
 class SeededBatch(list[int]):
-    """Indices of samples to load together, with the seed to load them under and a name for messages."""
+    """Indices of samples to load together, with the seed to load them under, their epoch, and a name for messages."""
 
-    def __init__(self, indices: list[int], *, seed: int, name: str) -> None:
+    def __init__(self, indices: list[int], *, seed: int, name: str, epoch: int = 0, run_seed: int = 0) -> None:
         super().__init__(indices)
         self.seed = seed
         self.name = name
+        self.epoch = epoch
+        self.run_seed = run_seed
 
 
 class Microbatch(SeededBatch):
     """The indices of the samples of one slot in one step."""
 
-    def __init__(self, indices: list[int], *, seed: int, epoch: int, step: int, slot: int) -> None:
-        super().__init__(indices, seed=seed, name=f"the microbatch of epoch={epoch}, step={step}, slot={slot}")
-        self.epoch = epoch
+    def __init__(self, indices: list[int], *, seed: int, epoch: int, step: int, slot: int, run_seed: int = 0) -> None:
+        name = f"the microbatch of epoch={epoch}, step={step}, slot={slot}"
+        super().__init__(indices, seed=seed, name=name, epoch=epoch, run_seed=run_seed)
         self.step = step
         self.slot = slot
 
@@ -49,8 +51,8 @@ class Microbatch(SeededBatch):
 class EvaluationBatch(SeededBatch):
     """The indices of one batch of an evaluation; `number` counts the batches of all ranks, from 0."""
 
-    def __init__(self, indices: list[int], *, seed: int, number: int) -> None:
-        super().__init__(indices, seed=seed, name=f"evaluation batch {number}")
+    def __init__(self, indices: list[int], *, seed: int, number: int, run_seed: int = 0) -> None:
+        super().__init__(indices, seed=seed, name=f"evaluation batch {number}", run_seed=run_seed)
         self.number = number
 
 
@@ -172,7 +174,7 @@ class SlotBatchSampler(BatchSampler):
 
     def _microbatch(self, indices: list[int], epoch: int, step: int, slot: int) -> Microbatch:
         seed = seed_for(self.seed, "batch", epoch, step, slot)
-        return Microbatch(indices, seed=seed, epoch=epoch, step=step, slot=slot)
+        return Microbatch(indices, seed=seed, epoch=epoch, step=step, slot=slot, run_seed=self.seed)
 
 
 def check_sizes(num_samples: int, global_batch_size: int, num_slots: int) -> None:
@@ -270,4 +272,5 @@ class EvaluationBatchSampler(BatchSampler):
         for number in self.numbers:
             stop = min((number + 1) * self.batch_size, self.num_samples)
             indices = list(range(number * self.batch_size, stop))
-            yield EvaluationBatch(indices, seed=seed_for(self.seed, "valid", number), number=number)
+            seed = seed_for(self.seed, "valid", number)
+            yield EvaluationBatch(indices, seed=seed, number=number, run_seed=self.seed)
