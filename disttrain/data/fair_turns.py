@@ -11,7 +11,7 @@ among those that leave the rest possible. Else a source could always have the sa
 always samples of the same source. Turns are computed in blocks, each by itself:
 
 - Shares with a small common denominator (0.7 and 0.3: 10): a block is one or several periods, and at its ends each
-  source has exactly its share. The first 64 turns of the key's hash choose among as many drawn blocks.
+  source has exactly its share. 512 blocks are drawn, when they are first needed; a hash of a block's number chooses.
 - Other shares: the counts at the ends of a block are those to which EDF leads from one block earlier. It starts there
   from a state that needs no history: the windows that have closed are over, and of the open ones those that close
   first. EDF can go on from this state, as it can from the usual one: if a window that is not over closes before t,
@@ -20,8 +20,9 @@ always samples of the same source. Turns are computed in blocks, each by itself:
 
 *Errors*: AssertionError if a block were not possible, which would be a defect here.
 
-*Cost*: a block is 64 turns, or as many as the smallest share needs to have one; some 2 microseconds for each turn of a
-new block, three times as much for shares of the second kind. Of the first kind at most 64 blocks are computed.
+*Cost*: some 3 microseconds for each turn of a block that is computed, and 0.2 for each that is known. A block of the
+second kind has 32 turns, or as many as the smallest share needs to have one, and costs three times as much. Of the
+first kind at most 512 blocks are computed, and kept: at most 16 MB.
 
 *Source*: Baruah, Cohen, Plaxton and Varvel, "Proportionate Progress: A Notion of Fairness in Resource Allocation"
 (Algorithmica 1996), for the windows; Tijdeman, "The chairman assignment problem" (1980).
@@ -34,12 +35,13 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from disttrain.data.permutation import Indices, split_mix
 
-SHORTEST_BLOCK = 64
+SHORTEST_BLOCK, SHORTEST_PERIODS = 32, 64
 LONGEST_PERIOD = 4096
-NUM_DRAWN = 64
+NUM_DRAWN = 512
 """The number of blocks that are drawn for shares with a period."""
 SMALLEST_SHARE = Fraction(1, 2**16)
 
@@ -47,8 +49,8 @@ SMALLEST_SHARE = Fraction(1, 2**16)
 class Block(NamedTuple):
     """The turns of one block: the source of each, and how often that source had its turn in the block before."""
 
-    sources: Indices
-    earlier: Indices
+    sources: npt.NDArray[np.int32]
+    earlier: npt.NDArray[np.int32]
 
 
 class Windows(NamedTuple):
@@ -66,8 +68,10 @@ class FairTurns:
         self._weights = [int(share * self._total) for share in shares]
         self._key = key
         self._has_period = self._total <= LONGEST_PERIOD
-        whole = self._total if self._has_period else -(-self._total // min(self._weights))
-        self._length = whole * -(-SHORTEST_BLOCK // whole)
+        whole = -(-self._total // min(self._weights))  # each source has a turn
+        self._length = max(SHORTEST_BLOCK, whole)
+        if self._has_period:
+            self._length = self._total * -(-SHORTEST_PERIODS // self._total)
         self._blocks: dict[int, Block] = {}
         self._ends: dict[int, list[int]] = {}
 
@@ -75,7 +79,7 @@ class FairTurns:
         """Return the number of turns of each source before `position`."""
         number, place = divmod(position, self._length)
         begun = self._counts_at(number)
-        turns = self._block(number).sources[:place] if place else np.empty(0, dtype=np.int64)
+        turns = self._block(number).sources[:place] if place else np.empty(0, dtype=np.int32)
         inside = np.bincount(turns, minlength=len(begun)).tolist()
         return [before + added for before, added in zip(begun, inside, strict=True)]
 
@@ -135,7 +139,7 @@ class FairTurns:
         clipped = [Windows(each.opens, close) for each, close in zip(windows, closes, strict=True)]
         words = hashlib.shake_256(f"FairTurns/{self._key}/{name}".encode()).digest(8 * self._length)
         draws = (np.frombuffer(words, dtype="<u8") >> np.uint64(11)).astype(np.float64) * 2.0**-53
-        sources = np.array(_drawn_turns(clipped, draws.tolist()), dtype=np.int64)
+        sources = np.array(_drawn_turns(clipped, draws.tolist()), dtype=np.int32)
         earlier = np.empty_like(sources)
         for source in range(len(counts)):
             here = sources == source
@@ -171,8 +175,9 @@ def _first_closing(windows: Sequence[Windows], length: int) -> list[int]:
 def _drawn_turns(windows: Sequence[Windows], draws: Sequence[float]) -> list[int]:
     """Return the source of each turn, drawn among the windows that may have it and leave the rest possible.
 
-    A window has more chance the sooner it closes. `slack[t]` is the number of turns before t that need not be given to
-    a window that closes by then; where it is 0, the next turn must be given to one of these.
+    A window that closes after n turns has this one with a chance of 1/n; the one that closes first has the rest. So the
+    turn of a small share may be anywhere in its long window. `slack[t]` is the number of turns before t that need not
+    be given to a window that closes by then; where it is 0, the next turn must be given to one of these.
     """
     length = len(draws)
     slack = list(range(length + 1))
@@ -194,6 +199,8 @@ def _drawn_turns(windows: Sequence[Windows], draws: Sequence[float]) -> list[int
             if n < len(each.opens) and each.opens[n] <= now and each.closes[n] <= tight
         ]
         chances = [1 / (close - now) for close, _ in may]
+        soonest = chances.index(max(chances))
+        chances[soonest] = max(chances[soonest], 1 - sum(chances) + chances[soonest])
         left = draw * sum(chances)
         chosen = 0
         while chosen < len(may) - 1 and left >= chances[chosen]:

@@ -7,6 +7,7 @@ positions. So an order that draws from a generator of its own, or counts its cal
 """
 
 import hashlib
+from collections.abc import Sized
 from typing import Any
 
 import numpy as np
@@ -52,9 +53,9 @@ def identify(order: Any, num_samples: int) -> dict[str, Any]:
     *Errors*: ConfigError for an object that is no order, and for one that gives other indices when it is asked again.
     """
     name = type(order).__name__
-    if not callable(getattr(order, "at", None)) or not callable(getattr(order, "__len__", None)):
+    if not callable(getattr(order, "at", None)) or not isinstance(order, Sized):
         raise ConfigError(
-            f"order: expected a function (data, seed, global_batch_size) that returns an object with __len__() and "
+            "order: expected a function (data, seed, global_batch_size) that returns an object with __len__() and "
             f"at(epoch, positions), got a {name} from it; docs/order.md shows one"
         )
     length = len(order)
