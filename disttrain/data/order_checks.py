@@ -7,7 +7,6 @@ positions. So an order that draws from a generator of its own, or counts its cal
 """
 
 import hashlib
-from collections.abc import Sized
 from typing import Any
 
 import numpy as np
@@ -53,7 +52,7 @@ def identify(order: Any, num_samples: int) -> dict[str, Any]:
     *Errors*: ConfigError for an object that is no order, and for one that gives other indices when it is asked again.
     """
     name = type(order).__name__
-    if not callable(getattr(order, "at", None)) or not isinstance(order, Sized):
+    if not callable(getattr(order, "at", None)) or not hasattr(type(order), "__len__"):
         raise ConfigError(
             "order: expected a function (data, seed, global_batch_size) that returns an object with __len__() and "
             f"at(epoch, positions), got a {name} from it; docs/order.md shows one"
