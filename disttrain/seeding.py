@@ -7,6 +7,9 @@ is a hash of the run's seed and these two. So a resumed run computes its seeds i
 |--------------|----------------------------|----------------------------------------------------------|
 | "init"       | -                          | building the model, the same on every rank               |
 | "order"      | epoch                      | the order of the samples                                 |
+| "window"     | epoch, window              | the batches of sorted samples in an order by length      |
+| "mixture"    | change of the shares       | the turns of the sources of a mixture                    |
+| "source"     | source, its own epoch      | the order of the samples of one source of a mixture      |
 | "batch"      | epoch, step in epoch, slot | python, numpy and torch in the process that loads it     |
 | "stream"     | epoch, slot                | as "batch", in the process that opens the slot's stream  |
 | "step"       | step, slot                 | torch's generators before that slot's forward: dropout   |
@@ -15,6 +18,7 @@ is a hash of the run's seed and these two. So a resumed run computes its seeds i
 | "data"       | -                          | building the datasets, the same on every rank            |
 | "probe"      | index                      | a sample that is loaded to be compared with other ranks' |
 | "evaluation" | number of the batch        | python, numpy and torch before that batch's forward      |
+| "epoch"      | epoch                      | python, numpy and torch in a dataset's `set_epoch`       |
 
 A seed is never `seed + i`, because such seeds coincide: seed 0 in epoch 1 is seed 1 in epoch 0.
 """

@@ -33,11 +33,13 @@ if TYPE_CHECKING:
     ScheduleFactory = Callable[[Any, int], LRScheduler]
     MetricFactory = Callable[[], Metric]
     Collate = Callable[[list[Any]], Any]
+    OrderFactory = Callable[[Any, int, int], Any]
     PrecisionFactory = Callable[[torch.device], Any]
     Handler = Callable[[Any, Any], object]
     BackendName = str
 else:  # pydantic checks only that they are callable, so torch is not imported
     ModelFactory = DataFactory = Loss = Forward = OptimizerFactory = Callable[..., Any]
+    OrderFactory = Callable[..., Any]
     Weight = ScheduleFactory = MetricFactory = Collate = Handler = PrecisionFactory = Callable[..., Any]
     BackendName = Literal[backend_names()]
 

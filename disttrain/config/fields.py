@@ -32,6 +32,7 @@ from disttrain.config.annotations import (
     NonNegative,
     NonNegativeFloat,
     OptimizerFactory,
+    OrderFactory,
     Positive,
     PositiveFloat,
     PrecisionFactory,
@@ -150,9 +151,13 @@ class Config(Declaration):
     """Builds the model. Every rank calls it under the same seed."""
     train_data: Annotated[DataFactory, FieldNote(takes="() -> Dataset or iterable")]
     """Builds the training data. Its samples are pairs (x, y), unless `forward` is set. docs/streams.md describes data
-    that can only be iterated."""
+    that can only be iterated. A dict of datasets is mixed by `order`."""
     valid_data: Annotated[DataFactory | None, FieldNote(takes="() -> Dataset")] = None
     """Builds the validation data. None: no validation."""
+    order: Annotated[OrderFactory | None, FieldNote(takes="(data, seed, global_batch_size) -> Order")] = None
+    """Builds the order of the training data: a class of `disttrain.data`, such as Sequential, partial(Weighted, ...),
+    partial(LengthBuckets, ...) or partial(Mixture, ...), or one of your own (docs/order.md). None: each epoch is
+    shuffled."""
     loss: Annotated[Loss | None, FieldNote(takes="(y_pred, y) -> scalar Tensor")] = None
     """Computes the mean loss of a microbatch, from the output of the model and the target. None if `forward` is set."""
     forward: Annotated[Forward | None, FieldNote(takes="(model, batch) -> (loss, outputs)")] = None

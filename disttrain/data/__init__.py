@@ -1,8 +1,16 @@
 """WHAT goes into a step: the order of the samples, the samples of each slot, and their loading.
 
     permutation    `IndexShuffle`: a random order of n samples, computed slice by slice
+    order          `Order`: which sample is at which position of an epoch; shuffled and sequential
+    order_checks   checks and identifies an order
+    weighted_order `Weighted`: samples drawn with replacement, each with its own probability
+    length_buckets `LengthBuckets`: samples of about the same length in each global batch
+    mixture        `Mixture`: several sources, each with its share and with epochs of its own
+    fair_turns     gives sources their turns, so that each has its share at any position
+    sources        `Sources`: a dict of datasets as one dataset
     sampler        chooses the samples and the seed of each step and slot
     dataset        seeds the samples of a batch, names the sample of an error, identifies and checks a dataset
+    epochs         tells a dataset with `set_epoch` the epoch of the samples that are loaded next
     fetching       fetches batches in this process or in worker processes
     weighted       batches with the number of their targets, by a config's `weight`
     loader         `SlotLoader`: yields the microbatches of this rank's slots, from any position
@@ -16,7 +24,7 @@
 | noun       | meaning                                                                                         |
 |------------|-------------------------------------------------------------------------------------------------|
 | position   | an epoch and a step in it, both from 0: the step that comes next                                |
-| order      | the permutation of the samples in one epoch; a function of (run's seed, epoch)                  |
+| order      | the samples of an epoch by position: a function of (run's seed, epoch); an object that gives it |
 | Microbatch | the indices of the samples of one slot in one step, with the seed to load them under            |
 | StepBatch  | the loaded microbatches of one rank for one step, a list in slot order                          |
 | pass       | one reading of the data from its start: an epoch of a stream; its length shows only at its end  |
@@ -69,6 +77,7 @@ from disttrain.data.dataset import (
     fingerprint,
     is_iterable_style,
 )
+from disttrain.data.length_buckets import LengthBuckets
 from disttrain.data.loader import (
     Seekable,
     SlotLoader,
@@ -77,6 +86,8 @@ from disttrain.data.loader import (
     evaluation_probes,
     update_dataloader,
 )
+from disttrain.data.mixture import Mixture
+from disttrain.data.order import Order, Sequential, Shuffled
 from disttrain.data.permutation import IndexShuffle
 from disttrain.data.probes import Probe, probed_indices
 from disttrain.data.sampler import (
@@ -87,24 +98,33 @@ from disttrain.data.sampler import (
     SeededBatch,
     SlotBatchSampler,
 )
+from disttrain.data.sources import Sources
 from disttrain.data.stream import StreamLoader
+from disttrain.data.weighted_order import Weighted
 
 __all__ = [
     "Copies",
     "EvaluationBatch",
     "EvaluationBatchSampler",
     "IndexShuffle",
+    "LengthBuckets",
     "LoadingError",
     "Microbatch",
+    "Mixture",
+    "Order",
     "Probe",
     "ReproducibleBatchSampler",
     "SeededBatch",
     "SeededDataset",
     "Seekable",
+    "Sequential",
+    "Shuffled",
     "SlotBatchSampler",
     "SlotLoader",
+    "Sources",
     "StepBatch",
     "StreamLoader",
+    "Weighted",
     "check_dataset",
     "check_stream",
     "copies_for",

@@ -95,6 +95,8 @@ class SlotLoader:
         """Facts about the reading of this data that a person should know."""
         dropped, size = self.sampler.num_dropped, self.sampler.global_batch_size
         left_out = f"each epoch leaves out {dropped} of {self.sampler.num_samples} samples, another choice each time"
+        if self.sampler.order_identity:
+            left_out = f"each epoch leaves out the last {dropped} of the order's {self.sampler.num_positions} positions"
         return [f"{left_out}: they fill no global batch of {size}"] if dropped else []
 
     def seek(self, epoch: int, step: int) -> None:
@@ -118,19 +120,22 @@ class SlotLoader:
         """The number of steps before the position, over all epochs. Inside a loop it is the step's number, from 1."""
         return self.epoch * len(self) + self.step
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the position and the sizes that it refers to: everything that a loop must save about its data."""
-        sampler = self.sampler
-        order = ("num_samples", "global_batch_size", "num_slots", "seed", "shuffle")
-        return {"epoch": self.epoch, "step": self.step, **{name: getattr(sampler, name) for name in order}}
+        return {"epoch": self.epoch, "step": self.step, **self._identity()}
 
-    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+    def _identity(self) -> dict[str, Any]:
+        names = ("num_samples", "global_batch_size", "num_slots", "seed", "shuffle")
+        return {**{name: getattr(self.sampler, name) for name in names}, **self.sampler.order_identity}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Set the position at which `state_dict` was called, on any number of ranks and workers.
 
-        *Errors*: DataError if another number of samples or slots, batch size or seed would give other batches.
+        *Errors*: DataError if another number of samples or slots, batch size, seed or order would give other batches.
         """
         saved = {name: value for name, value in state_dict.items() if name not in ("epoch", "step")}
-        present = {name: getattr(self.sampler, name, None) for name in saved}
+        identity = self._identity()
+        present = {name: identity.get(name) for name in [*saved, *self.sampler.order_identity]}
         if saved != present:
             raise DataError(
                 f"the batches would be others than before: expected {saved}, got {present}; set the former values"

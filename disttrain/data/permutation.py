@@ -60,14 +60,20 @@ def _key_words(n: int, key: int, count: int) -> list[int]:
     return [int.from_bytes(digest[i : i + 8], "little") for i in range(0, 8 * count, 8)]
 
 
-def _sorted_order(n: int, key: int) -> npt.NDArray[np.uint16]:
-    """Return range(n), n <= 2**16, sorted by the SplitMix64 hash of each index; the key gives the hash's start."""
-    index = np.arange(n, dtype=np.uint64)
-    words = index * _GOLDEN
-    words += _word(_key_words(n, key, 1)[0])
+def split_mix(numbers: Words, start: int) -> Words:
+    """Return the outputs with these numbers of the SplitMix64 generator that begins at `start`, each by itself."""
+    words = numbers * _GOLDEN
+    words += _word(start)
     for shift, multiplier in ((_30, _MIX_1), (_27, _MIX_2), (_31, _ONE)):
         words ^= words >> shift
         words *= multiplier
+    return words
+
+
+def _sorted_order(n: int, key: int) -> npt.NDArray[np.uint16]:
+    """Return range(n), n <= 2**16, sorted by the SplitMix64 hash of each index; the key gives the hash's start."""
+    index = np.arange(n, dtype=np.uint64)
+    words = split_mix(index, _key_words(n, key, 1)[0])
     words &= ~_INDEX_BITS
     words |= index
     words.sort()

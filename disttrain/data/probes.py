@@ -19,7 +19,7 @@ class Probe(SeededBatch):
     """One sample to load and to digest."""
 
     def __init__(self, index: int, *, seed: int, digest: Digest) -> None:
-        super().__init__([index], seed=seed_for(seed, "probe", index), name=f"sample {index}")
+        super().__init__([index], seed=seed_for(seed, "probe", index), name=f"sample {index}", run_seed=seed)
         self.digest = digest
 
 

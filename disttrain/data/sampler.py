@@ -6,7 +6,8 @@ of an epoch that do not fill a global batch. Evaluation drops and repeats nothin
 seed to load them under, so the process and the time of loading make no difference.
 
 *Errors*: DataError for a dataset that is empty or smaller than a global batch. ConfigError for slots that do not divide
-the global batch. ValueError for a position outside the epoch, and for slots or ranks that do not exist.
+the global batch, and for an order that is none. ValueError for a position outside the epoch, and for slots or ranks
+that do not exist.
 
 *Cost*: resuming is arithmetic. Over our own order it takes constant time and memory. Over a batch sampler of another
 kind the indices are skipped one by one, but no data is loaded.
@@ -14,12 +15,13 @@ kind the indices are skipped one by one, but no data is loaded.
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from torch.utils.data import BatchSampler
 
-from disttrain.data.permutation import IndexShuffle
+from disttrain.data.order import Order, Sequential, Shuffled
+from disttrain.data.order_checks import identify, indices_at
+from disttrain.data.permutation import Indices
 from disttrain.errors import ConfigError, DataError
 from disttrain.seeding import seed_for
 
@@ -28,20 +30,22 @@ INDICES_AT_A_TIME = 8192
 
 
 class SeededBatch(list[int]):
-    """Indices of samples to load together, with the seed to load them under and a name for messages."""
+    """Indices of samples to load together, with the seed to load them under, their epoch, and a name for messages."""
 
-    def __init__(self, indices: list[int], *, seed: int, name: str) -> None:
+    def __init__(self, indices: list[int], *, seed: int, name: str, epoch: int = 0, run_seed: int = 0) -> None:
         super().__init__(indices)
         self.seed = seed
         self.name = name
+        self.epoch = epoch
+        self.run_seed = run_seed
 
 
 class Microbatch(SeededBatch):
     """The indices of the samples of one slot in one step."""
 
-    def __init__(self, indices: list[int], *, seed: int, epoch: int, step: int, slot: int) -> None:
-        super().__init__(indices, seed=seed, name=f"the microbatch of epoch={epoch}, step={step}, slot={slot}")
-        self.epoch = epoch
+    def __init__(self, indices: list[int], *, seed: int, epoch: int, step: int, slot: int, run_seed: int = 0) -> None:
+        name = f"the microbatch of epoch={epoch}, step={step}, slot={slot}"
+        super().__init__(indices, seed=seed, name=name, epoch=epoch, run_seed=run_seed)
         self.step = step
         self.slot = slot
 
@@ -49,13 +53,16 @@ class Microbatch(SeededBatch):
 class EvaluationBatch(SeededBatch):
     """The indices of one batch of an evaluation; `number` counts the batches of all ranks, from 0."""
 
-    def __init__(self, indices: list[int], *, seed: int, number: int) -> None:
-        super().__init__(indices, seed=seed, name=f"evaluation batch {number}")
+    def __init__(self, indices: list[int], *, seed: int, number: int, run_seed: int = 0) -> None:
+        super().__init__(indices, seed=seed, name=f"evaluation batch {number}", run_seed=run_seed)
         self.number = number
 
 
 class SlotBatchSampler(BatchSampler):
     """The microbatches of the slots that one rank owns, in an order that depends only on `seed` and the epoch.
+
+    With `order` an epoch has the positions of that order, and its samples; `num_samples` is the length of the dataset.
+    Without, the samples are shuffled, or one after the other.
 
     *Contract*: a pass (`iter`) yields the microbatches of `slots`, step by step, from the position (`epoch`, `step`) to
     the end of that epoch. A complete pass moves the position to the next epoch. A pass that is left early does not move
@@ -76,13 +83,18 @@ class SlotBatchSampler(BatchSampler):
         seed: int = 0,
         slots: range | None = None,
         shuffle: bool = True,
+        order: Order | None = None,
     ) -> None:
-        check_sizes(num_samples, global_batch_size, num_slots)
+        self.order_identity = {} if order is None else identify(order, num_samples)
+        if order is None:
+            order = (Shuffled if shuffle else Sequential)(range(num_samples), seed)
+        check_sizes(len(order), global_batch_size, num_slots, "an order" if self.order_identity else "a dataset")
         slots = range(num_slots) if slots is None else slots
         if not slots or slots.step != 1 or slots.start < 0 or slots.stop > num_slots:
             raise ValueError(f"expected slots to be a part of range({num_slots}), with at least one slot, got {slots}")
         super().__init__(range(num_samples), global_batch_size // num_slots, drop_last=True)
         self.num_samples = num_samples
+        self.num_positions = len(order)
         self.global_batch_size = global_batch_size
         self.num_slots = num_slots
         self.seed = seed
@@ -90,17 +102,17 @@ class SlotBatchSampler(BatchSampler):
         self.shuffle = shuffle
         self.epoch = 0
         self.step = 0
-        self._order: tuple[int, IndexShuffle] | None = None
+        self._order = order
 
     @property
     def num_steps(self) -> int:
         """The number of steps in an epoch."""
-        return self.num_samples // self.global_batch_size
+        return self.num_positions // self.global_batch_size
 
     @property
     def num_dropped(self) -> int:
-        """The number of samples at the end of an epoch's order that fill no global batch; others in each epoch."""
-        return self.num_samples % self.global_batch_size
+        """The number of positions at the end of an epoch that fill no global batch."""
+        return self.num_positions % self.global_batch_size
 
     def __len__(self) -> int:
         return self.num_steps * len(self.slots)
@@ -127,10 +139,10 @@ class SlotBatchSampler(BatchSampler):
         (indices,) = self._indices(epoch, range(step, step + 1), range(slot, slot + 1))
         return self._microbatch(indices, epoch, step, slot)
 
-    def samples(self, epoch: int, steps: range) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def samples(self, epoch: int, steps: range) -> Indices:
         """Return the indices of whole global batches, one batch in each row, the slots in order."""
         positions = np.array(steps)[:, None] * self.global_batch_size + np.arange(self.global_batch_size)
-        return self._order_of(epoch).at(positions) if self.shuffle else positions
+        return indices_at(self._order, self.num_samples, epoch, positions)
 
     def __iter__(self) -> Iterator[Microbatch]:
         return self.iterate_from(0)
@@ -161,21 +173,16 @@ class SlotBatchSampler(BatchSampler):
         """Return the indices of each slot of `slots` in each step of `steps`, step by step."""
         first = np.array(steps)[:, None] * self.global_batch_size + slots.start * self.batch_size
         positions = first + np.arange(len(slots) * self.batch_size)
-        indices = self._order_of(epoch).at(positions) if self.shuffle else positions
+        indices = indices_at(self._order, self.num_samples, epoch, positions)
         rows: list[list[int]] = indices.reshape(-1, self.batch_size).tolist()
         return rows
 
-    def _order_of(self, epoch: int) -> IndexShuffle:
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, IndexShuffle(self.num_samples, seed_for(self.seed, "order", epoch)))
-        return self._order[1]
-
     def _microbatch(self, indices: list[int], epoch: int, step: int, slot: int) -> Microbatch:
         seed = seed_for(self.seed, "batch", epoch, step, slot)
-        return Microbatch(indices, seed=seed, epoch=epoch, step=step, slot=slot)
+        return Microbatch(indices, seed=seed, epoch=epoch, step=step, slot=slot, run_seed=self.seed)
 
 
-def check_sizes(num_samples: int, global_batch_size: int, num_slots: int) -> None:
+def check_sizes(num_samples: int, global_batch_size: int, num_slots: int, name: str = "a dataset") -> None:
     """Raise ConfigError if the slots do not divide the global batch, DataError if the samples do not fill one."""
     if num_slots < 1 or global_batch_size < 1:
         raise ConfigError(
@@ -197,7 +204,7 @@ def check_sizes(num_samples: int, global_batch_size: int, num_slots: int) -> Non
         largest = num_samples - num_samples % num_slots
         fit = f"a global_batch_size of at most {largest}" if largest else f"a num_slots of at most {num_samples}"
         raise DataError(
-            f"expected at least global_batch_size={global_batch_size} samples (one step), got a dataset of "
+            f"expected at least global_batch_size={global_batch_size} samples (one step), got {name} of "
             f"{num_samples}; use {fit}, or more data"
         )
 
@@ -270,4 +277,5 @@ class EvaluationBatchSampler(BatchSampler):
         for number in self.numbers:
             stop = min((number + 1) * self.batch_size, self.num_samples)
             indices = list(range(number * self.batch_size, stop))
-            yield EvaluationBatch(indices, seed=seed_for(self.seed, "valid", number), number=number)
+            seed = seed_for(self.seed, "valid", number)
+            yield EvaluationBatch(indices, seed=seed, number=number, run_seed=self.seed)

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from disttrain.backend import Backend
 from disttrain.config import Config
+from disttrain.config.wording import got
 from disttrain.data import (
     SlotBatchSampler,
     SlotLoader,
@@ -23,6 +24,7 @@ from disttrain.data import (
     copies_for,
     is_iterable_style,
 )
+from disttrain.data.sources import Sources, is_sources
 from disttrain.data.weighted import WeightedCollate
 from disttrain.engine.step_defaults import to_device
 from disttrain.errors import ConfigError
@@ -44,10 +46,22 @@ class RunData:
 def build_data(config: Config, slots: Slots, backend: Backend) -> RunData:
     """Build training and validation data under the data's own seed."""
     manual_seed(seed_for(config.seed, "data"))
-    dataset = build("train_data", config.train_data)
+    dataset = with_names(config, build("train_data", config.train_data))
     manual_seed(seed_for(config.seed, "data"))  # again: both may cut one data set by the same random split
     valid = None if config.valid_data is None else build("valid_data", config.valid_data)
     return RunData(*loader_of(config, dataset, slots, backend), valid)
+
+
+def with_names(config: Config, dataset: Any) -> Any:
+    """Return the training data; a dict of datasets as one dataset, whose sources have the names of the dict."""
+    if not is_sources(dataset):
+        return dataset
+    if config.order is None:
+        raise ConfigError(
+            f"train_data: expected a dataset, got a dict of {len(dataset)} ({', '.join(map(repr, dataset))}); return "
+            "one of them, or mix them: order=partial(Mixture, shares={...}) with a share for each (docs/order.md)"
+        )
+    return Sources(dataset)
 
 
 def collate_of(config: Config) -> Callable[[list[Any]], Any] | None:
@@ -63,7 +77,8 @@ def loader_of(
     copies = copies_for(backend.device, to_device)
     if not is_iterable_style(dataset):
         data = check_dataset(dataset, "train_data")
-        sampler = SlotBatchSampler(len(dataset), size, num_slots, seed=config.seed, slots=slots.mine)
+        order = None if config.order is None else build("order", config.order, dataset, config.seed, size)
+        sampler = SlotBatchSampler(len(dataset), size, num_slots, seed=config.seed, slots=slots.mine, order=order)
         slot_loader = SlotLoader(
             dataset,
             sampler,
@@ -72,7 +87,12 @@ def loader_of(
             pin_memory=copies is not None,
             copies=copies,
         )
-        return slot_loader, data
+        return slot_loader, {**data, **sampler.order_identity}
+    if config.order is not None:
+        raise ConfigError(
+            f"order: expected None for training data that can only be iterated ({type(dataset).__name__}), got "
+            f"{got(config.order)}; let its __iter__ decide about the order, or give it a __getitem__ and a __len__"
+        )
     data = check_stream(dataset, "train_data")
     if config.max_epochs is not None and (data["dataset_length"] or 0) < size:
         length = f"with a length of {data['dataset_length']}" if data["dataset_length"] else "without a length"

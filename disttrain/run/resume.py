@@ -95,8 +95,10 @@ def check_position(run: Run, step: int, position: Mapping[str, Any]) -> None:
     """Raise for a checkpoint of other training data, or of a later step than the config's last."""
     there = {name: position.get(name) for name in run.data}
     if there != run.data and not run.config.accept_other_data:
+        changed = [name for name in run.data if there[name] != run.data[name]]
+        what = "the order of the training data" if changed[0].startswith("order_") else "the training data"
         raise DataError(
-            f"the training data has changed since the run began: expected {there}, got {run.data}; "
+            f"{what} has changed since the run began: expected {there}, got {run.data}; "
             "restore it, start anew with --fresh, or go on all the same with accept_other_data=true"
         )
     if step > run.total_steps:

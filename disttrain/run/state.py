@@ -248,5 +248,5 @@ def total_steps(config: Config, data: Mapping[str, Any]) -> int:
     """Return the steps of the whole run; `data` is what identifies the training data."""
     if config.max_steps is not None:
         return config.max_steps
-    num_samples: int = data["dataset_length"]
-    return (config.max_epochs or 0) * (num_samples // config.global_batch_size)
+    positions: int = data.get("order_length", data["dataset_length"])
+    return (config.max_epochs or 0) * (positions // config.global_batch_size)

@@ -6,7 +6,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-import torch
+from order_statistics import buckets, chi_square, p_values
 
 from disttrain.data import IndexShuffle, permutation
 
@@ -144,56 +144,20 @@ def test_positions_out_of_bounds_are_refused(n):
     assert order.at([]).tolist() == order[5:5].tolist() == []
 
 
-# Statistics. Each gives a p-value: the probability that a true shuffle is at least as uneven. The keys are fixed, so
-# the results are too. The tests compute some 600 p-values; the smallest of them should be about 1/600.
+# Statistics. The keys are fixed, so the results are too. The tests compute some 600 p-values; the smallest of them
+# should be about 1/600.
 
 
-def chi_square(counts, num_constraints=1, sampled=0.0):
-    """Return the p-value of counts of equal expectation; `sampled` is the counted part of the whole order."""
-    expected = counts.sum() / counts.size
-    # Counts without replacement vary less than counts with replacement, by the factor of the part that was not counted.
-    statistic = ((counts - expected) ** 2 / expected).sum() / (1 - sampled)
-    degrees = counts.size - num_constraints
-    return torch.special.gammaincc(
-        torch.tensor(degrees / 2, dtype=torch.float64), torch.tensor(statistic / 2, dtype=torch.float64)
-    ).item()
-
-
-def buckets(values, n, count):
-    return (values.astype(np.float64) * (count / n)).astype(np.int64)
-
-
-def p_values(n, key):
+def p_values_of(n, key):
     """Yield (name, p-value) of one order: of the whole order up to 2**17 indices, else of 2**17 indices in it."""
     size = min(n, 2**17)
     start = 0 if size == n else key * 7919 * 2**20 % (n - size)
-    order = IndexShuffle(n, key).indices(start, start + size)
-    half = 2 ** ((n - 1).bit_length() // 2)
-    if size < n:
-        yield "uniform positions", chi_square(np.bincount(buckets(order, n, 256), minlength=256), sampled=size / n)
-    # The position in the order against the index, coarsely, and the low bits of both. The positions are evenly spread
-    # by themselves, which is one constraint for each row. So are the indices, if all of them are counted.
-    positions = np.arange(start, start + size)
-    for name, rows, columns in (
-        ("position and index", buckets(positions - start, size, 32), buckets(order, n, 32)),
-        ("their low bits", positions % 64, order % 64),
-    ):
-        side = 32 if name == "position and index" else 64
-        counts = np.bincount(rows * side + columns, minlength=side * side)
-        yield name, chi_square(counts, 2 * side - 1 if size == n else side)
-    for lag in (1, 2, min(half // 2, 2**14), min(half, 2**15)):
-        before, after = order[:-lag], order[lag:]
-        yield f"gaps at {lag}", chi_square(np.bincount(buckets((after - before) % n, n, 256), minlength=256))
-        yield f"differing bits at {lag}", chi_square(np.bincount((after ^ before) % 256, minlength=256))
-        correlation = np.corrcoef(before, after)[0, 1] + 1 / n
-        yield f"correlation at {lag}", math.erfc(abs(correlation) * math.sqrt((size - lag) / 2))
-    fours = np.argsort(order[: size // 4 * 4].reshape(-1, 4), axis=1) @ [64, 16, 4, 1]
-    yield "orders of four", chi_square(np.unique(fours, return_counts=True)[1])
+    return p_values(IndexShuffle(n, key).indices(start, start + size), n, start)
 
 
 @pytest.mark.parametrize("n", [2**14, 50_000, 2**16, 2**16 + 1, 2**16 + 300, 2**17, 10**9, 10**12, 2**48])
 def test_orders_look_like_true_shuffles(n):
-    found = {(name, key): p for key in range(4) for name, p in p_values(n, key)}
+    found = {(name, key): p for key in range(4) for name, p in p_values_of(n, key)}
     assert len(found) >= 4 * 15
     assert min(found.items(), key=lambda item: item[1])[1] > 1e-4, found
     # An order that is too even is as wrong as one that is too uneven.
@@ -204,7 +168,7 @@ def test_orders_look_like_true_shuffles(n):
 @pytest.mark.parametrize("n", [2**16 + 1, 2**17])
 def test_the_statistics_find_a_network_of_too_few_rounds(n, monkeypatch):
     monkeypatch.setattr(permutation, "NUM_ROUNDS", 4)
-    assert min(p for key in range(4) for _, p in p_values(n, key)) < 1e-12
+    assert min(p for key in range(4) for _, p in p_values_of(n, key)) < 1e-12
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5])

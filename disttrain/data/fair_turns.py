@@ -1,0 +1,216 @@
+"""Fair turns: which of several sources has its turn at each position, so that every source has its share at any time.
+
+*Contract*: with shares that sum to 1, source k has had c of the first t turns, where c differs from t * share by less
+than 1, for each source and each t. The turns are a function of the shares, a key and the position. Shares are exact
+fractions, and counts are integers of any size: nothing drifts. Any position takes the same time.
+
+The n-th turn of a source (from 0) must not come before position floor(n / share), and must be over at position
+ceil((n + 1) / share): otherwise its count would be off by 1 or more. These windows are those of fair scheduling, and
+turns that are given to the open window that closes first (EDF) meet all of them. Here the turns are drawn at random
+among those that leave the rest possible. Else a source could always have the same places of a global batch, and a slot
+always samples of the same source. Turns are computed in blocks, each by itself:
+
+- Shares with a small common denominator (0.7 and 0.3: 10): a block is one or several periods, and at its ends each
+  source has exactly its share. 512 blocks are drawn, when they are first needed; a hash of a block's number chooses.
+- Other shares: the counts at the ends of a block are those to which EDF leads from one block earlier. It starts there
+  from a state that needs no history: the windows that have closed are over, and of the open ones those that close
+  first. EDF can go on from this state, as it can from the usual one: if a window that is not over closes before t,
+  so do all that were over too early, and then no source is ahead. So the counts at a block's start can be gone on
+  from, those at its end can be reached, and the two do not restrict the same turns: the block between them exists.
+
+*Errors*: AssertionError if a block were not possible, which would be a defect here.
+
+*Cost*: some 3 microseconds for each turn of a block that is computed, and 0.2 for each that is known. A block of the
+second kind has 32 turns, or as many as the smallest share needs to have one, and costs three times as much. Of the
+first kind at most 512 blocks are computed, and kept: at most 16 MB.
+
+*Source*: Baruah, Cohen, Plaxton and Varvel, "Proportionate Progress: A Notion of Fairness in Resource Allocation"
+(Algorithmica 1996), for the windows; Tijdeman, "The chairman assignment problem" (1980).
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from disttrain.data.permutation import Indices, split_mix
+
+SHORTEST_BLOCK, SHORTEST_PERIODS = 32, 64
+LONGEST_PERIOD = 4096
+NUM_DRAWN = 512
+"""The number of blocks that are drawn for shares with a period."""
+SMALLEST_SHARE = Fraction(1, 2**16)
+
+
+class Block(NamedTuple):
+    """The turns of one block: the source of each, and how often that source had its turn in the block before."""
+
+    sources: npt.NDArray[np.int32]
+    earlier: npt.NDArray[np.int32]
+
+
+class Windows(NamedTuple):
+    """The windows of one source's turns in a block, from its start: where each opens, and where it has closed."""
+
+    opens: list[int]
+    closes: list[int]
+
+
+class FairTurns:
+    """The turns of sources with these `shares`, which sum to 1, each at least `SMALLEST_SHARE`."""
+
+    def __init__(self, shares: Sequence[Fraction], key: int) -> None:
+        self._total = math.lcm(*(share.denominator for share in shares))
+        self._weights = [int(share * self._total) for share in shares]
+        self._key = key
+        self._has_period = self._total <= LONGEST_PERIOD
+        whole = -(-self._total // min(self._weights))  # each source has a turn
+        self._length = max(SHORTEST_BLOCK, whole)
+        if self._has_period:
+            self._length = self._total * -(-SHORTEST_PERIODS // self._total)
+        self._blocks: dict[int, Block] = {}
+        self._ends: dict[int, list[int]] = {}
+
+    def counts(self, position: int) -> list[int]:
+        """Return the number of turns of each source before `position`."""
+        number, place = divmod(position, self._length)
+        begun = self._counts_at(number)
+        turns = self._block(number).sources[:place] if place else np.empty(0, dtype=np.int32)
+        inside = np.bincount(turns, minlength=len(begun)).tolist()
+        return [before + added for before, added in zip(begun, inside, strict=True)]
+
+    def at(self, positions: Indices) -> tuple[Indices, Indices]:
+        """Return for each position the source that has its turn, and how many turns it had before."""
+        sources, earlier = np.empty_like(positions), np.empty_like(positions)
+        numbers, places = np.divmod(positions, self._length)
+        by_block = np.argsort(numbers, kind="stable")
+        found, first = np.unique(numbers[by_block], return_index=True)
+        for number, here in zip(found.tolist(), np.split(by_block, first[1:]), strict=True):
+            block = self._block(number)
+            sources[here] = block.sources[places[here]]
+            earlier[here] = block.earlier[places[here]] + np.array(self._counts_at(number))[sources[here]]
+        return sources, earlier
+
+    def _counts_at(self, number: int) -> list[int]:
+        """Return the number of turns of each source before a block."""
+        if self._has_period:
+            return [number * (self._length // self._total) * weight for weight in self._weights]
+        if number == 0:
+            return [0] * len(self._weights)
+        if number not in self._ends:
+            if len(self._ends) > 8:  # a pass needs the ends of one block; a slice may begin in an earlier one
+                self._ends.clear()
+            self._ends[number] = self._led_to(number)
+        return self._ends[number]
+
+    def _led_to(self, number: int) -> list[int]:
+        """Return the counts before a block to which EDF leads from one block earlier."""
+        start = (number - 1) * self._length
+        done = [start * weight // self._total for weight in self._weights]
+        rest = [start * weight % self._total for weight in self._weights]
+        until_closed = [Fraction(self._total - r, w) for r, w in zip(rest, self._weights, strict=True)]
+        soonest = sorted(range(len(done)), key=lambda k: (until_closed[k], k))
+        for k in soonest[: sum(rest) // self._total]:
+            done[k] += 1
+        ends = [-(-(start + self._length) * weight // self._total) for weight in self._weights]
+        windows = self._windows(start, done, ends)
+        for source in _first_closing(windows, self._length):
+            done[source] += 1
+        return done
+
+    def _block(self, number: int) -> Block:
+        name = number
+        if self._has_period:
+            name = int(split_mix(np.array([number], dtype=np.uint64), self._key)[0]) % NUM_DRAWN
+        if name not in self._blocks:
+            if not self._has_period and len(self._blocks) > 8:
+                self._blocks.clear()
+            self._blocks[name] = self._drawn(number, name)
+        return self._blocks[name]
+
+    def _drawn(self, number: int, name: int) -> Block:
+        start, counts, ends = number * self._length, self._counts_at(number), self._counts_at(number + 1)
+        windows = self._windows(start, counts, ends)
+        closes = [[min(close, self._length) for close in each.closes] for each in windows]
+        clipped = [Windows(each.opens, close) for each, close in zip(windows, closes, strict=True)]
+        words = hashlib.shake_256(f"FairTurns/{self._key}/{name}".encode()).digest(8 * self._length)
+        draws = (np.frombuffer(words, dtype="<u8") >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        sources = np.array(_drawn_turns(clipped, draws.tolist()), dtype=np.int32)
+        earlier = np.empty_like(sources)
+        for source in range(len(counts)):
+            here = sources == source
+            earlier[here] = np.arange(np.count_nonzero(here))
+        return Block(sources, earlier)
+
+    def _windows(self, start: int, counts: list[int], ends: list[int]) -> list[Windows]:
+        """Return the windows of each source's turns from number `counts` to number `ends`."""
+        return [
+            Windows(
+                [max(0, n * self._total // weight - start) for n in range(first, end)],
+                [-(-(n + 1) * self._total // weight) - start for n in range(first, end)],
+            )
+            for weight, first, end in zip(self._weights, counts, ends, strict=True)
+        ]
+
+
+def _first_closing(windows: Sequence[Windows], length: int) -> list[int]:
+    """Return the source of each turn, if each turn is given to the open window that closes first."""
+    given, turns = [0] * len(windows), []
+    for now in range(length):
+        open_now = [
+            (each.closes[n], source)
+            for source, (each, n) in enumerate(zip(windows, given, strict=True))
+            if n < len(each.opens) and each.opens[n] <= now
+        ]
+        _, source = min(open_now)
+        given[source] += 1
+        turns.append(source)
+    return turns
+
+
+def _drawn_turns(windows: Sequence[Windows], draws: Sequence[float]) -> list[int]:
+    """Return the source of each turn, drawn among the windows that may have it and leave the rest possible.
+
+    A window that closes after n turns has this one with a chance of 1/n; the one that closes first has the rest. So the
+    turn of a small share may be anywhere in its long window. `slack[t]` is the number of turns before t that need not
+    be given to a window that closes by then; where it is 0, the next turn must be given to one of these.
+    """
+    length = len(draws)
+    slack = list(range(length + 1))
+    for each in windows:
+        for close in each.closes:
+            slack[close] -= 1
+    needed = 0
+    for t in range(length + 1):
+        needed += t - slack[t]
+        slack[t] = t - needed
+    assert min(slack) >= 0, "every window has room"
+    given, turns, tight = [0] * len(windows), [], 0
+    for now, draw in enumerate(draws):
+        if tight <= now:
+            tight = slack.index(0, now + 1)
+        may = [
+            (each.closes[n], source)
+            for source, (each, n) in enumerate(zip(windows, given, strict=True))
+            if n < len(each.opens) and each.opens[n] <= now and each.closes[n] <= tight
+        ]
+        chances = [1 / (close - now) for close, _ in may]
+        soonest = chances.index(max(chances))
+        chances[soonest] = max(chances[soonest], 1 - sum(chances) + chances[soonest])
+        left = draw * sum(chances)
+        chosen = 0
+        while chosen < len(may) - 1 and left >= chances[chosen]:
+            left -= chances[chosen]
+            chosen += 1
+        close, source = may[chosen]
+        for t in range(now + 1, close):
+            slack[t] -= 1
+            if slack[t] == 0 and t < tight:
+                tight = t
+        given[source] += 1
+        turns.append(source)
+    return turns
