@@ -1,6 +1,8 @@
 """WHAT a run is: the Config that a cfg.py declares, the overrides of it, and the copy that a run keeps.
 
     fields       `Config` and its groups of fields
+    declaration  the base of `Config` and of its groups: frozen, with errors of our own
+    init_from    the group `init_from`, and its short form
     annotations  the types of the fields, and the notes that a field carries beside its type
     checks       the rules between fields: one length, one loss, slots that divide the global batch
     load         makes a Config from a cfg.py or from a run directory
@@ -39,6 +41,7 @@ from disttrain.config.fields import (
     replace,
     with_num_slots,
 )
+from disttrain.config.init_from import InitFromConfig
 from disttrain.config.load import load_config
 from disttrain.config.overrides import apply_overrides, settable
 from disttrain.config.reference import FieldRow, field_table, reference_markdown
@@ -60,6 +63,7 @@ __all__ = [
     "Description",
     "FieldDifference",
     "FieldRow",
+    "InitFromConfig",
     "LedgerConfig",
     "LogConfig",
     "Origin",

@@ -6,7 +6,7 @@ from the docstring below it. So each fact about a field is written down once.
 
 import re
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -121,6 +121,8 @@ def type_text(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         return " | ".join(f'"{argument}"' for argument in arguments)
     if annotation is types.NoneType:
         return "None"
+    if origin is Mapping:
+        return "dict"
     bounds = [f" > {m.gt}" if isinstance(m, Gt) else f" >= {m.ge}" for m in metadata if isinstance(m, Gt | Ge)]
     return "".join([annotation.__name__, *bounds])
 

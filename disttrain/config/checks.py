@@ -27,6 +27,8 @@ def problems(config: "Config") -> Iterator[str]:
     yield from _name(config.name)
     if config.checkpoint.target is not None and not config.checkpoint.target.strip():
         yield "checkpoint.target: expected a folder or a URL such as 's3://bucket/runs', or None, got ''"
+    if config.init_from.path is not None and not config.init_from.path.strip():
+        yield "init_from: expected a run directory, such as 'runs/base@best', or a file of weights, or None, got ''"
     yield from _one_of(
         "loss", "forward", config, "loss takes y_pred and y; forward replaces it for batches of another form"
     )

@@ -11,9 +11,9 @@ if a field is unknown.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_validator
 
 from disttrain.config.annotations import (
     AboveOne,
@@ -38,31 +38,10 @@ from disttrain.config.annotations import (
     Weight,
 )
 from disttrain.config.checks import problems
-from disttrain.config.wording import explain_field_errors, sentence
+from disttrain.config.declaration import Declaration
+from disttrain.config.init_from import InitFromConfig, from_short_form
+from disttrain.config.wording import sentence
 from disttrain.errors import ConfigError
-
-
-class _Hidden:
-    """Hides pydantic's deprecated `BaseModel.validate`, so that a field can have that name."""
-
-    def __get__(self, instance: object, owner: type | None = None) -> Any:
-        raise AttributeError("validate")
-
-
-class Declaration(BaseModel):
-    """A frozen group of fields whose validation raises ConfigError."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ignored_types=(_Hidden,))
-    prefix: ClassVar[str] = ""
-
-    if not TYPE_CHECKING:  # a type checker derives the constructor from the fields
-        validate = _Hidden()
-
-        def __init__(self, /, **values: Any) -> None:
-            try:
-                super().__init__(**values)
-            except ValidationError as error:
-                raise ConfigError(explain_field_errors(error, type(self), self.prefix)) from None
 
 
 class CheckpointConfig(Declaration):
@@ -84,6 +63,9 @@ class CheckpointConfig(Declaration):
     asynchronous: Annotated[Flag, FieldNote(may_change=True, harmless=True)] = False
     """Write checkpoints in the background, while training continues. This needs host memory for a second copy of the
     saved state, spread over all ranks."""
+    leave_out_frozen: Annotated[Flag, FieldNote(may_change=True, harmless=True)] = False
+    """Leave parameters without `requires_grad` out of checkpoints, as long as they are what `model` and `init_from`
+    give. A resumed run gets them from there again, and compares their hashes (docs/starting.md)."""
     target: Annotated[str | None, FieldNote(may_change=True, harmless=True)] = None
     """The folder or the fsspec URL that holds the checkpoints, in a subfolder NAME/. None: the run directory."""
 
@@ -157,6 +139,7 @@ class Config(Declaration):
     """The number of targets in a batch, such as tokens or boxes, over which its loss is the mean. Then gradients and
     losses are means over all targets of the global batch, and a batch of weight 0 counts for nothing. None: every slot
     counts once."""
+    init_from: Annotated[InitFromConfig, BeforeValidator(from_short_form)] = InitFromConfig()
     optimizer: Annotated[OptimizerFactory, FieldNote(takes="(parameters) -> Optimizer")]
     """Builds the optimizer, for example partial(torch.optim.AdamW, lr=1e-3)."""
     schedule: Annotated[ScheduleFactory | None, FieldNote(takes="(optimizer, total_steps) -> LRScheduler")] = None

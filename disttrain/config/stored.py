@@ -7,6 +7,7 @@ The length of the run may change unless a schedule depends on it.
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,10 +94,18 @@ def differences(old: Description, new: Description) -> list[FieldDifference]:
 
 def blocking_differences(old: Description, new: Description) -> list[FieldDifference]:
     """Return the differences that prevent a resume."""
-    changeable = {leaf.name for leaf in leaves(Config) if leaf.note.may_change}
-    if old.get("schedule") is None and new.get("schedule") is None:
-        changeable |= {"max_epochs", "max_steps"}
-    return [difference for difference in differences(old, new) if difference.field not in changeable]
+    may_change = _changeable(length=old.get("schedule") is None and new.get("schedule") is None)
+    return [difference for difference in differences(old, new) if not may_change(difference.field)]
+
+
+def _changeable(*, length: bool) -> Callable[[str], bool]:
+    """Return whether a resumed run may have another value under a key; the `length` of the run, if nothing needs it.
+
+    A dict such as `init_from.rename` has a key for each of its parts.
+    """
+    names = {leaf.name for leaf in leaves(Config) if leaf.note.may_change}
+    names |= {"max_epochs", "max_steps"} if length else set()
+    return lambda key: key in names or any(key.startswith(f"{name}.") for name in names)
 
 
 def binding_fields(description: Description) -> Description:
@@ -104,10 +113,8 @@ def binding_fields(description: Description) -> Description:
 
     Left out is the name, which a run gets with its directory.
     """
-    changeable = {leaf.name for leaf in leaves(Config) if leaf.note.may_change} | {"name"}
-    if description.get("schedule") is None:
-        changeable |= {"max_epochs", "max_steps"}
-    return {key: _shortened(value) for key, value in description.items() if key not in changeable}
+    may_change = _changeable(length=description.get("schedule") is None)
+    return {key: _shortened(value) for key, value in description.items() if key != "name" and not may_change(key)}
 
 
 def _shortened(value: JSON) -> JSON:

@@ -83,7 +83,8 @@ def _line(problem: dict[str, Any], fields: dict[str, Leaf], model: type[BaseMode
     leaf = fields.get(name)
     if leaf is None:
         group = model.model_fields[str(head)].annotation
-        expected = f"a {getattr(group, '__name__', group)} or a dict of its fields"
+        short = f"{leaf.type_text} or " if (leaf := fields.get(f"{name}.{getattr(group, 'short_form', '')}")) else ""
+        expected = f"{short}a {getattr(group, '__name__', group)} or a dict of its fields"
     elif leaf.note.within and rest and "[key]" not in rest:
         expected, name = leaf.note.takes, f"{name}.{rest[0]}"
     else:

@@ -8,6 +8,11 @@ field_places       the line of a field's value in the user's files
 code_errors        explains an exception of the user's code in one line
 data               training data with its loader and identity, and validation data
 updates            around each update: gradient norm, clipping, schedule, updates that are left out
+beginning          whether a run begins anew, and the file that says with which weights
+initial_weights    takes the weights of `init_from` into the model
+weight_names       pairs the names of stored weights with those of a model
+weight_source      finds and reads the weights that `init_from` names
+checkpoint_target  finds the checkpoints that a person names
 freezing           the parameters that are trained, and the groups of the optimizer, while both change
 train              the way of a run: assemble, restore, attach, train, result
 resume             the state that a checkpoint holds of a run, and how a run resumes from one
@@ -19,6 +24,7 @@ rollback           going back to a checkpoint after a bad step
 evaluation         the model over the validation data, on all ranks
 validation         the evaluation that a run does after a step
 reporter           ledger, curves and display, fed together
+frozen_weights     frozen weights that checkpoints leave out
 handler_state      state that handlers hold and no checkpoint holds
 directory          the run directory: its files and its lock
 opening            locks the run directory before anything is built, and opens it afterwards
