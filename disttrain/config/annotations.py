@@ -88,8 +88,11 @@ class Leaf(NamedTuple):
         """The type in the form that people read, such as `int > 0 | None`."""
         if not self.note.takes:
             return type_text(self.info.annotation, self.info.metadata)
-        optional = " | None" if types.NoneType in get_args(self.info.annotation) else ""
-        return self.note.within + self.note.takes + optional
+        forms = get_args(self.info.annotation)
+        has_names = any(get_origin(form) is Mapping for form in forms)
+        by_name = f" | dict of name: {self.note.takes}" if has_names else ""
+        optional = " | None" if types.NoneType in forms else ""
+        return self.note.within + self.note.takes + by_name * (not self.note.within) + optional
 
 
 def is_group(annotation: Any) -> bool:

@@ -56,7 +56,7 @@ class CheckpointConfig(Declaration):
     """The number of newest checkpoints to keep."""
     monitor: Annotated[str | None, FieldNote(may_change=True, harmless=True)] = None
     """Also keep the checkpoint with the best result on the validation data. The result is "loss", or the name of a
-    metric. None: keep no best checkpoint."""
+    metric; with several sets "clean/loss". None: keep no best checkpoint."""
     mode: Annotated[Literal["auto", "min", "max"], FieldNote(may_change=True, harmless=True)] = "auto"
     """Whether the smallest or the largest value of `monitor` is the best. "auto": the smallest loss; for a metric, its
     own `higher_is_better` decides."""
@@ -96,6 +96,9 @@ class ValidateConfig(Declaration):
     prefix: ClassVar[str] = "validate."
     every_steps: Annotated[NonNegative, FieldNote("steps", may_change=True, harmless=True)] = 0
     """Steps from one evaluation to the next. 0: evaluate at the end of each epoch."""
+    batch_size: Annotated[Positive | None, FieldNote("samples", may_change=True)] = None
+    """The number of samples in a batch of the evaluation; each batch lies on one rank. None: as many as in a slot of
+    the training. Another number may round the values otherwise."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +132,9 @@ class Config(Declaration):
     train_data: Annotated[DataFactory, FieldNote(takes="() -> Dataset or iterable")]
     """Builds the training data. Its samples are pairs (x, y), unless `forward` is set. docs/streams.md describes data
     that can only be iterated."""
-    valid_data: Annotated[DataFactory | None, FieldNote(takes="() -> Dataset")] = None
-    """Builds the validation data. None: no validation."""
+    valid_data: Annotated[DataFactory | Mapping[str, DataFactory] | None, FieldNote(takes="() -> Dataset")] = None
+    """Builds the validation data, or several sets of it by name: {"clean": f, "noisy": g}. The values of a set are
+    called clean/loss, clean/accuracy and so on. None: no validation."""
     loss: Annotated[Loss | None, FieldNote(takes="(y_pred, y) -> scalar Tensor")] = None
     """Computes the mean loss of a microbatch, from the output of the model and the target. None if `forward` is set."""
     forward: Annotated[Forward | None, FieldNote(takes="(model, batch) -> (loss, outputs)")] = None

@@ -47,6 +47,7 @@ from disttrain.run.initial_weights import InitialWeights
 from disttrain.run.module_settings import ModuleSettings
 from disttrain.run.state import Run, total_steps
 from disttrain.run.updates import Updates
+from disttrain.run.validation_sets import ValidationSets, evaluations_of
 
 
 def assemble(
@@ -63,7 +64,7 @@ def assemble(
     if config.num_slots is None:
         raise ConfigError("num_slots is not resolved; expected a number here, as disttrain.launch gives it")
     slots = Slots(config.num_slots, backend.rank, backend.world_size)
-    check_devices(config.global_batch_size, config.num_slots, backend.num_devices)
+    check_devices(config.global_batch_size, config.num_slots, backend.num_devices, config.validate.batch_size)
     with backend.agree("choosing the precision"):
         precision: Precision = build("precision", choose_precision, config.precision, backend.device)
     with backend.agree("building the data"):
@@ -87,9 +88,8 @@ def assemble(
     with backend.agree("building the metrics"):
         evaluation = best = None
         if data.valid is not None:
-            evaluation = build_evaluation(
-                config, data.valid, step_function, optimizer, slots, layout, precision, backend
-            )
+            parts = (step_function, optimizer, slots, layout, precision, backend)
+            evaluation = evaluations_of(data.valid, lambda each, field: build_evaluation(config, each, *parts, field))
             best = build_best(config, evaluation, backend)
     run = Run(
         config=config,
@@ -217,10 +217,11 @@ def build_evaluation(
     layout: Layout,
     precision: Precision,
     backend: Backend,
+    field: str = "valid_data",
 ) -> Evaluation:
-    """Build the evaluation; its batches are as large as a slot's, on any number of ranks."""
-    num_samples = check_dataset(dataset, "valid_data")["dataset_length"]
-    batch_size = config.global_batch_size // slots.num_slots
+    """Build the evaluation of one set; its batches have one size on any number of ranks, by default a slot's."""
+    num_samples = check_dataset(dataset, field)["dataset_length"]
+    batch_size = config.validate.batch_size or config.global_batch_size // slots.num_slots
     metrics = {name: build_metric(name, make).to(backend.metrics_device) for name, make in config.metrics.items()}
     return Evaluation(
         step_function,
@@ -257,7 +258,7 @@ def build_metric(name: str, make: Callable[[], Any]) -> Any:
     return metric
 
 
-def build_best(config: Config, evaluation: Evaluation, backend: Backend) -> Best | None:
+def build_best(config: Config, evaluation: Evaluation | ValidationSets, backend: Backend) -> Best | None:
     """Build the memory of the best evaluation; None without checkpoint.monitor."""
     monitor = config.checkpoint.monitor
     if monitor is None:

@@ -27,6 +27,7 @@ from disttrain.run.frozen_weights import FrozenWeights
 from disttrain.run.initial_weights import Taken, modules_of
 from disttrain.run.module_settings import ModuleSettings
 from disttrain.run.updates import Updates
+from disttrain.run.validation_sets import ValidationSets
 from disttrain.run.weight_source import Begin, begin_of
 
 T = TypeVar("T")
@@ -58,7 +59,7 @@ class Run:
     """The parameters that are trained, and the groups of the optimizer; handlers may change both."""
     loader: SlotLoader | StreamLoader
     trainer: Engine
-    evaluation: Evaluation | None
+    evaluation: Evaluation | ValidationSets | None
     """The validation data and its metrics; None without validation data."""
     best: Best | None
     """The best evaluation so far; None without checkpoint.monitor."""
@@ -67,7 +68,7 @@ class Run:
     data: dict[str, Any]
     """Length and fingerprint of the training data: a run resumes with the data it began with."""
     valid_data: Any
-    """The validation data; None without."""
+    """The validation data: a Dataset, or several by name; None without."""
     taken: Taken | None
     """The weights of `init_from` that this launch has taken; None if it has taken none."""
     attached: list[tuple[str, Any]] = field(default_factory=list)
