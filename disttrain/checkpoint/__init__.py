@@ -26,6 +26,7 @@ any number of ranks. `DirectorySaver` and `DiskSaver` are save handlers for `dis
     guarded_store    a store that is changed only while a guard allows it
     storage          the names in such a directory, and durable operations on files
     listing          lists the checkpoints of a store, and plans which of them to remove
+    weights          reads the weights of modules from a checkpoint of any run, or from a file
     exports          writes the tensors of a model as one safetensors file
     agree            one outcome for all ranks
 
@@ -47,7 +48,7 @@ from disttrain.checkpoint.background import AsynchronousSaver
 from disttrain.checkpoint.check import verify
 from disttrain.checkpoint.directory_saver import DirectorySaver
 from disttrain.checkpoint.disk_saver import DiskSaver, load_file
-from disttrain.checkpoint.exports import EVALUATION_POINT, Exported, export
+from disttrain.checkpoint.exports import EVALUATION_POINT, LEFT_OUT, Exported, export
 from disttrain.checkpoint.listing import (
     BestStep,
     ListedCheckpoint,
@@ -71,12 +72,14 @@ from disttrain.checkpoint.store import (
     rotate,
     store_at,
 )
+from disttrain.checkpoint.weights import Weights, weights_of_checkpoint, weights_of_file
 from disttrain.checkpoint.write import save
 from disttrain.errors import DamagedError
 
 __all__ = [
     "ELSEWHERE",
     "EVALUATION_POINT",
+    "LEFT_OUT",
     "MANIFEST",
     "AsynchronousSaver",
     "BestStep",
@@ -90,6 +93,7 @@ __all__ = [
     "ListedCheckpoint",
     "Loaded",
     "Manifest",
+    "Weights",
     "best_in",
     "best_of",
     "checkpoint_name",
@@ -115,4 +119,6 @@ __all__ = [
     "survey",
     "tensors_of",
     "verify",
+    "weights_of_checkpoint",
+    "weights_of_file",
 ]

@@ -26,6 +26,9 @@ _MODEL = "model"
 EVALUATION_POINT = "evaluation_point"
 """The key of the model's parameters at the optimizer's evaluation point, in the state of a run that has one."""
 
+LEFT_OUT = "frozen_left_out"
+"""The key of a position: {name: hash} of the frozen parameters that the checkpoint does not hold, as `model.NAME`."""
+
 
 class Exported(NamedTuple):
     """The result of an export."""
@@ -35,6 +38,8 @@ class Exported(NamedTuple):
     size_bytes: int
     evaluation_point: bool = False
     """Whether the parameters are those of the optimizer's evaluation point, and not those that it trains."""
+    num_left_out: int = 0
+    """The frozen tensors that the checkpoint, and so the file, leaves out."""
 
 
 def export(directory: str | Path, file: str | Path) -> Exported:
@@ -60,7 +65,11 @@ def export(directory: str | Path, file: str | Path) -> Exported:
                 size_bytes, _ = send_tensors(out, tensors, read_values)
         except OSError as error:
             raise CheckpointError(f"cannot write {file}: {error.strerror or error}") from error
-    return Exported(manifest.step, len(tensors), size_bytes, _evaluation_point(manifest.state) is not None)
+    left_out = manifest.position.get(LEFT_OUT)
+    num_left_out = len(left_out) if isinstance(left_out, dict) else 0
+    return Exported(
+        manifest.step, len(tensors), size_bytes, _evaluation_point(manifest.state) is not None, num_left_out
+    )
 
 
 def _model_tensors(state: Json) -> tuple[dict[str, Tensor], dict[str, tuple[str, str, tuple[int, ...]]]]:

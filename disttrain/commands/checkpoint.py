@@ -25,10 +25,10 @@ from disttrain.checkpoint import (
     survey,
     tensors_of,
 )
-from disttrain.commands.checkpoint_target import find_target, hint_of, refuse_link
 from disttrain.commands.exit_codes import ALL_GOOD, DAMAGE_FOUND, USAGE
 from disttrain.errors import CheckpointError, ConfigError, DisttrainError
 from disttrain.files import printable
+from disttrain.run.checkpoint_target import find_target, hint_of, refuse_link
 
 WIDTH_OF_A_FILE = 160
 """Columns of the output if it is not a terminal: wide enough that nothing is folded."""
@@ -208,7 +208,8 @@ def export_model(root: CheckpointStore, name: str | None, options: argparse.Name
         exported = export(directory, options.file)
     content = f"{exported.num_tensors} tensors of step {exported.step}, {count_bytes(exported.size_bytes)}"
     point = ", the parameters at the optimizer's evaluation point" if exported.evaluation_point else ""
-    console.print(f"wrote {options.file}: {content}{point}", soft_wrap=True)
+    without = f", without the {exported.num_left_out} frozen ones that the checkpoint leaves out"
+    console.print(f"wrote {options.file}: {content}{point}{without * bool(exported.num_left_out)}", soft_wrap=True)
     return ALL_GOOD
 
 

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
+from disttrain.checkpoint import is_url
 from disttrain.commands import launch
 from disttrain.commands.attacks import Setting, as_in_reference
 from disttrain.commands.lost_state import record_handler_state
@@ -41,6 +42,12 @@ def run_rank(words: Sequence[str], killed_at: int | None) -> int:
     return launch.main(words, handlers=(*deaths, record_handler_state))
 
 
+def from_any_folder(config: Config) -> list[str]:
+    """Return the override that makes the path of `init_from` absolute; lives have working directories of their own."""
+    path = config.init_from.path
+    return [] if path is None or is_url(path) else [f"init_from.path={Path(path).absolute()}"]
+
+
 class Verification:
     """Runs the scenarios of one config, each in a folder of its own inside `folder`. `close` ends what still runs."""
 
@@ -71,6 +78,7 @@ class Verification:
             "log.tensorboard=false",
             *overrides,
             "checkpoint.target=none",  # each scenario is a run of its own
+            *from_any_folder(config),
             f"num_slots={num_slots}",
             "max_epochs=none",
             f"max_steps={num_steps}",

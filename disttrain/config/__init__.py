@@ -1,6 +1,8 @@
 """WHAT a run is: the Config that a cfg.py declares, the overrides of it, and the copy that a run keeps.
 
     fields       `Config` and its groups of fields
+    declaration  the base of `Config` and of its groups: frozen, with errors of our own
+    init_from    the group `init_from`, and its short form
     annotations  the types of the fields, and the notes that a field carries beside its type
     asked        the parts of a run that a function asks for by the names of its arguments
     checks       the rules between fields: one length, one loss, slots that divide the global batch
@@ -40,6 +42,7 @@ from disttrain.config.fields import (
     replace,
     with_num_slots,
 )
+from disttrain.config.init_from import InitFromConfig
 from disttrain.config.load import load_config
 from disttrain.config.overrides import apply_overrides, settable
 from disttrain.config.reference import FieldRow, field_table, reference_markdown
@@ -61,6 +64,7 @@ __all__ = [
     "Description",
     "FieldDifference",
     "FieldRow",
+    "InitFromConfig",
     "LedgerConfig",
     "LogConfig",
     "Origin",

@@ -6,7 +6,7 @@ from the docstring below it. So each fact about a field is written down once.
 
 import re
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -110,8 +110,11 @@ class Leaf(NamedTuple):
         """The type in the form that people read, such as `int > 0 | None`."""
         if not self.note.takes:
             return type_text(self.info.annotation, self.info.metadata)
-        optional = " | None" if types.NoneType in get_args(self.info.annotation) else ""
-        return self.note.within + self.note.takes + optional
+        forms = get_args(self.info.annotation)
+        has_names = any(get_origin(form) is Mapping for form in forms)
+        by_name = f" | dict of name: {self.note.takes}" if has_names else ""
+        optional = " | None" if types.NoneType in forms else ""
+        return self.note.within + self.note.takes + by_name * (not self.note.within) + optional
 
 
 def is_group(annotation: Any) -> bool:
@@ -143,6 +146,8 @@ def type_text(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         return " | ".join(f'"{argument}"' for argument in arguments)
     if annotation is types.NoneType:
         return "None"
+    if origin is Mapping:
+        return "dict"
     bounds = [f" > {m.gt}" if isinstance(m, Gt) else f" >= {m.ge}" for m in metadata if isinstance(m, Gt | Ge)]
     return "".join([annotation.__name__, *bounds])
 

@@ -5,7 +5,7 @@
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,8 @@ def problems(config: "Config") -> Iterator[str]:
     yield from _name(config.name)
     if config.checkpoint.target is not None and not config.checkpoint.target.strip():
         yield "checkpoint.target: expected a folder or a URL such as 's3://bucket/runs', or None, got ''"
+    if config.init_from.path is not None and not config.init_from.path.strip():
+        yield "init_from: expected a run directory, such as 'runs/base@best', or a file of weights, or None, got ''"
     yield from _one_of(
         "loss", "forward", config, "loss takes y_pred and y; forward replaces it for batches of another form"
     )
@@ -48,6 +50,7 @@ def problems(config: "Config") -> Iterator[str]:
         if leaf.note.asks:
             yield from _parts_that_are_not_there(config, leaf)
     yield from _metric_names(config.metrics)
+    yield from _valid_sets(config.valid_data)
     yield from _monitor(config)
     if config.strategy == "fsdp":
         yield from _with_fsdp(config)
@@ -79,8 +82,8 @@ def _callables(name: str, note: FieldNote, value: Any) -> Iterator[str]:
     """Yield a problem for each function that cannot be called with its arguments; no function is called."""
     if not note.takes or value is None:
         return
-    if note.within:
-        functions = value.items() if note.within.startswith("dict") else enumerate(value)
+    if note.within or isinstance(value, Mapping):
+        functions = value.items() if isinstance(value, Mapping) else enumerate(value)
         for key, function in functions:
             yield from _callables(f"{name}.{key}", FieldNote(takes=note.takes), function)
     elif note.num_arguments == 0 and hasattr(value, "state_dict") and not isinstance(value, type):
@@ -129,8 +132,21 @@ def _metric_names(names: Any) -> Iterator[str]:
             yield f"metrics: expected names without '.', '=' and spaces, such as 'accuracy', got {got(name)}"
 
 
+def _valid_sets(valid_data: Any) -> Iterator[str]:
+    """Yield the problems of the names of several validation sets."""
+    if not isinstance(valid_data, Mapping):
+        return
+    if not valid_data:
+        yield "valid_data: expected a function, a dict of them by name, or None, got an empty dict"
+    for name in valid_data:
+        if not PLAIN_KEY.fullmatch(name) or "/" in name:
+            yield f"valid_data: expected names without '.', '=', '/' and spaces, such as 'clean', got {got(name)}"
+
+
 def _monitor(config: "Config") -> Iterator[str]:
     monitor, results = config.checkpoint.monitor, list(dict.fromkeys(["loss", *config.metrics]))
+    if isinstance(config.valid_data, Mapping):
+        results = [f"{name}/{result}" for name in config.valid_data for result in results]
     if monitor is None and config.checkpoint.mode != "auto":
         yield (
             f"checkpoint.mode: expected 'auto' without checkpoint.monitor, got {got(config.checkpoint.mode)}; "
@@ -167,8 +183,15 @@ def check_slots(global_batch_size: int, num_slots: int | None, world_size: int =
     )
 
 
-def check_devices(global_batch_size: int, num_slots: int, num_devices: int) -> None:
-    """Raise ConfigError unless the devices that share a slot divide its samples into equal parts."""
+def check_devices(
+    global_batch_size: int, num_slots: int, num_devices: int, evaluation_batch_size: int | None = None
+) -> None:
+    """Raise ConfigError unless the devices that share a slot, or a batch, divide its samples into equal parts."""
+    if evaluation_batch_size is not None and evaluation_batch_size % num_devices:
+        raise ConfigError(
+            f"validate.batch_size={evaluation_batch_size} cannot be cut over {num_devices} devices equally; use a "
+            f"multiple of {num_devices}."
+        )
     samples = global_batch_size // num_slots
     if samples % num_devices == 0:
         return

@@ -11,9 +11,9 @@ if a field is unknown.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_validator
 
 from disttrain.config.annotations import (
     AboveOne,
@@ -40,34 +40,13 @@ from disttrain.config.annotations import (
     Weight,
 )
 from disttrain.config.checks import problems
-from disttrain.config.wording import explain_field_errors, sentence
+from disttrain.config.declaration import Declaration
+from disttrain.config.init_from import InitFromConfig, from_short_form
+from disttrain.config.wording import sentence
 from disttrain.errors import ConfigError
 
 STEP_PARTS = ("loss", "forward")
 """The fields beside `model` whose Modules an optimizer may ask for."""
-
-
-class _Hidden:
-    """Hides pydantic's deprecated `BaseModel.validate`, so that a field can have that name."""
-
-    def __get__(self, instance: object, owner: type | None = None) -> Any:
-        raise AttributeError("validate")
-
-
-class Declaration(BaseModel):
-    """A frozen group of fields whose validation raises ConfigError."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ignored_types=(_Hidden,))
-    prefix: ClassVar[str] = ""
-
-    if not TYPE_CHECKING:  # a type checker derives the constructor from the fields
-        validate = _Hidden()
-
-        def __init__(self, /, **values: Any) -> None:
-            try:
-                super().__init__(**values)
-            except ValidationError as error:
-                raise ConfigError(explain_field_errors(error, type(self), self.prefix)) from None
 
 
 class CheckpointConfig(Declaration):
@@ -82,13 +61,16 @@ class CheckpointConfig(Declaration):
     """The number of newest checkpoints to keep."""
     monitor: Annotated[str | None, FieldNote(may_change=True, harmless=True)] = None
     """Also keep the checkpoint with the best result on the validation data. The result is "loss", or the name of a
-    metric. None: keep no best checkpoint."""
+    metric; with several sets "clean/loss". None: keep no best checkpoint."""
     mode: Annotated[Literal["auto", "min", "max"], FieldNote(may_change=True, harmless=True)] = "auto"
     """Whether the smallest or the largest value of `monitor` is the best. "auto": the smallest loss; for a metric, its
     own `higher_is_better` decides."""
     asynchronous: Annotated[Flag, FieldNote(may_change=True, harmless=True)] = False
     """Write checkpoints in the background, while training continues. This needs host memory for a second copy of the
     saved state, spread over all ranks."""
+    leave_out_frozen: Annotated[Flag, FieldNote(may_change=True, harmless=True)] = False
+    """Leave parameters without `requires_grad` out of checkpoints, as long as they are what `model` and `init_from`
+    give. A resumed run gets them from there again, and compares their hashes (docs/starting.md)."""
     target: Annotated[str | None, FieldNote(may_change=True, harmless=True)] = None
     """The folder or the fsspec URL that holds the checkpoints, in a subfolder NAME/. None: the run directory."""
 
@@ -119,6 +101,9 @@ class ValidateConfig(Declaration):
     prefix: ClassVar[str] = "validate."
     every_steps: Annotated[NonNegative, FieldNote("steps", may_change=True, harmless=True)] = 0
     """Steps from one evaluation to the next. 0: evaluate at the end of each epoch."""
+    batch_size: Annotated[Positive | None, FieldNote("samples", may_change=True)] = None
+    """The number of samples in a batch of the evaluation; each batch lies on one rank. None: as many as in a slot of
+    the training. Another number may round the values otherwise."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +137,9 @@ class Config(Declaration):
     train_data: Annotated[DataFactory, FieldNote(takes="() -> Dataset or iterable")]
     """Builds the training data. Its samples are pairs (x, y), unless `forward` is set. docs/streams.md describes data
     that can only be iterated. A dict of datasets is mixed by `order`."""
-    valid_data: Annotated[DataFactory | None, FieldNote(takes="() -> Dataset")] = None
-    """Builds the validation data. None: no validation."""
+    valid_data: Annotated[DataFactory | Mapping[str, DataFactory] | None, FieldNote(takes="() -> Dataset")] = None
+    """Builds the validation data, or several sets of it by name: {"clean": f, "noisy": g}. The values of a set are
+    called clean/loss, clean/accuracy and so on. None: no validation."""
     order: Annotated[OrderFactory | None, FieldNote(takes="(data, seed, global_batch_size) -> Order")] = None
     """Builds the order of the training data: a class of `disttrain.data`, such as Sequential, partial(Weighted, ...),
     partial(LengthBuckets, ...) or partial(Mixture, ...), or one of your own (docs/order.md). None: each epoch is
@@ -166,6 +152,7 @@ class Config(Declaration):
     """The number of targets in a batch, such as tokens or boxes, over which its loss is the mean. Then gradients and
     losses are means over all targets of the global batch, and a batch of weight 0 counts for nothing. None: every slot
     counts once."""
+    init_from: Annotated[InitFromConfig, BeforeValidator(from_short_form)] = InitFromConfig()
     optimizer: Annotated[OptimizerFactory, FieldNote(takes="(parameters) -> Optimizer", asks=("model", *STEP_PARTS))]
     """Builds the optimizer, for example partial(torch.optim.AdamW, lr=1e-3). A function with an argument `model` gets
     the model instead of the parameters, to make groups of them (docs/optimizers.md); with `loss` or `forward`, that

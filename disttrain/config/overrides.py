@@ -16,8 +16,9 @@ from typing import Any
 from disttrain.config.annotations import PLAIN_KEY, FieldNote, Leaf, alternatives, is_group, leaves
 from disttrain.config.asked import asked
 from disttrain.config.checks import value_of
-from disttrain.config.fields import Config, Declaration, replace
-from disttrain.config.parse import Missing, parse, parse_keyword
+from disttrain.config.declaration import Declaration
+from disttrain.config.fields import Config, replace
+from disttrain.config.parse import Missing, parse, parse_keyword, plain_type
 from disttrain.config.wording import both, did_you_mean, either, got
 from disttrain.errors import ConfigError
 
@@ -54,6 +55,8 @@ def _override(config: Config, changes: dict[str, Any], key: str, text: str) -> N
         changes[head] = {**_fields(present), rest[0]: value} if rest else value
     elif head not in type(config).model_fields:
         raise ConfigError(f"{key}={text}: no such field{did_you_mean(key, settable(config)) or '; --help lists them.'}")
+    elif not rest and (short := getattr(type(config).model_fields[head].annotation, "short_form", "")):
+        _override(config, changes, f"{head}.{short}", text)
     elif is_group(type(config).model_fields[head].annotation):
         keys = [leaf.name for leaf in leaves(type(config)) if leaf.name.startswith(f"{head}.")]
         reason = f"no such field{did_you_mean(key, keys)}" if rest else f"{head} is a group of fields"
@@ -71,7 +74,7 @@ def _field_value(config: Config, leaf: Leaf, text: str) -> Any:
     """Return the value of a field from text. A function cannot be text, except none where None is allowed."""
     forms = alternatives(leaf.info.annotation)
     if not leaf.note.takes:
-        return parse(leaf.name, text, forms, leaf.type_text)
+        return parse(leaf.name, text, list(dict.fromkeys(map(plain_type, forms))), leaf.type_text)
     if types.NoneType in forms and text.strip().lower() in ("none", "null"):
         return None
     raise _only_in_cfg(config, leaf.name, text)

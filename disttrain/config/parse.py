@@ -10,7 +10,7 @@ import ast
 import inspect
 import re
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from disttrain.config.annotations import alternatives, type_text
@@ -49,7 +49,7 @@ def parse_keyword(key: str, text: str, present: Any, parameter: inspect.Paramete
     forms = [type(value) for value in (present, default) if value is not Missing]
     annotation = parameter.annotation if parameter else Missing
     forms += alternatives(annotation) if annotation is not Missing else []
-    forms = list(dict.fromkeys(_plain(form) for form in forms))
+    forms = list(dict.fromkeys(plain_type(form) for form in forms))
     known = [form for form in forms if form in _PLAIN or get_origin(form) is Literal]
     if any(get_origin(form) is Literal for form in known):
         known = [form for form in known if form is not str]
@@ -68,9 +68,11 @@ def _none_last(form: Any) -> bool:
     return form is types.NoneType
 
 
-def _plain(form: Any) -> Any:
-    """Return the plain type of a generic one: tuple for `tuple[int, ...]`."""
+def plain_type(form: Any) -> Any:
+    """Return the plain type of a generic one: tuple for `tuple[int, ...]`, dict for `Mapping[str, str]`."""
     origin = get_origin(form)
+    if origin is Mapping:
+        return dict
     return origin if origin in _PLAIN else form
 
 

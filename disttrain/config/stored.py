@@ -8,6 +8,7 @@ compiled: the compiler rounds otherwise when it recomputes.
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,8 +97,21 @@ def differences(old: Description, new: Description) -> list[FieldDifference]:
 
 def blocking_differences(old: Description, new: Description) -> list[FieldDifference]:
     """Return the differences that prevent a resume."""
-    changeable = _changeable(old) & _changeable(new)
-    return [difference for difference in differences(old, new) if difference.field not in changeable]
+    may_change, before = _may_change(new), _may_change(old)
+    return [each for each in differences(old, new) if not (may_change(each.field) and before(each.field))]
+
+
+def _may_change(description: Description) -> Callable[[str], bool]:
+    """Return whether a resumed run may have another value under a key of its description.
+
+    A dict such as `init_from.rename` has a key for each of its parts.
+    """
+    names = {leaf.name for leaf in leaves(Config) if leaf.note.may_change}
+    if description.get("schedule") is None:
+        names |= {"max_epochs", "max_steps"}
+    if description.get("compile"):
+        names -= {RECOMPUTES}
+    return lambda key: key in names or any(key.startswith(f"{name}.") for name in names)
 
 
 def _changeable(description: Description) -> set[str]:
@@ -115,8 +129,8 @@ def binding_fields(description: Description) -> Description:
 
     Left out is the name, which a run gets with its directory.
     """
-    changeable = _changeable(description) | {"name"}
-    return {key: _shortened(value) for key, value in description.items() if key not in changeable}
+    may_change = _may_change(description)
+    return {key: _shortened(value) for key, value in description.items() if key != "name" and not may_change(key)}
 
 
 def _shortened(value: JSON) -> JSON:

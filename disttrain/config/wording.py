@@ -76,7 +76,7 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
         return f"; did you mean {here}?{REMARKS.get(str(here), '')}"
     scores = {known: _nearness(word, known) for known in sorted(set(words))}
     best = max(scores.values(), default=0.0)
-    near = [known for known in scores if scores[known] >= max(best - 0.15, 0.6)]
+    near = [known for known in scores if scores[known] >= max(best - 0.17, 0.6)]
     near.sort(key=lambda known: -scores[known])
     return f"; did you mean {either(near[:3])}?" if near else ""
 
@@ -101,7 +101,13 @@ def sentence(text: str) -> str:
 def explain_field_errors(error: ValidationError, model: type[BaseModel], prefix: str) -> str:
     """Return pydantic's errors as text, one line for each problem: field, expected, got, and the nearest name."""
     fields = {leaf.name: leaf for leaf in leaves(model, prefix)}
-    lines = [sentence(_line(dict(problem), fields, model, prefix)) for problem in error.errors(include_url=False)]
+    found = error.errors(include_url=False)
+    # Of a union, a function or a dict of functions, the alternative that fits best has the longest place.
+    deepest: dict[Any, int] = {}
+    for problem in found:
+        deepest[problem["loc"][:1]] = max(deepest.get(problem["loc"][:1], 0), len(problem["loc"]))
+    problems = [p for p in found if p["type"] != "callable_type" or len(p["loc"]) in (1, deepest[p["loc"][:1]])]
+    lines = [sentence(_line(dict(problem), fields, model, prefix)) for problem in problems]
     return "\n".join(dict.fromkeys(lines))
 
 
@@ -118,9 +124,10 @@ def _line(problem: dict[str, Any], fields: dict[str, Leaf], model: type[BaseMode
     leaf = fields.get(name)
     if leaf is None:
         group = model.model_fields[str(head)].annotation
-        expected = f"a {getattr(group, '__name__', group)} or a dict of its fields"
-    elif leaf.note.within and rest and "[key]" not in rest:
-        expected, name = leaf.note.takes, f"{name}.{rest[0]}"
+        short = f"{leaf.type_text} or " if (leaf := fields.get(f"{name}.{getattr(group, 'short_form', '')}")) else ""
+        expected = f"{short}a {getattr(group, '__name__', group)} or a dict of its fields"
+    elif leaf.note.takes and rest and "[key]" not in rest and (leaf.note.within or len(rest) > 1):
+        expected, name = leaf.note.takes, f"{name}.{rest[-1]}"
     else:
         expected = leaf.type_text
     if problem["type"] == "missing":

@@ -45,7 +45,10 @@ def without_rounding(left: Mapping[int, Line], right: Mapping[int, Line]) -> tup
         close = [
             name
             for name, value in mine.items()
-            if name != "loss" and name in theirs and value != theirs[name] and _is_close(value, theirs[name])
+            if name.rpartition("/")[2] != "loss"
+            and name in theirs
+            and value != theirs[name]
+            and _is_close(value, theirs[name])
         ]
         if close:
             lines[step] = {**line, "evaluation": {**mine, **{name: theirs[name] for name in close}}}

@@ -12,6 +12,11 @@ data               training data with its loader and identity, and validation da
 updates            around each update: gradient norm, clipping, schedule, updates that are left out
 evaluation_point   the parameters of an optimizer that evaluates at another point than it trains at
 module_settings    plain attributes of modules that handlers change
+beginning          whether a run begins anew, and the file that says with which weights
+initial_weights    takes the weights of `init_from` into the model
+weight_names       pairs the names of stored weights with those of a model
+weight_source      finds and reads the weights that `init_from` names
+checkpoint_target  finds the checkpoints that a person names
 freezing           the parameters that are trained, and the groups of the optimizer, while both change
 train              the way of a run: assemble, restore, attach, train, result
 resume             the state that a checkpoint holds of a run, and how a run resumes from one
@@ -20,9 +25,11 @@ saving             when and where a checkpoint is saved, also when little time i
 samples            compares a few samples between the ranks, and with the run's own
 restored           checks that what was restored is what was saved
 rollback           going back to a checkpoint after a bad step
+validation_sets    several sets of validation data, evaluated as one
 evaluation         the model over the validation data, on all ranks
 validation         the evaluation that a run does after a step
 reporter           ledger, curves and display, fed together
+frozen_weights     frozen weights that checkpoints leave out
 handler_state      state that handlers hold and no checkpoint holds
 directory          the run directory: its files and its lock
 opening            locks the run directory before anything is built, and opens it afterwards

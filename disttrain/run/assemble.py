@@ -2,7 +2,8 @@
 
 The config's way: `Config` -> `assemble` -> `Run` -> `train`. Each part is built once, from the parts above it:
 
-    precision -> data -> model -> strategy -> optimizer, schedule -> gradients, updates -> trainer -> evaluation -> Run
+    precision -> data -> model, weights to begin with -> strategy -> optimizer, schedule -> gradients, updates
+              -> trainer -> evaluation -> Run
 
 *Contract*: what can fail on one rank alone is agreed on by all before any rank acts (`backend.agree`). Data and model
 are built from seeds of their own, so they are the same on every rank. Nothing is written here. The config's handlers
@@ -41,23 +42,36 @@ from disttrain.run.evaluation import Evaluation
 from disttrain.run.evaluation_point import begin_training
 from disttrain.run.factories import build
 from disttrain.run.freezing import Freezing
+from disttrain.run.frozen_weights import FrozenWeights
+from disttrain.run.initial_weights import InitialWeights
 from disttrain.run.module_settings import ModuleSettings
 from disttrain.run.state import Run, total_steps
 from disttrain.run.updates import Updates
+from disttrain.run.validation_sets import ValidationSets, evaluations_of
 
 
-def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out: dict[int, str]) -> Run:
-    """Build every part of a run and call the config's handlers; `left_out`: steps to leave out, and the reasons."""
+def assemble(
+    config: Config,
+    backend: Backend,
+    directory: RunDirectory,
+    left_out: dict[int, str],
+    initial: InitialWeights | None = None,
+) -> Run:
+    """Build every part of a run and call the config's handlers.
+
+    `left_out`: steps to leave out, and the reasons. `initial`: weights that the model takes before it is spread.
+    """
     if config.num_slots is None:
         raise ConfigError("num_slots is not resolved; expected a number here, as disttrain.launch gives it")
     slots = Slots(config.num_slots, backend.rank, backend.world_size)
-    check_devices(config.global_batch_size, config.num_slots, backend.num_devices)
+    check_devices(config.global_batch_size, config.num_slots, backend.num_devices, config.validate.batch_size)
     with backend.agree("choosing the precision"):
         precision: Precision = build("precision", choose_precision, config.precision, backend.device)
     with backend.agree("building the data"):
         data = build_data(config, slots, backend)
     with backend.agree("building the model"):
         step_function = build_step_function(config, build_model(config, backend), backend)
+    taken = None if initial is None else initial.take(step_function, backend)
     with backend.agree("spreading the model over the ranks"):
         strategy = strategy_for(config.strategy, step_function, world_of(config, slots, backend))
         layout = strategy.layout
@@ -74,9 +88,8 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out
     with backend.agree("building the metrics"):
         evaluation = best = None
         if data.valid is not None:
-            evaluation = build_evaluation(
-                config, data.valid, step_function, optimizer, slots, layout, precision, backend
-            )
+            parts = (step_function, optimizer, slots, layout, precision, backend)
+            evaluation = evaluations_of(data.valid, lambda each, field: build_evaluation(config, each, *parts, field))
             best = build_best(config, evaluation, backend)
     run = Run(
         config=config,
@@ -98,9 +111,12 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out
         bad_steps=None if config.on_nan == "skip" else BadSteps(config.spike_factor),
         data=data.identity,
         valid_data=data.valid,
+        taken=taken,
+        begin=None if taken is None else taken.begin,
     )
     call_handlers(run)
     run.settings = ModuleSettings(step_function)
+    run.frozen = FrozenWeights(run.parts, layout, backend, leaves_out=config.checkpoint.leave_out_frozen)
     return run
 
 
@@ -201,10 +217,11 @@ def build_evaluation(
     layout: Layout,
     precision: Precision,
     backend: Backend,
+    field: str = "valid_data",
 ) -> Evaluation:
-    """Build the evaluation; its batches are as large as a slot's, on any number of ranks."""
-    num_samples = check_dataset(dataset, "valid_data")["dataset_length"]
-    batch_size = config.global_batch_size // slots.num_slots
+    """Build the evaluation of one set; its batches have one size on any number of ranks, by default a slot's."""
+    num_samples = check_dataset(dataset, field)["dataset_length"]
+    batch_size = config.validate.batch_size or config.global_batch_size // slots.num_slots
     metrics = {name: build_metric(name, make).to(backend.metrics_device) for name, make in config.metrics.items()}
     return Evaluation(
         step_function,
@@ -241,7 +258,7 @@ def build_metric(name: str, make: Callable[[], Any]) -> Any:
     return metric
 
 
-def build_best(config: Config, evaluation: Evaluation, backend: Backend) -> Best | None:
+def build_best(config: Config, evaluation: Evaluation | ValidationSets, backend: Backend) -> Best | None:
     """Build the memory of the best evaluation; None without checkpoint.monitor."""
     monitor = config.checkpoint.monitor
     if monitor is None:

@@ -78,6 +78,8 @@ def accept(run: Run, manifest: Manifest, place: str) -> None:
     """
     check_run(run, manifest, place)
     run.freezing.load(manifest.position)
+    if run.frozen is not None:
+        run.frozen.check(manifest.position)
 
 
 def check_newest(run: Run, store: CheckpointStore) -> None:

@@ -6,11 +6,9 @@
 *Errors*: ConfigError or DataError for data that cannot be loaded by position.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from torch.utils.data import Dataset
 
 from disttrain.backend import Backend
 from disttrain.config import Config
@@ -31,6 +29,7 @@ from disttrain.errors import ConfigError
 from disttrain.evidence import batch_hash
 from disttrain.parallel import Slots
 from disttrain.run.factories import build
+from disttrain.run.validation_sets import NamedSets
 from disttrain.seeding import manual_seed, seed_for
 
 
@@ -40,15 +39,15 @@ class RunData:
 
     loader: SlotLoader | StreamLoader
     identity: dict[str, Any]
-    valid: Dataset[Any] | None
+    valid: Any
+    """The validation data: a Dataset, several by name (`NamedSets`), or None."""
 
 
 def build_data(config: Config, slots: Slots, backend: Backend) -> RunData:
     """Build training and validation data under the data's own seed."""
     manual_seed(seed_for(config.seed, "data"))
     dataset = with_names(config, build("train_data", config.train_data))
-    manual_seed(seed_for(config.seed, "data"))  # again: both may cut one data set by the same random split
-    valid = None if config.valid_data is None else build("valid_data", config.valid_data)
+    valid = build_valid_data(config)
     return RunData(*loader_of(config, dataset, slots, backend), valid)
 
 
@@ -62,6 +61,19 @@ def with_names(config: Config, dataset: Any) -> Any:
             "one of them, or mix them: order=partial(Mixture, shares={...}) with a share for each (docs/order.md)"
         )
     return Sources(dataset)
+
+
+def build_valid_data(config: Config) -> Any:
+    """Build the validation data, each set under the data's own seed; None without."""
+
+    def built(field: str, factory: Callable[[], Any]) -> Any:
+        manual_seed(seed_for(config.seed, "data"))  # again: it may cut one data set as the training data does
+        return build(field, factory)
+
+    if isinstance(config.valid_data, Mapping):
+        sets = {name: built(f"valid_data.{name}", factory) for name, factory in config.valid_data.items()}
+        return NamedSets(sets)
+    return None if config.valid_data is None else built("valid_data", config.valid_data)
 
 
 def collate_of(config: Config) -> Callable[[list[Any]], Any] | None:

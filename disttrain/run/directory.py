@@ -9,6 +9,7 @@ finds that the lock at the path is not the one that it holds, and writes nothing
       config.json      the config that the run was started with, one dotted field a line
       cfg.py           the file that the config came from
       overrides.json   the key=value words of the command line
+      init_from.json   the weights with which the run began, if they are not its model's own
       launch.json      ids of the newest launch, if it outlives its ranks
       launches/        0001/, ...: the cfg.py, the modules and the versions of each launch that had others
       checkpoints/     step-00000140/, ... newest last
@@ -47,6 +48,7 @@ class RunDirectory:
         """Ids of the present launch; `open` writes them."""
         self.command: list[str] = []
         """The words of the present launch, which `launches/` keeps."""
+        self.init_from_json = path / "init_from.json"
         self.result_json = path / "result.json"
         self.launches = path / "launches"
         self.checkpoints = path / "checkpoints"

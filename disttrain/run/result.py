@@ -32,6 +32,7 @@ _OF_BEST: dict[str, type | tuple[type, ...]] = {
 _OPTIONAL: dict[str, type | tuple[type, ...]] = {
     "best": dict,
     "terminated": dict,
+    "init_from": dict,
     "xla_compilations": int,
     "xla_compilations_after_step_2": int,
 }

@@ -23,6 +23,7 @@ from disttrain.handlers.progress import dropping, warn
 from disttrain.handlers.stateful import bare
 from disttrain.parallel.counterparts import Counterparts
 from disttrain.run import checkpoint_places
+from disttrain.run.beginning import warn_of_other_weights
 from disttrain.run.built_values import built_values
 from disttrain.run.freezing import FLAGS, GROUPS
 from disttrain.run.note_launch import note_launch
@@ -75,9 +76,10 @@ def restore(run: Run, console: Console) -> int:
         for name, reason in found.skipped:
             warn(console, f"checkpoint {name} is damaged: {reason}")
         check_position(run, step, position)
-        load_parts(run, found.state, console)
+        load_parts(run, found.state, position, console)
         run.load_position(position)
         check_freezing(run, position)
+        warn_of_other_weights(run, console)
         checkpoint_places.check_best(run, console)
         run.loader.seek(*divmod(step, run.epoch_length or step + 1))
     compare_samples(run, position, same_kernels, console)
@@ -119,7 +121,7 @@ def check_freezing(run: Run, position: Mapping[str, Any]) -> None:
         )
 
 
-def load_parts(run: Run, saved: Mapping[str, Any], console: Console) -> None:
+def load_parts(run: Run, saved: Mapping[str, Any], position: Mapping[str, Any], console: Console) -> None:
     """Load a checkpoint's state into the parts of the run; warn about parts that only one of the two has."""
     needed = ("model", OPTIMIZER, TRAINER, PRECISION)
     if missing := [name for name in needed if not isinstance(saved, Mapping) or name not in saved]:
@@ -127,6 +129,8 @@ def load_parts(run: Run, saved: Mapping[str, Any], console: Console) -> None:
             f"expected the checkpoint of a run, got one without {' and '.join(missing)}; remove it, or begin anew"
         )
     parts, state = to_save(run), dict(saved)
+    if run.frozen is not None:
+        state = run.frozen.completed(state, position)
     if DATA not in state:
         parts.pop(DATA, None)  # other data, which is accepted: the run began over samples with indices
     modules = [name for name in run.parts if name in state]

@@ -26,6 +26,7 @@ from disttrain.errors import DataError
 from disttrain.evidence import sample_hash
 from disttrain.handlers.progress import warn
 from disttrain.run.state import Run
+from disttrain.run.validation_sets import named_sets
 
 NUM_SAMPLES = {"train_data": 3, "valid_data": 2}
 NUM_OF_STREAM = 2
@@ -75,8 +76,9 @@ def _refuse(run: Run, text: str, is_refused: bool, console: Console) -> None:
 def _load(run: Run) -> _Loaded:
     """Load this rank's samples; those of the validation data meanwhile, if workers load them."""
     seed, num_workers = run.config.seed, run.config.num_workers
-    valid = [] if run.valid_data is None else _probes(run.valid_data, NUM_SAMPLES["valid_data"], seed)
-    wait = None if run.valid_data is None else evaluation_probes(run.valid_data, valid, num_workers)
+    sets = named_sets(run.valid_data)
+    valid = {name: _probes(dataset, NUM_SAMPLES["valid_data"], seed) for name, dataset in sets.items()}
+    waits = {name: evaluation_probes(dataset, valid[name], num_workers) for name, dataset in sets.items()}
     loader = run.loader
     hashes: dict[str, str] = {}
     varying: list[str] = []
@@ -86,8 +88,8 @@ def _load(run: Run) -> _Loaded:
     elif run.backend.world_size > 1:
         begins = loader.load_probes(NUM_OF_STREAM, sample_hash)
         hashes.update({f"the stream's sample {number}": each for number, each in enumerate(begins)})
-    if wait is not None:
-        _note("valid_data", valid, wait(), hashes, varying)
+    for name, wait in waits.items():
+        _note(name, valid[name], wait(), hashes, varying)
     return _Loaded(run.data, hashes, varying)
 
 

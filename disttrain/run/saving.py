@@ -73,6 +73,7 @@ class Saving:
         run = self._run
         keeps = None if run.best is None else run.best.keeps
         parts = to_save(run)
+        parts |= {} if run.frozen is None else run.frozen.lightened(parts)
         if has_two_points(run.optimizer):
             parts[EVALUATION_POINT] = EvaluationPoint(run.model, run.optimizer)
         return Checkpoint(parts, saver, n_saved=run.config.checkpoint.keep, backend=run.backend, keeps=keeps)
@@ -85,6 +86,8 @@ class Saving:
             self._sync()
             if backend.rank == 0:
                 checkpoint_places.note_target(self._run)
+        if self._run.frozen is not None:
+            self._run.frozen.look()
         choice = SaveChoice.AS_ALWAYS
         if left_s < math.inf:
             choice = SaveChoice(on_one_rank(backend, lambda: str(choose_save(self.saver, left_s, self._has_target))))

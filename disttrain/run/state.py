@@ -23,8 +23,12 @@ from disttrain.precision import Precision
 from disttrain.run.directory import RunDirectory
 from disttrain.run.evaluation import Evaluation
 from disttrain.run.freezing import Freezing
+from disttrain.run.frozen_weights import FrozenWeights
+from disttrain.run.initial_weights import Taken, modules_of
 from disttrain.run.module_settings import ModuleSettings
 from disttrain.run.updates import Updates
+from disttrain.run.validation_sets import ValidationSets
+from disttrain.run.weight_source import Begin, begin_of
 
 T = TypeVar("T")
 STEP = re.compile(r"[0-9]{1,15}")
@@ -55,7 +59,7 @@ class Run:
     """The parameters that are trained, and the groups of the optimizer; handlers may change both."""
     loader: SlotLoader | StreamLoader
     trainer: Engine
-    evaluation: Evaluation | None
+    evaluation: Evaluation | ValidationSets | None
     """The validation data and its metrics; None without validation data."""
     best: Best | None
     """The best evaluation so far; None without checkpoint.monitor."""
@@ -64,7 +68,9 @@ class Run:
     data: dict[str, Any]
     """Length and fingerprint of the training data: a run resumes with the data it began with."""
     valid_data: Any
-    """The validation data; None without."""
+    """The validation data: a Dataset, or several by name; None without."""
+    taken: Taken | None
+    """The weights of `init_from` that this launch has taken; None if it has taken none."""
     attached: list[tuple[str, Any]] = field(default_factory=list)
     """The config's handlers and the functions that they attached to the trainer, by the name of the handler."""
     kept: dict[str, Any] = field(default_factory=dict)
@@ -73,6 +79,10 @@ class Run:
     """Hashes of a few samples, by name: a run resumes with the data it began with."""
     settings: ModuleSettings | None = None
     """What handlers change of the modules beside tensors; set when the run is assembled."""
+    begin: Begin | None = None
+    """The weights of `init_from` with which the run began; None without."""
+    frozen: FrozenWeights | None = None
+    """The frozen weights that checkpoints leave out; set when the run is assembled."""
     evaluation_due: bool = False
     """True if a signal interrupted this step's evaluation; a resumed run evaluates before its next step."""
     terminated: dict[str, Any] | None = None
@@ -114,8 +124,7 @@ class Run:
     @property
     def parts(self) -> dict[str, nn.Module]:
         """The modules whose states a checkpoint holds, by name: the model, and a loss or a forward with a state."""
-        parts = dict(self.step_function.named_children())
-        return {name: part for name, part in parts.items() if name == "model" or part.state_dict()}
+        return modules_of(self.step_function)
 
     @property
     def weights(self) -> list[int] | None:
@@ -198,6 +207,8 @@ class Run:
             **({"recent_losses": recent} if recent else {}),
             **({} if self.best is None else self.best.position()),
             **self.freezing.position(),
+            **({} if self.begin is None else {"init_from": self.begin._asdict()}),
+            **({} if self.frozen is None else self.frozen.position()),
             **self.data,
             **({"samples": self.samples} if self.samples else {}),
         }
@@ -220,6 +231,7 @@ class Run:
         self.updates.num_skipped = skipped if isinstance(skipped, int) else 0
         self.evaluation_due = position.get("evaluation_due") is True
         self.terminated = position.get("terminated")
+        self.begin = begin_of(position.get("init_from"))
         self.left_out.update({int(step): str(reason) for step, reason in left_out.items()})
         if self.settings is not None:
             self.settings.load(position.get("module_settings", {}))

@@ -33,6 +33,7 @@ from disttrain.handlers.stragglers import Stragglers
 from disttrain.handlers.watchdog import Watchdog
 from disttrain.run import checkpoint_places
 from disttrain.run.assemble import assemble
+from disttrain.run.beginning import initial_weights, note_beginning
 from disttrain.run.directory import RunDirectory
 from disttrain.run.handler_state import unkept_objects
 from disttrain.run.opening import lock_directory, open_directory
@@ -85,7 +86,8 @@ def attempt(
     """Train from the newest checkpoint on; return None if the run has to go back to it, without a bad step."""
     with ExitStack() as stack:
         lock_directory(directory, backend, stack)
-        run = assemble(config, backend, directory, attempts.left_out)
+        initial = initial_weights(config, directory, backend, fresh=fresh)
+        run = assemble(config, backend, directory, attempts.left_out, initial)
         stack.callback(run.close)
         check_state(run)
         if fresh:
@@ -96,6 +98,8 @@ def attempt(
         warn_of_unkept(run, console)
         run.freezing.say_what_is_left_out(partial(warn, console))
         step = restore(run, console)
+        if step == 0 and run.taken is not None and attempts.began is None:
+            note_beginning(run, run.taken, console)
         run.training = True
         services = attach(run, preemption, console, step, stack)
         end, saver = services.step_end, services.saving.saver
@@ -273,6 +277,7 @@ def outcome(run: Run, end: StepEnd, attempts: Attempts) -> dict[str, Any]:
         "checkpoint": checkpoint_name(end.saved_at),
         **best_entry(run, end.saved_at),
         **({} if run.terminated is None else {"terminated": run.terminated}),
+        **({} if run.begin is None else {"init_from": run.begin._asdict()}),
         "skipped_steps": run.skipped_steps,
         "rollbacks": len(run.left_out),
         "samples_per_second": round(trained / max(wall_s, 1e-9), 1),

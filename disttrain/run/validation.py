@@ -13,6 +13,7 @@ from disttrain.handlers.watchdog import Watchdog
 from disttrain.run.evaluation import Evaluation
 from disttrain.run.reporter import Reporter
 from disttrain.run.state import Run
+from disttrain.run.validation_sets import ValidationSets
 
 
 class Validation:
@@ -21,7 +22,7 @@ class Validation:
     def __init__(
         self,
         run: Run,
-        evaluation: Evaluation,
+        evaluation: Evaluation | ValidationSets,
         preemption: Preemption,
         watchdog: Watchdog,
         compilations: Compilations,

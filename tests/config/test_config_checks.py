@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from config_samples import loss, net, refused, sample
+from config_samples import data, loss, net, refused, sample
 from torch import nn
 
 from disttrain.config import check_devices, check_slots
@@ -145,3 +145,30 @@ def test_devices_that_divide_a_slot_are_taken(size: int, slots: int, devices: in
 def test_a_slot_that_the_devices_cannot_share_names_what_fits(size: int, slots: int, devices: int, advice: str) -> None:
     with pytest.raises(ConfigError, match=advice):
         check_devices(size, slots, devices)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"valid_data": {}}, "valid_data: expected a function, a dict of them by name, or None, got an empty dict."),
+        (
+            {"valid_data": {"a/b": data}},
+            "valid_data: expected names without '.', '=', '/' and spaces, such as 'clean', got 'a/b'.",
+        ),
+        ({"valid_data": {"a": 5}}, "valid_data.a: expected () -> Dataset, got 5."),
+        (
+            {"valid_data": {"a": data, "b": data}, "checkpoint": {"monitor": "loss"}, "metrics": {}},
+            "checkpoint.monitor: expected 'a/loss' or 'b/loss', got 'loss'.",
+        ),
+    ],
+)
+def test_several_validation_sets(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        sample(**changes)
+    assert str(caught.value) == message
+
+
+def test_a_batch_of_an_evaluation_is_cut_over_the_devices_of_a_rank() -> None:
+    check_devices(32, 4, 2, 6)
+    with pytest.raises(ConfigError, match=r"validate\.batch_size=7 cannot be cut over 2 devices equally"):
+        check_devices(32, 4, 2, 7)

@@ -143,7 +143,7 @@ def test_the_result_is_checked_as_a_whole() -> None:
     [
         ("optimzer.lr=3", "optimzer.lr=3: no such field; did you mean optimizer.lr?"),
         ("lr=3", "lr=3: no such field; did you mean optimizer.lr?"),
-        ("batch_size=3", "batch_size=3: no such field; did you mean global_batch_size?"),
+        ("batch_size=3", "batch_size=3: no such field; did you mean validate.batch_size or global_batch_size?"),
         ("checkpoint.kep=3", "checkpoint.kep=3: no such field; did you mean checkpoint.keep?"),
         ("qqq=3", "qqq=3: no such field; --help lists them."),
         ("max_grad_norm=1", "max_grad_norm=1: no such field; did you mean grad_clip_norm?"),
@@ -156,7 +156,10 @@ def test_the_result_is_checked_as_a_whole() -> None:
         ("optimizer.lrr=3", "optimizer.lrr=3: adam takes no lrr; did you mean optimizer.lr?"),
         ("optimizer.parameters=3", "optimizer.parameters=3: adam takes no parameters; it has lr and betas."),
         ("metrics.f1.num_classes=3", "metrics.f1.num_classes=3: metrics has no f1; it has accuracy."),
-        ("validate=3", "validate=3: validate is a group of fields; it has validate.every_steps."),
+        (
+            "validate=3",
+            "validate=3: validate is a group of fields; it has validate.every_steps and validate.batch_size.",
+        ),
     ],
 )
 def test_an_unknown_key_names_the_nearest(text: str, message: str) -> None:

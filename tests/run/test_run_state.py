@@ -39,6 +39,8 @@ def test_a_run_is_built_by_keywords_and_every_part_is_required() -> None:
         "kept",
         "samples",
         "settings",
+        "begin",
+        "frozen",
         "evaluation_due",
         "terminated",
         "training",
@@ -54,8 +56,9 @@ def test_handlers_get_the_complete_run(tmp_path: Path) -> None:
 
     run = small_run(tmp_path, handlers=[handler], checkpoint={"monitor": "loss"}, schedule=constant)
     [values] = values_by_call
-    started_later = ("attached", "kept", "samples", "settings", "evaluation_due", "terminated", "training")
-    parts = [name for name in values if name not in started_later]
+    started_later = ("attached", "kept", "samples", "settings", "begin", "frozen", "evaluation_due")
+    started_later += ("terminated", "training")
+    parts = [name for name in values if name not in (*started_later, "taken")]  # init_from takes no weights here
     assert [name for name in parts if values[name] is None] == []
     assert all(getattr(run, name) is values[name] for name in parts)
 

@@ -1,4 +1,4 @@
-"""Finds the checkpoints that a command line of `disttrain checkpoint` names.
+"""Finds the checkpoints that a person names: on the command line of `disttrain checkpoint`, or in `init_from`.
 
 *Contract*: a run directory may be a stranger's. The files in it that name another place (`checkpoints/elsewhere.txt`,
 and `checkpoint.target` in `config.json`) are followed only if that is asked for: nothing connects to a URL and nothing
@@ -55,7 +55,7 @@ def find_target(run: str, step: int | None = None, *, best: bool = False, elsewh
         best_step = best_of([entry for store in stores for entry in survey(store, quick=True)])
         if best_step is None:
             raise ConfigError(
-                f"--best: the run keeps no best checkpoint in {joined(stores)}; set checkpoint.monitor in its config"
+                f"the run keeps no best checkpoint in {joined(stores)}; set checkpoint.monitor in its config"
             )
         step = best_step.step
     if step is None:
@@ -65,7 +65,7 @@ def find_target(run: str, step: int | None = None, *, best: bool = False, elsewh
             if step_in(committed_name) == step:
                 return Target(store, committed_name, [])
     if best:
-        raise ConfigError(f"--best: the checkpoint of step {step}, which was the best, is gone from {joined(stores)}")
+        raise ConfigError(f"the checkpoint of step {step}, which was the best, is gone from {joined(stores)}")
     raise ConfigError(f"there is no checkpoint of step {step} in {joined(stores)}; disttrain checkpoint ls lists all")
 
 
@@ -112,13 +112,20 @@ def target_of(run: Path) -> str | None:
 
 def hint_of(run: str) -> str:
     """Return a sentence about the other place that a run directory names; empty if it names none."""
-    path = Path(run)
-    if is_url(run) or not is_run(path):
-        return ""
-    other = marked_place(path / "checkpoints") or target_of(path)
-    if other is None or (not is_url(other) and Path(other).absolute() == (path / "checkpoints").absolute()):
+    if (other := other_place(run)) is None:
         return ""
     return f"the run names another place of its checkpoints, {other}: --elsewhere looks there too"
+
+
+def other_place(run: str) -> str | None:
+    """Return the other place that a run directory names, which is not opened; None if it names none."""
+    path = Path(run)
+    if is_url(run) or not is_run(path):
+        return None
+    other = marked_place(path / "checkpoints") or target_of(path)
+    if other is None or (not is_url(other) and Path(other).absolute() == (path / "checkpoints").absolute()):
+        return None
+    return other
 
 
 def refuse_link(run: str, store: CheckpointStore) -> None:

@@ -1,0 +1,75 @@
+"""Whether a run begins anew, so that it takes the weights of `init_from`; and the file that says what it took.
+
+*Contract*: a run begins anew if no checkpoint of it is in any of its places; rank 0 decides. A resumed run takes the
+weights again only if its checkpoints leave frozen weights out. `init_from.json` in the
+run directory then holds the path, the step and the sha256 of the weights, and the names that were taken, left alone or
+not found. Path, step and sha256 are also in every checkpoint and in result.json.
+"""
+
+from contextlib import suppress
+from typing import Any
+
+from rich.console import Console
+
+from disttrain.backend import Backend
+from disttrain.checkpoint import folders_of, on_one_rank, store_at
+from disttrain.config import Config
+from disttrain.errors import DamagedError
+from disttrain.files import json_text, read_json, write_text
+from disttrain.handlers.progress import warn
+from disttrain.run.checkpoint_places import folder_of
+from disttrain.run.directory import RunDirectory
+from disttrain.run.frozen_weights import left_out_of
+from disttrain.run.initial_weights import InitialWeights, Taken
+from disttrain.run.state import Run
+from disttrain.run.weight_source import begin_of
+
+
+def initial_weights(config: Config, directory: RunDirectory, backend: Backend, *, fresh: bool) -> InitialWeights | None:
+    """Return the weights that the run is to take; None if the config names none, or if the run resumes."""
+    if config.init_from.path is None:
+        return None
+    if fresh:
+        return InitialWeights(config.init_from)
+    found = on_one_rank(backend, lambda: _look(config, directory))
+    return None if found is None else InitialWeights(config.init_from, begin_of(found[0]), resumes=found[1])
+
+
+def _look(config: Config, directory: RunDirectory) -> tuple[Any, bool] | None:
+    """Return the record of the weights with which the run began, and whether it resumes; None if it needs none."""
+    stores = [store_at(each) for each in folders_of(directory.checkpoints, folder_of(config, directory))]
+    if any(store.committed() or store.set_aside() for store in stores):
+        for store in stores:
+            for name in store.committed():
+                with suppress(DamagedError):
+                    position = store.manifest(name).position
+                    if left_out_of(position):
+                        return position.get("init_from"), True
+        return None
+    try:
+        return read_json(directory.init_from_json), False
+    except (OSError, ValueError):
+        return None, False
+
+
+def note_beginning(run: Run, taken: Taken, console: Console) -> None:
+    """Print what was taken, and write it into the run directory, on rank 0."""
+    for note in taken.notes:
+        warn(console, note)
+    console.print(taken.text(), soft_wrap=True)
+    with run.backend.agree("writing init_from.json"):
+        if run.backend.rank == 0:
+            run.directory.check_held()
+            write_text(run.directory.init_from_json, json_text(taken.record(), indent=1) + "\n")
+
+
+def warn_of_other_weights(run: Run, console: Console) -> None:
+    """Warn if `init_from` names other weights than those with which the resumed run began: they are not taken."""
+    path = run.config.init_from.path
+    if path is not None and run.taken is None and (run.begin is None or run.begin.path != path):
+        began = "with the weights of its model" if run.begin is None else f"with {run.begin.path}"
+        warn(
+            console,
+            f"init_from={path} is not taken: the run began {began}, and goes on from its checkpoint; start anew with "
+            "--fresh, or under another name=NAME",
+        )

@@ -1,0 +1,171 @@
+"""Finds and reads the weights that `init_from` names: a checkpoint of another run, which may be under way, or a file.
+
+*Contract*: rank 0 chooses the checkpoint, and all ranks read the same one; nothing there is changed. If the run at
+that place removes the checkpoint meanwhile, the choice is made again. Damaged checkpoints are passed over by RUN and
+RUN@last alone. A run that was killed before its first checkpoint begins again with the checkpoint with which it began,
+not with a newer one.
+
+*Errors*: ConfigError, the same for all ranks, if there are no such weights or if the ranks read different ones.
+"""
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from disttrain.backend import Backend
+from disttrain.checkpoint import (
+    Weights,
+    is_url,
+    on_one_rank,
+    store_at,
+    weights_of_checkpoint,
+    weights_of_file,
+)
+from disttrain.errors import CheckpointError, ConfigError, DamagedError
+from disttrain.run.checkpoint_target import find_target, other_place
+
+_WISH = re.compile(r"(.+)@(best|last|[0-9]{1,15})")
+_MOST_TRIES = 8
+"""A run under way may remove the chosen checkpoint as often as this before the reading is given up."""
+
+
+class Begin(NamedTuple):
+    """The weights with which a run began, as its files keep it."""
+
+    path: str
+    """As `init_from.path` gave it."""
+    step: int | None
+    """Of the checkpoint; None for a file."""
+    sha256: str
+
+
+class Source(NamedTuple):
+    """Weights that were read, and what is to be said about them."""
+
+    weights: Weights
+    begin: Begin
+    notes: list[str]
+    """Warnings: damaged checkpoints that were passed over, another content than when the run began."""
+
+
+def begin_of(kept: Any) -> Begin | None:
+    """Return the `Begin` of what a file keeps; None for anything else."""
+    match kept:
+        case {"path": str(path), "step": int() | None as step, "sha256": str(sha256)}:
+            return Begin(path, step, sha256)
+    return None
+
+
+def read_source(path: str, before: Begin | None, modules: Collection[str], backend: Backend) -> Source:
+    """Read those of `modules` that the weights at `path` hold; every rank calls this.
+
+    `before`: the weights with which this run has begun before; it takes the same checkpoint again.
+    """
+    before = before if before is not None and before.path == path else None
+    place, wish = split(path)
+    if before is not None and before.step is not None and wish != str(before.step):
+        wish = str(before.step)
+    if on_one_rank(backend, lambda: is_file(path, place)):
+        source = _from_file(path, backend)
+    else:
+        source = _from_checkpoint(path, place, wish, modules, backend)
+    by_rank = backend.all_gather(source.weights.sha256)
+    for rank, sha256 in enumerate(by_rank):
+        if sha256 != by_rank[0]:
+            raise ConfigError(
+                f"init_from={path}: the ranks read different weights there: sha256 {by_rank[0][:12]} on rank 0, "
+                f"{sha256[:12]} on rank {rank}; expected the same on every host"
+            )
+    if before is not None and before.sha256 != by_rank[0]:
+        source.notes.append(
+            f"init_from={path} has another content now: sha256 {by_rank[0][:12]}, and {before.sha256[:12]} when this "
+            "run began before"
+        )
+    return source
+
+
+def split(path: str) -> tuple[str, str]:
+    """Return the place and the wish of RUN@WISH: "best", "last", a step, or "" for none. A path that exists is none."""
+    match = _WISH.fullmatch(path)
+    if match is None or (not is_url(path) and Path(path).exists()):
+        return path, ""
+    return match[1], match[2]
+
+
+def is_file(path: str, place: str) -> bool:
+    """Return whether the place is a file, and not one of checkpoints; ConfigError if it is nothing."""
+    if is_url(place):
+        if place.endswith((".safetensors", ".pt", ".pth", ".bin")):
+            raise ConfigError(f"init_from={path}: expected a folder of checkpoints behind the URL; copy the file here")
+        return False
+    if Path(place).is_dir():
+        return False
+    if place != path or not Path(path).is_file():
+        raise ConfigError(
+            f"init_from={path}: expected a run directory, a folder of checkpoints, or a file of weights; there is no "
+            f"{'directory' if Path(place).exists() else 'file or directory'} {place}, seen from {Path.cwd()}"
+        )
+    return True
+
+
+def _from_file(path: str, backend: Backend) -> Source:
+    with backend.agree("reading the weights of init_from"):
+        try:
+            weights = weights_of_file(Path(path))
+        except DamagedError as error:
+            raise ConfigError(f"init_from={path}: {error}") from error
+        except CheckpointError as error:
+            raise (CheckpointError if Path(path).exists() else ConfigError)(f"init_from={path}: {error}") from error
+    return Source(weights, Begin(path, None, weights.sha256), [])
+
+
+def _from_checkpoint(path: str, place: str, wish: str, modules: Collection[str], backend: Backend) -> Source:
+    """Read the checkpoint that is wished for; choose again if it is removed meanwhile."""
+    damaged: dict[str, str] = {}
+    for _ in range(_MOST_TRIES):
+        root, name = on_one_rank(backend, lambda: _choose(path, place, wish, damaged))
+        store = store_at(root)
+        try:
+            weights = weights_of_checkpoint(store, name, modules, backend)
+        except CheckpointError as error:  # the same on every rank
+            if name not in on_one_rank(backend, store.committed):
+                continue
+            if not isinstance(error, DamagedError):
+                raise CheckpointError(f"init_from={path}: cannot read {store.path(name)}: {error}") from error
+            if wish not in ("", "last"):
+                raise ConfigError(f"init_from={path}: the checkpoint {store.path(name)} is damaged: {error}") from error
+            damaged[name] = str(error)
+            continue
+        assert weights.manifest is not None
+        notes = [f"init_from={path}: checkpoint {name} is damaged: {reason}" for name, reason in damaged.items()]
+        return Source(weights, Begin(path, weights.manifest.step, weights.sha256), notes)
+    raise ConfigError(f"init_from={path}: its checkpoints were removed as fast as they were found; wait for that run")
+
+
+def _choose(path: str, place: str, wish: str, damaged: Collection[str]) -> tuple[str, str]:
+    """Return the store and the name of the checkpoint; on rank 0."""
+    step = int(wish) if wish.isdecimal() else None
+    other = other_place(place)
+    try:
+        store, name, _ = find_target(place, step, best=wish == "best")
+    except ConfigError as error:
+        if other is None:
+            raise ConfigError(f"init_from={path}: {error}") from error
+        raise _elsewhere(path, place, other, wish) from error
+    if other is not None and step is None:  # a newer one, or a better one, may lie there
+        raise _elsewhere(path, place, other, wish)
+    if name is None:
+        good = [each for each in store.committed() if each not in damaged]
+        if not good:
+            found = "only damaged ones" if damaged else "none"
+            raise ConfigError(f"init_from={path}: expected a checkpoint in {store}, found {found}")
+        name = good[0]
+    return str(store), name
+
+
+def _elsewhere(path: str, place: str, other: str, wish: str) -> ConfigError:
+    return ConfigError(
+        f"init_from={path}: the run {place} names {other} as the place of its checkpoints, which is not opened because "
+        f"a run directory says so; use init_from={other}{'@' * bool(wish)}{wish}"
+    )
