@@ -53,6 +53,8 @@ class GlobalLoss:
         backward: Callable[[Tensor], None],
         parameters: Callable[[], Iterable[Tensor]],
     ) -> None:
+        if process_group is None and slots.world_size > 1:
+            raise ValueError(f"world_size={slots.world_size} needs a process group, got None")
         self.slot = 0
         """The slot that runs now in the second pass."""
         self._slots = slots

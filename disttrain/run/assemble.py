@@ -210,6 +210,7 @@ def build_evaluation(
     """Build the evaluation; its batches are as large as a slot's, on any number of ranks."""
     num_samples = check_dataset(dataset, "valid_data")["dataset_length"]
     batch_size = config.global_batch_size // slots.num_slots
+    num_together = 1 if config.global_loss is None else config.global_batch_size // batch_size
     metrics = {name: build_metric(name, make).to(backend.metrics_device) for name, make in config.metrics.items()}
     evaluation = Evaluation(
         step_function,
@@ -222,7 +223,7 @@ def build_evaluation(
             num_workers=config.num_workers,
             collate_fn=collate_of(config),
             pin_memory=device_row(backend.device).copies_ahead,
-            num_together=1 if config.global_loss is None else slots.num_slots,
+            num_together=num_together,
         ),
         compute_of(backend.device, layout),
         metrics,
@@ -236,7 +237,7 @@ def build_evaluation(
         gathered=layout.gathered,
     )
     if isinstance(step_function, GlobalStep):
-        evaluate_together(evaluation, step_function, slots.num_slots, partial(moved_to, backend.device, layout))
+        evaluate_together(evaluation, step_function, num_together, partial(moved_to, backend.device, layout))
     return evaluation
 
 

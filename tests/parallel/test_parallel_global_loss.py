@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from disttrain.backend.base import Backend
 from disttrain.errors import ConfigError
-from disttrain.parallel import GlobalLoss, World, strategy_for
+from disttrain.parallel import GlobalLoss, Slots, World, strategy_for
 
 STEPS = 3
 
@@ -132,6 +132,29 @@ def test_any_number_of_ranks_has_the_same_bits(ranks: Ranks, strategy: str) -> N
 def test_a_scaled_loss_has_the_gradient_once_scaled(ranks: Ranks) -> None:
     (plain, *_), (scaled, *_) = (ranks(1, trained, 3, "ddp", 0.0, Towers.embed, Towers.loss, s)[0] for s in (1.0, 64.0))
     assert scaled == plain
+
+
+def with_scale(net: Towers, x: Tensor) -> Any:
+    return net.left(x), net.right(x), net.scale.exp().expand(len(x), 1)
+
+
+def loss_with_scale(net: Towers, embeddings: Any) -> Tensor:
+    left, right, scale = embeddings
+    left.mul_(scale)  # in place: what it is given is its own
+    return F.cross_entropy(left @ right.T, torch.arange(len(left)))
+
+
+def test_a_number_of_the_model_is_a_row_for_each_sample(ranks: Ranks) -> None:
+    weights, _ = by_hand()
+    for world_size in (1, 3):
+        _, its_weights, _ = ranks(world_size, trained, 4, "ddp", 0.0, with_scale, loss_with_scale)[0]
+        for here, there in zip(its_weights, weights, strict=True):
+            torch.testing.assert_close(here, there, rtol=1e-12, atol=1e-14)
+
+
+def test_several_ranks_need_a_process_group() -> None:
+    with pytest.raises(ValueError, match="world_size=2 needs a process group"):
+        GlobalLoss(Slots(4, 0, 2), None, embed=abs, loss=abs, backward=print, parameters=list)
 
 
 def longer_elsewhere(net: Towers, x: Tensor) -> Any:

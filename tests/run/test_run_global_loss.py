@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
+from ranks import Err, Ranks
 from small_run import console, small_config, small_run, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -173,6 +173,20 @@ def generators(samples: Any) -> Any:
 def test_what_has_no_loss_over_the_batch_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         trained(tmp_path, **FIELDS | {"valid_data": None, "metrics": {}} | changes)
+
+
+def fails_at_a_sample(model: Towers, batch: list[Tensor]) -> Embeddings:
+    if (batch[0] == pairs(32)[5][0]).all(-1).any():
+        raise ValueError("no such caption")
+    return embed(model, batch)
+
+
+def test_a_forward_that_fails_on_one_rank_ends_all(ranks: Ranks, tmp_path: Path) -> None:
+    changes = {"forward": fails_at_a_sample, "valid_data": None, "metrics": {}}
+    outcomes = ranks.outcomes(2, life, str(tmp_path / "run"), changes)
+    errors = [outcome.error for outcome in outcomes if isinstance(outcome, Err)]
+    assert len(errors) == 2
+    assert any("no such caption" in str(error) for error in errors)
 
 
 def infinite_at(step: int) -> Callable[[Embeddings], Tensor]:
