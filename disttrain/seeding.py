@@ -13,6 +13,7 @@ is a hash of the run's seed and these two. So a resumed run computes its seeds i
 | "batch"      | epoch, step in epoch, slot | python, numpy and torch in the process that loads it     |
 | "stream"     | epoch, slot                | as "batch", in the process that opens the slot's stream  |
 | "step"       | step, slot                 | torch's generators before that slot's forward: dropout   |
+| "global"     | step                       | torch's generators before the loss over a global batch   |
 | "valid"      | number of the batch        | as "batch", for validation data                          |
 | "config"     | -                          | the execution of a cfg.py, before its seed is known      |
 | "data"       | -                          | building the datasets, the same on every rank            |

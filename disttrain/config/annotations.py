@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     ModelFactory = Callable[[], nn.Module]
     DataFactory = Callable[[], Dataset[Any] | Iterable[Any]]
     Loss = Callable[[Any, Any], Tensor]
-    Forward = Callable[[nn.Module, Any], tuple[Tensor, Any]]
+    Forward = Callable[[nn.Module, Any], Any]
     Weight = Callable[[Any], Any]
+    LossOfEmbeddings = Callable[[Any], Tensor]
     OptimizerFactory = Callable[..., Optimizer]
     ScheduleFactory = Callable[[Any, int], LRScheduler]
     MetricFactory = Callable[[], Metric]
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     BackendName = str
 else:  # pydantic checks only that they are callable, so torch is not imported
     ModelFactory = DataFactory = Loss = Forward = OptimizerFactory = Callable[..., Any]
-    OrderFactory = Callable[..., Any]
+    OrderFactory = LossOfEmbeddings = Callable[..., Any]
     Weight = ScheduleFactory = MetricFactory = Collate = Handler = PrecisionFactory = Callable[..., Any]
     BackendName = Literal[backend_names()]
 

@@ -30,9 +30,11 @@ def problems(config: "Config") -> Iterator[str]:
         yield "checkpoint.target: expected a folder or a URL such as 's3://bucket/runs', or None, got ''"
     if config.init_from.path is not None and not config.init_from.path.strip():
         yield "init_from: expected a run directory, such as 'runs/base@best', or a file of weights, or None, got ''"
-    yield from _one_of(
-        "loss", "forward", config, "loss takes y_pred and y; forward replaces it for batches of another form"
-    )
+    yield from _global_loss(config)
+    if config.global_loss is None:
+        yield from _one_of(
+            "loss", "forward", config, "loss takes y_pred and y; forward replaces it for batches of another form"
+        )
     yield from _one_of(
         "max_epochs",
         "max_steps",
@@ -76,6 +78,39 @@ def _one_of(first: str, second: str, config: "Config", advice: str) -> Iterator[
     num_given = sum(getattr(config, name) is not None for name in (first, second))
     if num_given != 1:
         yield f"{first}, {second}: expected one of the two, got {'both' if num_given else 'neither'}; {advice}"
+
+
+def _global_loss(config: "Config") -> Iterator[str]:
+    """Yield the settings that exclude a loss over the global batch, or that it needs."""
+    if config.global_loss is None:
+        return
+    if config.forward is None or config.loss is not None:
+        given = "no forward" if config.forward is None else "a loss too"
+        yield (
+            f"global_loss: expected forward=(model, batch) -> embeddings beside it, and no loss, got {given}; "
+            "global_loss takes the embeddings that forward returns"
+        )
+    if config.weight is not None:
+        yield (
+            "weight: expected None with global_loss, which gets the whole global batch at once, got "
+            f"{got(config.weight)}; let forward return what counts in a sample, and weigh it in global_loss"
+        )
+    batch_size = config.validate.batch_size
+    if batch_size is not None and config.global_batch_size % batch_size:
+        yield (
+            f"validate.batch_size: expected a divisor of global_batch_size={config.global_batch_size} with "
+            f"global_loss, which compares that many samples, got {batch_size}"
+        )
+    if config.precision == "apex":
+        yield (
+            'precision: expected "fp32", "bf16" or "fp16" with global_loss, got "apex", which changes its loss scale '
+            "between the slots of a step"
+        )
+    if config.strategy == "fsdp" and config.fsdp_gather == "module":
+        yield (
+            'fsdp_gather: expected "step" with global_loss, got "module": the loss over the global batch is computed '
+            "outside the forward of the module that holds its parameters"
+        )
 
 
 def _callables(name: str, note: FieldNote, value: Any) -> Iterator[str]:

@@ -27,6 +27,7 @@ from disttrain.config.annotations import (
     Handler,
     Integer,
     Loss,
+    LossOfEmbeddings,
     MetricFactory,
     ModelFactory,
     NonNegative,
@@ -148,6 +149,11 @@ class Config(Declaration):
     """Computes the mean loss of a microbatch, from the output of the model and the target. None if `forward` is set."""
     forward: Annotated[Forward | None, FieldNote(takes="(model, batch) -> (loss, outputs)")] = None
     """Computes the loss and the outputs of a microbatch that is not a pair (x, y), in place of loss(model(x), y)."""
+    global_loss: Annotated[LossOfEmbeddings | None, FieldNote(takes="(embeddings) -> scalar Tensor")] = None
+    """Computes the loss of a whole global batch, for losses that compare its samples with each other (contrastive
+    ones). `forward` then returns a microbatch's embeddings: a tensor, or a dict or tuple of tensors, with one row for
+    each sample. They are given with the rows of all slots, the same on every rank (docs/contrastive.md). None: the loss
+    is a mean over the slots."""
     weight: Annotated[Weight | None, FieldNote(takes="(batch) -> int")] = None
     """The number of targets in a batch, such as tokens or boxes, over which its loss is the mean. Then gradients and
     losses are means over all targets of the global batch, and a batch of weight 0 counts for nothing. None: every slot

@@ -28,7 +28,7 @@ def parse(key: str, text: str, forms: Sequence[Any], expected: str) -> Any:
 
     *Errors*: ConfigError that names `expected`.
     """
-    for form in sorted(map(_plain, forms), key=_precedence):
+    for form in sorted(map(plain_type, forms), key=_precedence):
         try:
             return _value_of_type(form, text)
         except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError):

@@ -201,13 +201,14 @@ def evaluation_loader(
     num_workers: int = 0,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     pin_memory: bool = False,
+    num_together: int = 1,
 ) -> Iterator[tuple[int, Any]]:
     """Return an iterator over (batch number, batch) of this rank's part of an evaluation; see `EvaluationBatchSampler`.
 
     Over all ranks each number comes once, so losses can be added in the order of the batches. The workers end with the
     last batch, or with the iterator.
     """
-    sampler = EvaluationBatchSampler(len(dataset), batch_size, rank, world_size, seed=seed)
+    sampler = EvaluationBatchSampler(len(dataset), batch_size, rank, world_size, seed=seed, num_together=num_together)
     fetching = Fetching(CollatedDataset(dataset, collate_fn), min(num_workers, len(sampler)), pin_memory)
     return _evaluation_batches(sampler, fetching)
 

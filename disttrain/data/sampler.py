@@ -253,10 +253,20 @@ class EvaluationBatchSampler(BatchSampler):
     """This rank's part of the evaluation batches [0, m), [m, 2m), ... of a dataset; each sample is in exactly one.
 
     *Contract*: the samples, the number and the seed of a batch do not depend on the world size. Rank r of W has the
-    batches [N*r//W, N*(r+1)//W) of all N. If there are fewer batches than ranks, some ranks have none.
+    batches [N*r//W, N*(r+1)//W) of all N. If there are fewer batches than ranks, some ranks have none. With
+    `num_together` a rank has whole groups of so many batches, of which the last may be smaller.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        seed: int = 0,
+        num_together: int = 1,
+    ) -> None:
         if num_samples < 1:
             raise DataError(
                 "the evaluation dataset is empty: expected at least one sample, got 0; "
@@ -268,7 +278,9 @@ class EvaluationBatchSampler(BatchSampler):
         self.num_samples = num_samples
         self.seed = seed
         self.num_batches = -(-num_samples // batch_size)
-        self.numbers = range(self.num_batches * rank // world_size, self.num_batches * (rank + 1) // world_size)
+        groups = -(-self.num_batches // num_together)
+        start, stop = (groups * each // world_size * num_together for each in (rank, rank + 1))
+        self.numbers = range(start, min(stop, self.num_batches))
 
     def __len__(self) -> int:
         return len(self.numbers)

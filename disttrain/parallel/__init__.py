@@ -11,6 +11,7 @@
     fsdp_modules        gradients of sharded parameters, gathered module by module
     xla_gradients       gradients on XLA devices
     weights             the weights of slots: a mean over all targets of the global batch
+    global_loss         a loss over the embeddings of all slots, whose gradient each slot gets its part of
     leaving_out         leaves whole steps out of a run
     window              keeps the gradients of an update that is under way, for a checkpoint
     layout              the protocol of layouts; parameters whole on every rank
@@ -43,6 +44,7 @@
 
 from disttrain.parallel.ddp import SlotGradients
 from disttrain.parallel.fsdp import FsdpGradients
+from disttrain.parallel.global_loss import GlobalLoss
 from disttrain.parallel.gradients import Accumulation, Gradients
 from disttrain.parallel.layout import Layout, ReplicatedLayout, total_norm
 from disttrain.parallel.over_slots import GradientsOverSlots
@@ -54,6 +56,7 @@ from disttrain.parallel.xla_gradients import XlaSlotGradients
 __all__ = [
     "Accumulation",
     "FsdpGradients",
+    "GlobalLoss",
     "Gradients",
     "GradientsOverSlots",
     "Layout",

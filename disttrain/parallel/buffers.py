@@ -56,14 +56,14 @@ class SlotBuffers:
         self._after_first: list[Tensor] | None = None
 
     def rehearsal_starts(self) -> None:
-        """Keep the buffers, and the frozen parameters, that the rehearsal of the first slot begins with."""
+        """Keep the buffers, and the frozen parameters, with which a run of a slot begins that is to leave nothing."""
         self._reset_constants()
         self._frozen.step_starts()
         self._frozen.slot_starts()
         self._at_start = self._copies()
 
     def rehearsal_ends(self) -> None:
-        """Restore what the rehearsal has moved: the slot that comes next begins as it did."""
+        """Restore what that run has moved: the slot that comes next begins as it did."""
         self._check_forms()
         self._take_moved(self._frozen.moved_by_slot())
         if self._at_start:

@@ -3,7 +3,8 @@
 *Contract*: a step runs this rank's microbatches in slot order. Before each one, torch's generators are seeded with
 `seed_for(seed, "step", step, slot)`, step = iteration - 1, and the buffers with which the step began are restored.
 Python's and numpy's generators belong to the data and are left alone. A strategy says what happens around the loop
-(`_step`), and drops there what a failed step has left (`_begin`).
+(`_step`), and drops there what a failed step has left (`_begin`). With a global loss, all slots run once before that,
+without gradients (`global_loss.py`); that pass leaves no buffer moved.
 
 *Errors*: ConfigError for a model that cannot give the same bits on any number of ranks, before the first step or, for
 what shows only in a forward, in the first steps (`slot_checks.py`). ValueError for another number of microbatches.
@@ -13,6 +14,7 @@ what shows only in a forward, in the first steps (`slot_checks.py`). ValueError 
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,9 +23,10 @@ from torch.distributed import ProcessGroup
 
 from disttrain.errors import ConfigError
 from disttrain.parallel.buffers import SlotBuffers
+from disttrain.parallel.global_loss import GlobalLoss
 from disttrain.parallel.gradients import GradientProgress
 from disttrain.parallel.model_checks import check_model
-from disttrain.parallel.rehearsal import Rehearsal
+from disttrain.parallel.rehearsal import Rehearsal, deep_copy
 from disttrain.parallel.slot_checks import SlotChecks
 from disttrain.parallel.slots import Slots
 from disttrain.parallel.trained_parameters import TrainedParameters
@@ -43,6 +46,7 @@ class GradientsOverSlots(ABC):
     _buffers: SlotBuffers
     _checks: SlotChecks
     _rehearsal: Rehearsal
+    _global_loss: GlobalLoss | None = None
 
     def __init__(
         self,
@@ -61,6 +65,15 @@ class GradientsOverSlots(ABC):
         self._trained = TrainedParameters(model, process_group)
         self._unused: set[int] = set()
         self.weights = SlotWeights(slots, process_group, weight_of, self._trained.tensors[0].device)
+
+    def minimize(self, global_loss: GlobalLoss, *, rehearses: bool) -> None:
+        """Train on a loss over the global batch, from which the step gets each slot's loss; call it before any step.
+
+        With `rehearses` the first step computes it twice, and refuses it if its gradient changes.
+        """
+        self._global_loss = global_loss
+        self._loss_rehearsal = Rehearsal(self.module, rehearses=rehearses)
+        self.weights.divides = False
 
     @property
     def rehearsing(self) -> bool:
@@ -112,11 +125,15 @@ class GradientsOverSlots(ABC):
         slot. The first slot of a process may be yielded twice; `Rehearsal.takes` is called after each backward.
         """
         self._checks.step_starts(iteration)
+        if self._global_loss is not None:
+            self._look_ahead(self._global_loss, batch, iteration)
         for copied in self._rehearsal.copy(batch[0]):
             slot = self.slots.mine[0]
             slot_seed = seed_for(self._seed, "step", iteration - 1, slot)
             self._buffers.rehearsal_starts()
             self._checks.slot_starts()
+            if self._global_loss is not None:
+                self._global_loss.slot = slot
             with self._rehearsal.runs(slot_seed):
                 self._seed_generators(slot_seed)
                 yield slot, copied
@@ -126,10 +143,48 @@ class GradientsOverSlots(ABC):
             self._buffers.slot_starts(slot)
             self._seed_generators(seed_for(self._seed, "step", iteration - 1, slot))
             self._checks.slot_starts()
+            if self._global_loss is not None:
+                self._global_loss.slot = slot
             yield slot, microbatch
             self._checks.slot_ends()
             self._buffers.slot_ends(slot)
+        if self._global_loss is not None:
+            self._global_loss.end()
         self._checks.step_ends()
+
+    def _look_ahead(self, global_loss: GlobalLoss, batch: Sequence[Any], iteration: int) -> None:
+        """Run this rank's slots without gradients, and compute the loss over those of all ranks.
+
+        The slots leave nothing behind; buffers of the loss itself keep what it does to them, the same on every rank.
+        """
+        global_loss.begin()
+        for slot, microbatch in zip(self.slots.mine, batch, strict=True):
+            copied = _copied(microbatch)
+            self._buffers.rehearsal_starts()
+            self._seed_generators(seed_for(self._seed, "step", iteration - 1, slot))
+            self._checks.slot_starts()
+            global_loss.look_at(copied)
+            self._checks.slot_ends()
+            self._buffers.rehearsal_ends()
+        with nullcontext() if self.progress is None else self.progress.waits():
+            global_loss.exchange()
+        seed = seed_for(self._seed, "global", iteration - 1)
+        for _ in self._loss_rehearsal.copy(None):
+            self._buffers.rehearsal_starts()
+            with self._loss_rehearsal.runs(seed):
+                self._compute(global_loss, seed)
+            self._buffers.rehearsal_ends()
+        self._compute(global_loss, seed)
+
+    def _compute(self, global_loss: GlobalLoss, seed: int) -> None:
+        """Compute the loss over all slots; ConfigError if it changes a parameter, or differs from its rehearsal."""
+        self._seed_generators(seed)
+        self._checks.slot_starts()
+        global_loss.compute()
+        self._checks.slot_ends()
+        if self._loss_rehearsal.watches:
+            fingerprints = global_loss.fingerprints()
+            self._loss_rehearsal.keeps(["the embeddings (by global_loss)"] * len(fingerprints), fingerprints)
 
     def _seed_generators(self, seed: int) -> None:
         """Seed torch's generators, including those of the devices."""
@@ -156,3 +211,14 @@ class GradientsOverSlots(ABC):
             parameter.grad = None
             self._unused.discard(i)
         return taken
+
+
+def _copied(microbatch: Any) -> Any:
+    """Return a copy of a microbatch, which a forward may change or use up; ConfigError if there can be none."""
+    try:
+        return deep_copy(microbatch)
+    except Exception as error:  # a generator, a tensor with a graph: whatever the user's objects raise
+        raise ConfigError(
+            f"global_loss: each slot runs twice, but its batch cannot be copied ({type(error).__name__}: {error}); "
+            "expected a batch of tensors and plain values"
+        ) from error

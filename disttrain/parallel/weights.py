@@ -36,6 +36,8 @@ class SlotWeights:
         self._work: dist.Work | None = None
         self._sum = torch.zeros((), dtype=torch.int64)
         self._total: int | None = None
+        self.divides = True
+        """Whether the sum over the slots becomes a mean; not with a global loss, of which each slot has a part."""
         self.mine: list[int] | None = None
         """The weights of this rank's slots in the newest step; None without weights."""
 
@@ -64,7 +66,7 @@ class SlotWeights:
     @property
     def divisor(self) -> int:
         """The number by which the sum of weight * gradient is divided: 1 if nothing counts, for that sum is zero."""
-        return max(1, self.total)
+        return max(1, self.total) if self.divides else 1
 
     def apply(self, slot: int, gradient: Sequence[Tensor]) -> list[Tensor]:
         """Return a slot's gradient times its weight; it may reuse the tensors."""

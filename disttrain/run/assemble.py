@@ -43,6 +43,7 @@ from disttrain.run.evaluation_point import begin_training
 from disttrain.run.factories import build
 from disttrain.run.freezing import Freezing
 from disttrain.run.frozen_weights import FrozenWeights
+from disttrain.run.global_loss import GlobalStep, evaluate_together, minimize_together
 from disttrain.run.initial_weights import InitialWeights
 from disttrain.run.module_settings import ModuleSettings
 from disttrain.run.state import Run, total_steps
@@ -82,6 +83,9 @@ def assemble(
         schedule = build_schedule(config, optimizer, total_steps(config, data.identity))
     # Not inside `agree`: making the gradients talks to the other ranks itself.
     gradients = strategy.gradients(step_function, seed=config.seed)
+    if isinstance(step_function, GlobalStep):
+        move = partial(moved_to, backend.device, layout)
+        minimize_together(config, step_function, slots, gradients, optimizer, precision, backend.process_group, move)
     updates = build_updates(config, step_function, layout, schedule, gradients, left_out)
     trainer = build_trainer(config, gradients, updates, optimizer, precision, layout, backend)
     updates.attach(trainer)
@@ -151,10 +155,7 @@ def build_trainer(
         gradients.module,
         optimizer,
         loss_fn=lambda result, _: result[0],
-        prepare_batch=lambda batch, device, non_blocking: (
-            layout.cut(to_device(without_weight(batch), device, non_blocking)),
-            None,
-        ),
+        prepare_batch=lambda batch, device, non_blocking: (moved_to(device, layout, batch, non_blocking), None),
         device=backend.device,
         non_blocking=device_row(backend.device).copies_ahead,
         output_transform=lambda x, y, y_pred, loss: loss.detach(),
@@ -201,11 +202,15 @@ def compute_of(device: torch.device, layout: Layout) -> Callable[[nn.Module, Any
     """Return (step function, batch) -> (loss, outputs) for the validation data; metrics take the outputs."""
 
     def compute(step_function: nn.Module, batch: Any) -> tuple[Tensor, Any]:
-        moved = layout.cut(to_device(without_weight(batch), device))
-        result: tuple[Tensor, Any] = layout.bring_together(step_function(moved))
+        result: tuple[Tensor, Any] = layout.bring_together(step_function(moved_to(device, layout, batch)))
         return result
 
     return compute
+
+
+def moved_to(device: torch.device, layout: Layout, batch: Any, non_blocking: bool = False) -> Any:
+    """Return a batch without its weight, on the device, cut over the devices of this rank."""
+    return layout.cut(to_device(without_weight(batch), device, non_blocking))
 
 
 def build_evaluation(
@@ -222,8 +227,9 @@ def build_evaluation(
     """Build the evaluation of one set; its batches have one size on any number of ranks, by default a slot's."""
     num_samples = check_dataset(dataset, field)["dataset_length"]
     batch_size = config.validate.batch_size or config.global_batch_size // slots.num_slots
+    num_together = 1 if config.global_loss is None else config.global_batch_size // batch_size
     metrics = {name: build_metric(name, make).to(backend.metrics_device) for name, make in config.metrics.items()}
-    return Evaluation(
+    evaluation = Evaluation(
         step_function,
         lambda: evaluation_loader(
             dataset,
@@ -234,6 +240,7 @@ def build_evaluation(
             num_workers=config.num_workers,
             collate_fn=collate_of(config),
             pin_memory=device_row(backend.device).copies_ahead,
+            num_together=num_together,
         ),
         compute_of(backend.device, layout),
         metrics,
@@ -246,6 +253,9 @@ def build_evaluation(
         optimizer=optimizer,
         gathered=layout.gathered,
     )
+    if isinstance(step_function, GlobalStep):
+        evaluate_together(evaluation, step_function, num_together, partial(moved_to, backend.device, layout))
+    return evaluation
 
 
 def build_metric(name: str, make: Callable[[], Any]) -> Any:

@@ -26,6 +26,7 @@ from disttrain.parallel.recomputation import recompute
 from disttrain.run.factories import build, built
 from disttrain.run.field_places import field_place
 from disttrain.run.freezing import names_by_group
+from disttrain.run.global_loss import GlobalStep
 from disttrain.run.optimizer_checks import check_optimizer_steps, required_arguments
 from disttrain.run.step_checks import CheckedStep
 from disttrain.seeding import manual_seed, seed_for
@@ -51,9 +52,12 @@ def build_step_function(config: Config, model: nn.Module, backend: Backend) -> S
 
     A loss or a forward that is a Module is copied, because a Config may be run several times.
     """
-    given: list[Any] = [config.loss, config.forward]
+    given: list[Any] = [config.loss if config.global_loss is None else config.global_loss, config.forward]
     loss, step = (copy.deepcopy(part) if isinstance(part, nn.Module) else part for part in given)
-    step_function: StepFunction = backend.move(CheckedStep(config, model, loss, step))
+    kind = CheckedStep if config.global_loss is None else GlobalStep
+    step_function: StepFunction = backend.move(kind(config, model, loss, step))
+    if config.global_loss is not None and backend.device.type == "xla":
+        raise ConfigError("global_loss has not been built for XLA devices; leave it out, or use another device")
     check_model(step_function, backend.device)
     if config.strategy == "fsdp":
         refuse_scripted(model)

@@ -71,8 +71,9 @@ def _part(error: BaseException, config: Config) -> str | None:
     modules = [each for each in of_user if isinstance(each, nn.Module)]
     codes = [frame.f_code for frame in frames]
     # By identity: a metric overloads ==.
-    if config.loss is not None and (any(each is config.loss for each in ran) or code_of(config.loss) in codes):
-        return field_place(config, "loss")
+    for field, given in (("loss", config.loss), ("global_loss", config.global_loss)):
+        if given is not None and (any(each is given for each in ran) or code_of(given) in codes):
+            return field_place(config, field)
     for kind, field in ((LRScheduler, "schedule"), (Optimizer, "optimizer")):
         if any(isinstance(each, kind) for each in ran):
             return field_place(config, field)

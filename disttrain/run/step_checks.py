@@ -53,7 +53,7 @@ def pairs_of(config: Config) -> Callable[[Any], Any]:
                     )
             return two
         raise ConfigError(
-            f"{field_place(config, 'train_data')}: expected samples (x, y), got a batch that is {_form(batch)}; "
+            f"{field_place(config, 'train_data')}: expected samples (x, y), got a batch that is {form_of(batch)}; "
             "return pairs, or set forward=(model, batch) -> (loss, outputs) for batches of another form"
         )
 
@@ -76,11 +76,11 @@ def checked_forward(config: Config, forward: Callable[..., Any]) -> Callable[[nn
         returned = forward(model, batch)
         if not isinstance(returned, tuple | list) or len(returned) != 2:
             raise ConfigError(
-                f"{field_place(config, 'forward')}: expected (loss, outputs), got {_form(returned)}; return two "
+                f"{field_place(config, 'forward')}: expected (loss, outputs), got {form_of(returned)}; return two "
                 "things: the loss, and what the metrics are updated with (None without metrics)"
             )
         loss, outputs = returned
-        return _one_number(loss, config, "forward"), outputs
+        return one_number(loss, config, "forward"), outputs
 
     return checked
 
@@ -92,14 +92,15 @@ def checked_loss(config: Config, loss: Callable[..., Any]) -> Callable[..., Tens
         try:
             value = loss(y_pred, y)
         except Exception as error:
-            error.add_note(f"the loss got y_pred, {_form(y_pred)}, and y, {_form(y)}")
+            error.add_note(f"the loss got y_pred, {form_of(y_pred)}, and y, {form_of(y)}")
             raise
-        return _one_number(value, config, "loss")
+        return one_number(value, config, "loss")
 
     return checked
 
 
-def _one_number(value: Any, config: Config, field: str) -> Tensor:
+def one_number(value: Any, config: Config, field: str) -> Tensor:
+    """Return a value that a field's function has returned, a tensor of one number; ConfigError for any other."""
     if isinstance(value, Tensor):
         if value.ndim == 0:
             return value
@@ -108,11 +109,11 @@ def _one_number(value: Any, config: Config, field: str) -> Tensor:
     which = "a loss that is " if field == "forward" else ""
     advice = "reduce it, by .mean() or reduction='mean'" if isinstance(value, Tensor) else "return what .mean() gives"
     raise ConfigError(
-        f"{field_place(config, field)}: expected {which}a tensor of one number, got {_form(value)}; {advice}"
+        f"{field_place(config, field)}: expected {which}a tensor of one number, got {form_of(value)}; {advice}"
     )
 
 
-def _form(value: Any) -> str:
+def form_of(value: Any) -> str:
     """Return the form of a value in words: `float32[8, 3]`, `a tuple of float32[8, 3] and None`."""
     if isinstance(value, Tensor):
         return describe_value(value)

@@ -32,6 +32,18 @@ def test_exactly_one_of_loss_and_forward() -> None:
     assert sample(loss=None, forward=lambda model, batch: (0, 0)).loss is None
 
 
+def test_a_global_loss_takes_what_forward_returns_and_excludes_what_weighs_slots() -> None:
+    together: dict[str, Any] = {"loss": None, "forward": lambda model, batch: batch, "global_loss": lambda pairs: 0}
+    assert sample(**together).global_loss is not None
+    assert "beside it, and no loss, got no forward" in refused(**together | {"forward": None})
+    assert "beside it, and no loss, got a loss too" in refused(**together | {"loss": loss})
+    assert "weight: expected None with global_loss" in refused(**together, weight=len)
+    assert 'with global_loss, got "apex"' in refused(**together, precision="apex")
+    assert 'fsdp_gather: expected "step"' in refused(**together, strategy="fsdp", fsdp_gather="module")
+    two = lambda images, texts: 0  # noqa: E731
+    assert "global_loss: expected (embeddings) -> scalar Tensor" in refused(**together | {"global_loss": two})
+
+
 def test_what_is_built_already_is_no_factory() -> None:
     assert "model: expected () -> Module, got a Linear, built already" in refused(model=nn.Linear(2, 2))
     assert "metrics.a: expected () -> Metric, got a Linear, built already" in refused(metrics={"a": nn.Linear(2, 2)})

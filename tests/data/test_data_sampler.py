@@ -163,3 +163,13 @@ def test_positions_that_do_not_exist():
         EvaluationBatchSampler(5, 2, 2, 2)
     with pytest.raises(DataError, match="the evaluation dataset is empty"):
         EvaluationBatchSampler(0, 2)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_batches_that_belong_together_lie_on_one_rank(world_size: int) -> None:
+    alone = [(each.number, list(each), each.seed) for each in EvaluationBatchSampler(23, 2, seed=3)]
+    ranks = [EvaluationBatchSampler(23, 2, rank, world_size, seed=3, num_together=4) for rank in range(world_size)]
+    assert [(each.number, list(each), each.seed) for rank in ranks for each in rank] == alone
+    assert all(len(rank) == len(list(rank)) for rank in ranks)
+    owners = [{number // 4 for number in rank.numbers} for rank in ranks]
+    assert sum(map(len, owners)) == 3  # groups of 4, 4 and 4 batches, of which no two ranks have a part

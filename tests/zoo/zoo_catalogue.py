@@ -21,6 +21,7 @@ MODULES = (
 
 REFUSED: dict[str, str] = {
     "zoo_losses.counts_calls": "depends on something else than weights, buffers, batch and seed",
+    "zoo_losses.global_of_two_views_in_one": "expected one row for each of 4 samples in all embeddings",
     "zoo_histories.draws_from_numpy": "depends on something else than weights, buffers, batch and seed",
     "zoo_histories.draws_from_its_own_generator": "depends on something else than weights, buffers, batch and seed",
     "zoo_histories.closure_counts_calls": "depends on something else than weights, buffers, batch and seed",

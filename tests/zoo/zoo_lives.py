@@ -154,6 +154,8 @@ def live_plainly(backend: Backend, variant: Variant) -> list[list[str]] | None:
     config = config_of(variant)
     if isinstance(variant, str) and variant.endswith("Plateau"):
         return None  # its schedule follows the evaluations
+    if config.global_loss is not None:
+        return None  # it runs each slot twice; test_run_global_loss.py compares it with a loop over whole batches
     if config.handlers or config.precision not in ("fp32", "bf16") or config.on_nan != "stop":
         return None
     return plain_losses(config, backend, None if isinstance(variant, str) else variant.step_begins)

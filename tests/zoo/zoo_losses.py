@@ -145,6 +145,63 @@ def unreduced(y_pred: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(y_pred, y, reduction="none")
 
 
+class Encoder(nn.Module):
+    """Two towers, one with BatchNorm and dropout, the other a frozen teacher that follows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.2), nn.Linear(6, 3))
+        self.teacher = nn.Linear(4, 3).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        if self.training:
+            with torch.no_grad():
+                self.teacher.weight.lerp_(self.student[3].weight[:, :4], 0.1)
+        return {"left": F.normalize(self.student(x)), "right": F.normalize(self.teacher(x))}
+
+
+class Contrastive(nn.Module):
+    """Each row of one embedding against all of the other, and noise; the temperature is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, embeddings: dict[str, Tensor]) -> Tensor:
+        logits = embeddings["left"] @ embeddings["right"].T * self.scale.exp()
+        logits = logits + 0.1 * torch.randn_like(logits) if self.training else logits
+        return F.cross_entropy(logits.float(), torch.arange(len(logits)))
+
+
+class Queued(nn.Module):
+    """A contrastive loss with the rows of earlier batches as further negatives, in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("queue", torch.zeros(24, 3))
+
+    def forward(self, embeddings: dict[str, Tensor]) -> Tensor:
+        keys = embeddings["right"].detach()
+        logits = embeddings["left"] @ torch.cat([keys, self.queue]).T
+        if self.training:
+            self.queue.copy_(torch.cat([keys, self.queue])[: len(self.queue)])
+        return F.cross_entropy(logits, torch.arange(len(keys)))
+
+
+def together(make: Callable[[], Any], **fields: Any) -> Callable[[], Fields]:
+    """Return fields with a loss over the whole global batch."""
+    forward = lambda model, batch: model(batch[0])  # noqa: E731
+    return lambda: {"loss": None, "model": Encoder, "forward": forward, "global_loss": make(), **fields}
+
+
+def supervised(embeddings: tuple[Tensor, Tensor]) -> Tensor:
+    """Supervised contrastive loss (Khosla et al., 2020): all samples of one class belong together."""
+    rows, labels = embeddings
+    logits = rows @ rows.T / 0.5 - 1e4 * torch.eye(len(rows))
+    same = (labels[:, None] == labels).float() - torch.eye(len(rows))
+    return -(same * logits.log_softmax(1)).sum() / same.sum().clamp(min=1)
+
+
 def not_ignored(batch: Any) -> int:
     """Return the number of targets that count; a slot may have none."""
     return int((batch[1] != 1).sum())
@@ -183,6 +240,18 @@ VARIANTS: dict[str, Callable[[], Fields]] = {
     "dropout": loss(Dropped),
     "counts_calls": loss(Counting),
     "frozen_network": loss(Perceptual),
+    "global_contrastive": together(Contrastive),
+    "global_contrastive_in_four_slots": together(Contrastive, num_slots=4, precision="bf16", grad_clip_norm=0.1),
+    "global_with_a_queue": together(Queued),
+    "global_of_classes": lambda: {
+        **LABELLED,
+        "loss": None,
+        "forward": lambda model, batch: (F.normalize(model(batch[0])), batch[1]),
+        "global_loss": supervised,
+    },
+    "global_of_two_views_in_one": together(
+        Contrastive, forward=lambda model, batch: {k: torch.cat([v, v]) for k, v in model(batch[0]).items()}
+    ),
     "in_double": loss(
         nn.MSELoss,
         model=lambda: mlp().double(),
