@@ -46,7 +46,7 @@ from disttrain.config.init_from import InitFromConfig, from_short_form
 from disttrain.config.wording import sentence
 from disttrain.errors import ConfigError
 
-STEP_PARTS = ("loss", "forward")
+STEP_PARTS = ("loss", "global_loss", "forward")
 """The fields beside `model` whose Modules an optimizer may ask for."""
 
 
@@ -161,8 +161,8 @@ class Config(Declaration):
     init_from: Annotated[InitFromConfig, BeforeValidator(from_short_form)] = InitFromConfig()
     optimizer: Annotated[OptimizerFactory, FieldNote(takes="(parameters) -> Optimizer", asks=("model", *STEP_PARTS))]
     """Builds the optimizer, for example partial(torch.optim.AdamW, lr=1e-3). A function with an argument `model` gets
-    the model instead of the parameters, to make groups of them (docs/optimizers.md); with `loss` or `forward`, that
-    field's Module too."""
+    the model instead of the parameters, to make groups of them (docs/optimizers.md); with `loss`, `global_loss` or
+    `forward`, that field's Module too."""
     schedule: Annotated[ScheduleFactory | None, FieldNote(takes="(optimizer, total_steps) -> LRScheduler")] = None
     """Builds the schedule of the learning rate. It steps once after each step of the optimizer. One whose step needs
     `metrics` (ReduceLROnPlateau) steps after each evaluation, with the result that `checkpoint.monitor` names, or the

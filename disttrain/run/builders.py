@@ -80,7 +80,8 @@ def build_optimizer(config: Config, step_function: StepFunction, layout: Layout)
     A factory that asks for `model`, `loss` or `forward` gets these, and may freeze parameters, but not exchange them.
     """
     trained = [parameter for parameter in step_function.parameters() if parameter.requires_grad]
-    parts = {"model": step_function.model, "loss": step_function.loss, "forward": step_function.step}
+    loss = step_function.loss
+    parts = {"model": step_function.model, "loss": loss, "global_loss": loss, "forward": step_function.step}
     given, by_name = arguments(config.optimizer, OPTIMIZER_NOTE, [trained], parts)
     before = {name: id(parameter) for name, parameter in step_function.named_parameters()}
     optimizer = build("optimizer", partial(config.optimizer, **by_name), *given)
