@@ -12,6 +12,9 @@
     passes         the passes over a stream, and the step at which each of them ends on all ranks
     stream_reader  reads the samples of a stream, in the process that has opened it
     ranks          the collectives that a StreamLoader needs
+    token_reader   reads token files by position: several files as one row of tokens
+    token_files    `TokenFiles`: the windows of token files, as a dataset
+    packed         `PackedTokens`: windows with several documents, and the mask that keeps these apart
 
 | noun       | meaning                                                                                         |
 |------------|-------------------------------------------------------------------------------------------------|
@@ -77,6 +80,7 @@ from disttrain.data.loader import (
     evaluation_probes,
     update_dataloader,
 )
+from disttrain.data.packed import IGNORED, PackedTokens, document_mask, num_targets
 from disttrain.data.permutation import IndexShuffle
 from disttrain.data.probes import Probe, probed_indices
 from disttrain.data.sampler import (
@@ -88,14 +92,17 @@ from disttrain.data.sampler import (
     SlotBatchSampler,
 )
 from disttrain.data.stream import StreamLoader
+from disttrain.data.token_files import TokenFiles
 
 __all__ = [
+    "IGNORED",
     "Copies",
     "EvaluationBatch",
     "EvaluationBatchSampler",
     "IndexShuffle",
     "LoadingError",
     "Microbatch",
+    "PackedTokens",
     "Probe",
     "ReproducibleBatchSampler",
     "SeededBatch",
@@ -105,13 +112,16 @@ __all__ = [
     "SlotLoader",
     "StepBatch",
     "StreamLoader",
+    "TokenFiles",
     "check_dataset",
     "check_stream",
     "copies_for",
+    "document_mask",
     "evaluation_loader",
     "evaluation_probes",
     "fingerprint",
     "is_iterable_style",
+    "num_targets",
     "probed_indices",
     "update_dataloader",
 ]
