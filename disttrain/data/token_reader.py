@@ -143,7 +143,7 @@ def found_files(paths: Paths) -> list[str]:
     """Return the absolute paths of the files, at least one."""
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     found: list[str] = []
-    for path in [os.fspath(path) for path in given]:
+    for path in [os.path.expanduser(os.fspath(path)) for path in given]:
         is_pattern = glob.has_magic(path) and not os.path.exists(path)
         matches = sorted(glob.glob(path, recursive=True)) if is_pattern else [path]
         if not matches:
@@ -158,7 +158,7 @@ def _described(path: str, raw: "np.dtype[Any] | None", header_bytes: int) -> _To
     """Return the description of one file, whose type is `raw` unless it is a .npy file."""
     try:
         if not Path(path).is_file():
-            kind = "a folder" if Path(path).is_dir() else "nothing"
+            kind = "a folder" if Path(path).is_dir() else "something else" if Path(path).exists() else "nothing"
             raise DataError(
                 f"{path}: expected a token file, got {kind}; give the path of a file, or a pattern of files"
             )

@@ -110,6 +110,7 @@ def folder(path: Path) -> Path:
     [
         (lambda at: at / "gone.bin", "uint16", "gone.bin: expected a token file, got nothing"),
         (lambda at: folder(at / "a"), "uint16", "a: expected a token file, got a folder"),
+        (lambda at: Path(os.devnull), "uint16", f"{os.devnull}: expected a token file, got something else"),
         (lambda at: at / "*.bin", "uint16", r"\*.bin: expected token files of this pattern, got none"),
         (lambda at: [], "uint16", "expected at least one token file, got an empty list"),
         (lambda at: raw(at / "a.bin", [1]), None, "a.bin: expected a dtype, got none; say how its tokens are stored"),
