@@ -20,6 +20,9 @@
     passes         the passes over a stream, and the step at which each of them ends on all ranks
     stream_reader  reads the samples of a stream, in the process that has opened it
     ranks          the collectives that a StreamLoader needs
+    token_reader   reads token files by position: several files as one row of tokens
+    token_files    `TokenFiles`: the windows of token files, as a dataset
+    packed         `PackedTokens`: windows with several documents, and the mask that keeps these apart
 
 | noun       | meaning                                                                                         |
 |------------|-------------------------------------------------------------------------------------------------|
@@ -88,6 +91,7 @@ from disttrain.data.loader import (
 )
 from disttrain.data.mixture import Mixture
 from disttrain.data.order import Order, Sequential, Shuffled
+from disttrain.data.packed import IGNORED, PackedTokens, document_mask, num_targets
 from disttrain.data.permutation import IndexShuffle
 from disttrain.data.probes import Probe, probed_indices
 from disttrain.data.sampler import (
@@ -100,9 +104,11 @@ from disttrain.data.sampler import (
 )
 from disttrain.data.sources import Sources
 from disttrain.data.stream import StreamLoader
+from disttrain.data.token_files import TokenFiles
 from disttrain.data.weighted_order import Weighted
 
 __all__ = [
+    "IGNORED",
     "Copies",
     "EvaluationBatch",
     "EvaluationBatchSampler",
@@ -112,6 +118,7 @@ __all__ = [
     "Microbatch",
     "Mixture",
     "Order",
+    "PackedTokens",
     "Probe",
     "ReproducibleBatchSampler",
     "SeededBatch",
@@ -124,14 +131,17 @@ __all__ = [
     "Sources",
     "StepBatch",
     "StreamLoader",
+    "TokenFiles",
     "Weighted",
     "check_dataset",
     "check_stream",
     "copies_for",
+    "document_mask",
     "evaluation_loader",
     "evaluation_probes",
     "fingerprint",
     "is_iterable_style",
+    "num_targets",
     "probed_indices",
     "update_dataloader",
 ]

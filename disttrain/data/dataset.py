@@ -21,6 +21,7 @@ from disttrain.mistakes import is_mistake, placed, quoted
 from disttrain.seeding import SeededConfig, seed_for, seed_position
 
 NUM_HASHED_ROWS = 16
+HASHED_AT_A_TIME = 2**16
 
 
 class LoadingError(DataError):
@@ -243,7 +244,7 @@ def _features(dataset: Any) -> Iterator[str]:
             yield str(own() if callable(own) else own)
             return
     if isinstance(dataset, Subset):
-        yield hashlib.blake2b(np.asarray(dataset.indices, dtype=np.int64).tobytes()).hexdigest()
+        yield _digest_of(dataset.indices)
         yield from _features(dataset.dataset)
     elif isinstance(dataset, ConcatDataset):
         for part in dataset.datasets:
@@ -254,3 +255,14 @@ def _features(dataset: Any) -> Iterator[str]:
             rows = [seed_for(0, "fingerprint", i) % len(tensor) for i in range(NUM_HASHED_ROWS if len(tensor) else 0)]
             selected = tensor[rows].detach().cpu().contiguous()
             yield hashlib.blake2b(selected.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _digest_of(indices: Any) -> str:
+    """Return the hash of the indices of a Subset; a range, which may be one of 10**9 windows, is hashed in parts."""
+    if not isinstance(indices, range):
+        return hashlib.blake2b(np.asarray(indices, dtype=np.int64).tobytes()).hexdigest()
+    digest = hashlib.blake2b()
+    for first in range(0, len(indices), HASHED_AT_A_TIME):
+        part = indices[first : first + HASHED_AT_A_TIME]
+        digest.update(np.arange(part.start, part.stop, part.step, dtype=np.int64).tobytes())
+    return digest.hexdigest()

@@ -3,6 +3,7 @@
 import pickle
 import random
 import re
+import tracemalloc
 
 import pytest
 import torch
@@ -215,6 +216,18 @@ def test_fingerprints_tell_datasets_apart():
     assert len(set(found)) == len(found)
     assert found == [fingerprint(dataset) for dataset in datasets]
     assert fingerprint(tensors(0)) == fingerprint(tensors(0))
+
+
+@pytest.mark.parametrize("indices", [range(0), range(50), range(7, 200_000, 3), range(70_000, 2, -1)])
+def test_a_range_of_indices_has_the_fingerprint_of_its_list_without_its_memory(indices):
+    data = range(200_000)
+    expected = fingerprint(Subset(data, list(indices)))
+    tracemalloc.start()
+    try:
+        assert fingerprint(Subset(data, indices)) == expected
+        assert tracemalloc.get_traced_memory()[1] < 2 * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_fingerprint_neither_loads_a_sample_nor_draws():
