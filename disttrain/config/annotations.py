@@ -6,7 +6,7 @@ from the docstring below it. So each fact about a field is written down once.
 
 import re
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     ModelFactory = Callable[[], nn.Module]
     DataFactory = Callable[[], Dataset[Any] | Iterable[Any]]
     Loss = Callable[[Any, Any], Tensor]
-    Forward = Callable[[nn.Module, Any], tuple[Tensor, Any]]
+    Forward = Callable[[nn.Module, Any], tuple[Tensor, Any] | tuple[Tensor, Any, Mapping[str, Any]]]
     Weight = Callable[[Any], Any]
     OptimizerFactory = Callable[[Any], Optimizer]
     ScheduleFactory = Callable[[Any, int], LRScheduler]

@@ -151,8 +151,9 @@ class Config(Declaration):
     """Builds the validation data. None: no validation."""
     loss: Annotated[Loss | None, FieldNote(takes="(y_pred, y) -> scalar Tensor")] = None
     """Computes the mean loss of a microbatch, from the output of the model and the target. None if `forward` is set."""
-    forward: Annotated[Forward | None, FieldNote(takes="(model, batch) -> (loss, outputs)")] = None
-    """Computes the loss and the outputs of a microbatch that is not a pair (x, y), in place of loss(model(x), y)."""
+    forward: Annotated[Forward | None, FieldNote(takes="(model, batch) -> (loss, outputs[, values])")] = None
+    """Computes the loss and the outputs of a microbatch that is not a pair (x, y), in place of loss(model(x), y). It
+    may also return values for the curves, a dict of name: number (docs/metrics.md)."""
     weight: Annotated[Weight | None, FieldNote(takes="(batch) -> int")] = None
     """The number of targets in a batch, such as tokens or boxes, over which its loss is the mean. Then gradients and
     losses are means over all targets of the global batch, and a batch of weight 0 counts for nothing. None: every slot

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
 from disttrain.backend import Backend, set_cpu_threads
@@ -27,7 +27,7 @@ from disttrain.data.weighted import WeightedBatch, weight_of, without_weight
 from disttrain.devices import device_row
 from disttrain.engine import Engine, create_supervised_trainer
 from disttrain.engine.step_defaults import to_device
-from disttrain.engine.supervised import StepFunction
+from disttrain.engine.supervised import StepFunction, StepResult
 from disttrain.errors import ConfigError
 from disttrain.handlers.bad_steps import BadSteps
 from disttrain.handlers.best import Best, mode_of
@@ -42,6 +42,7 @@ from disttrain.run.evaluation_point import begin_training
 from disttrain.run.factories import build
 from disttrain.run.freezing import Freezing
 from disttrain.run.module_settings import ModuleSettings
+from disttrain.run.slot_results import SlotResults
 from disttrain.run.state import Run, total_steps
 from disttrain.run.updates import Updates
 
@@ -69,8 +70,10 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out
     # Not inside `agree`: making the gradients talks to the other ranks itself.
     gradients = strategy.gradients(step_function, seed=config.seed)
     updates = build_updates(config, step_function, layout, schedule, gradients, left_out)
-    trainer = build_trainer(config, gradients, updates, optimizer, precision, layout, backend)
+    slot_results = SlotResults()
+    trainer = build_trainer(config, gradients, updates, optimizer, precision, layout, backend, slot_results)
     updates.attach(trainer)
+    slot_results.attach(trainer)
     with backend.agree("building the metrics"):
         evaluation = best = None
         if data.valid is not None:
@@ -90,6 +93,7 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out
         precision=precision,
         gradients=gradients,
         updates=updates,
+        slot_results=slot_results,
         freezing=Freezing(step_function, optimizer, layout),
         loader=data.loader,
         trainer=trainer,
@@ -129,6 +133,7 @@ def build_trainer(
     precision: Precision,
     layout: Layout,
     backend: Backend,
+    slot_results: SlotResults,
 ) -> Engine:
     """Build the engine whose step body runs the step function on the microbatches of this rank's slots."""
     return create_supervised_trainer(
@@ -141,7 +146,7 @@ def build_trainer(
         ),
         device=backend.device,
         non_blocking=device_row(backend.device).copies_ahead,
-        output_transform=lambda x, y, y_pred, loss: loss.detach(),
+        output_transform=slot_results,
         deterministic=True,
         precision=precision,
         gradients=LeavingOut(gradients, updates.leaves_out),
@@ -181,12 +186,12 @@ def world_of(config: Config, slots: Slots, backend: Backend) -> World:
     )
 
 
-def compute_of(device: torch.device, layout: Layout) -> Callable[[nn.Module, Any], tuple[Tensor, Any]]:
-    """Return (step function, batch) -> (loss, outputs) for the validation data; metrics take the outputs."""
+def compute_of(device: torch.device, layout: Layout) -> Callable[[nn.Module, Any], StepResult]:
+    """Return (step function, batch) -> (loss, outputs, values) for the validation data; metrics take the outputs."""
 
-    def compute(step_function: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+    def compute(step_function: nn.Module, batch: Any) -> StepResult:
         moved = layout.cut(to_device(without_weight(batch), device))
-        result: tuple[Tensor, Any] = layout.bring_together(step_function(moved))
+        result: StepResult = layout.bring_together(step_function(moved))
         return result
 
     return compute

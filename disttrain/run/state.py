@@ -24,6 +24,7 @@ from disttrain.run.directory import RunDirectory
 from disttrain.run.evaluation import Evaluation
 from disttrain.run.freezing import Freezing
 from disttrain.run.module_settings import ModuleSettings
+from disttrain.run.slot_results import SlotResults
 from disttrain.run.updates import Updates
 
 T = TypeVar("T")
@@ -51,6 +52,8 @@ class Run:
     """How the gradients of slots and ranks meet."""
     updates: Updates
     """Gradient norm, clipping, and updates that are left out."""
+    slot_results: SlotResults
+    """What the forward returned beside the losses."""
     freezing: Freezing
     """The parameters that are trained, and the groups of the optimizer; handlers may change both."""
     loader: SlotLoader | StreamLoader
