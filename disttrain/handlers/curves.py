@@ -61,7 +61,7 @@ class Curves:
         """Write a line for each step; TensorBoard gets the newest step only."""
         self._train.write(*lines)
         if self._board is not None:
-            names = ("loss", "learning_rate", "samples_per_second")
+            names = ("loss", "grad_norm", "learning_rate", "samples_per_second")
             values = {name: getattr(pace, name) for name in names} | dict(pace.values)
             self._board.add(pace.step, {f"train/{name}": value for name, value in values.items()})
 

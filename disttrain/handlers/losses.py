@@ -50,7 +50,9 @@ class Pace:
     learning_rate: float
     samples_per_second: float
     values: Mapping[str, Any] = field(default_factory=dict)
-    """What the line of this step holds beside the loss and the rate, by name."""
+    """What the line of this step holds beside the loss, the norm and the rate, by name."""
+    grad_norm: float | None = None
+    """2-norm of the whole gradient before clipping; None if the step has none."""
 
 
 class LossLog:
@@ -154,7 +156,8 @@ class LossLog:
             lines.append(line if reason is None else line | {"left_out": reason})
         newest_loss = next((line["loss"] for line in reversed(lines) if line["loss"] is not None), math.nan)
         newest_values = {name: value for name, value in lines[-1].items() if name not in _OF_EVERY_LINE}
-        return lines, Pace(step, epoch, newest_loss, rates[-1], samples_per_second, newest_values)
+        norm = lines[-1]["grad_norm"]
+        return lines, Pace(step, epoch, newest_loss, rates[-1], samples_per_second, newest_values, norm)
 
     def _folded(self, by_slot: Sequence[SlotValues], counts: Sequence[int], step: int) -> dict[str, float | None]:
         """Return the values of a step from those of its slots; ConfigError if the slots have other names."""

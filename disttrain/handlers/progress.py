@@ -21,7 +21,7 @@ def value_text(value: Any) -> str:
 
 
 class ProgressDisplay:
-    """Shows epoch, step, loss, further values, samples/s and the time left; the run ends at `total_steps`."""
+    """Shows epoch, step, loss, values, gradient norm, samples/s and the time left; the run ends at `total_steps`."""
 
     def __init__(self, console: Console, *, total_steps: int, max_epochs: int | None, line_every_s: float) -> None:
         self.console = console
@@ -101,11 +101,9 @@ class ProgressDisplay:
     def _loss_and_pace(self) -> str:
         if self._pace is None:
             return ""
-        words = [
-            f"loss {self._pace.loss:.4f}",
-            *(f"{name} {value_text(value)}" for name, value in self._values.items()),
-        ]
-        return "  ".join([*words, f"{self._pace.samples_per_second:,.0f} samples/s"])
+        values = {**self._values, "grad_norm": self._pace.grad_norm}
+        words = [f"{name} {value_text(value)}" for name, value in values.items() if value is not None]
+        return "  ".join([f"loss {self._pace.loss:.4f}", *words, f"{self._pace.samples_per_second:,.0f} samples/s"])
 
 
 def warn(console: Console, text: str) -> None:

@@ -58,7 +58,7 @@ def test_tensorboard_shows_the_steps_of_the_resumed_run(tmp_path: Path) -> None:
     for at, new in ((0, (1, 2, 3)), (2, (3, 4))):
         curves = Curves(tmp_path, at, tensorboard=True)
         for step in new:
-            pace = Pace(step, 1, step + at / 10, 0.1, 100.0, {"ce": step / 2, "none": None, "per_class": [0.5]})
+            pace = Pace(step, 1, step + at / 10, 0.1, 100.0, {"ce": step / 2, "none": None, "per_class": [0.5]}, 4.0)
             curves.trained([{"step": step}], pace)
             curves.validated(step, 1, {"accuracy": 0.5, "per_class": [0.5, 0.5]})
         curves.close()
@@ -66,6 +66,7 @@ def test_tensorboard_shows_the_steps_of_the_resumed_run(tmp_path: Path) -> None:
     assert [step for step, _ in written] == [1, 2, 3, 4]
     assert [value for _, value in written] == pytest.approx([1.0, 2.0, 3.2, 4.2])
     assert [step for step, _ in scalars(tmp_path / "tensorboard", "valid/accuracy")] == [1, 2, 3, 4]
+    assert scalars(tmp_path / "tensorboard", "train/grad_norm") == [(step, 4.0) for step in (1, 2, 3, 4)]
     assert scalars(tmp_path / "tensorboard", "train/ce") == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)]
 
 

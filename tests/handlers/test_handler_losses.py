@@ -142,6 +142,7 @@ def test_the_lines_are_the_same_on_any_number_of_ranks(ranks: Ranks) -> None:
         for lines, paces, message in ranks(world_size, run_with, LOSSES):
             assert lines == expected
             assert [pace.step for pace in paces] == [3, 6, 7]
+            assert [pace.grad_norm for pace in paces] == [None] * 3
             assert [(pace.loss, pace.learning_rate) for pace in paces] == [
                 (expected[step - 1]["loss"], expected[step - 1]["learning_rate"]) for step in (3, 6, 7)
             ]
@@ -193,6 +194,7 @@ def test_lines_have_norms_and_a_step_that_was_left_out_has_no_loss_and_no_norm(r
             assert [line.get("left_out") for line in lines[:6]] == [None] * 3 + ["it was bad"] + [None] * 2
             assert message.startswith("the gradient's norm became inf at step 6 (epoch 1)")
             assert paces[1].loss == losses[5]
+            assert [pace.grad_norm for pace in paces[:2]] == [3 / 8, math.inf]
 
 
 def run_leaving_out(backend: Backend, losses: torch.Tensor) -> Any:

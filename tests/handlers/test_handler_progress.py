@@ -56,12 +56,14 @@ def test_values_are_shown_until_the_next_ones() -> None:
     trainer = Engine(lambda engine, batch: None)
     display.attach(trainer)
     for values in ({"ce": 0.125, "accuracy": 0.5}, {"ce": 0.25, "accuracy": None}):
-        trainer.add_event_handler(Events.ITERATION_STARTED, lambda v: display.pace(replace(PACE, values=v)), values)
+        trainer.add_event_handler(
+            Events.ITERATION_STARTED, lambda v: display.pace(replace(PACE, values=v, grad_norm=2.5)), values
+        )
         trainer.run(range(1), max_epochs=1)
         trainer.load_state_dict({"iteration": 0, "max_epochs": 1, "epoch_length": 1})
     first, last = (line for line in out.getvalue().splitlines() if "samples/s" in line)
-    assert "loss 0.1235  ce 0.125  accuracy 0.5  12,346 samples/s" in first
-    assert "loss 0.1235  ce 0.25  accuracy 0.5  12,346 samples/s" in last
+    assert "loss 0.1235  ce 0.125  accuracy 0.5  grad_norm 2.5  12,346 samples/s" in first
+    assert "loss 0.1235  ce 0.25  accuracy 0.5  grad_norm 2.5  12,346 samples/s" in last
 
 
 def test_the_bar_of_a_resumed_run_begins_at_its_step() -> None:

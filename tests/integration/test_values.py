@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def lives(backend: Backend, folder: str, changes: dict[str, Any]) -> tuple[dict[
     return result, curves, console.file.getvalue()
 
 
-def by_hand() -> tuple[list[dict[str, float]], dict[str, float]]:
+def by_hand(grad_clip_norm: float = math.inf) -> tuple[list[dict[str, float]], dict[str, float]]:
     """Train by whole global batches; return the values of each step and those of the validation data at the end."""
     manual_seed(seed_for(3, "init"))
     model = config().model()
@@ -94,6 +95,8 @@ def by_hand() -> tuple[list[dict[str, float]], dict[str, float]]:
                 loss, _, values = with_values(model, (x[batch], y[batch]))
                 steps.append(numbers(values))
                 loss.backward()
+                norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip_norm)
+                steps[-1]["grad_norm"] = norm.item()
                 optimizer.step()
     return steps, numbers(with_values(model, points(11)[:])[2])
 
@@ -113,6 +116,19 @@ def test_the_values_are_those_of_a_loop_over_global_batches(ranks: Ranks, tmp_pa
     assert {name: last[name] for name in validation} == {
         name: pytest.approx(value, rel=1e-9) for name, value in validation.items()
     }
+
+
+@pytest.mark.parametrize("limit", [None, 0.5])
+def test_the_norm_is_that_of_the_gradient_before_clipping(ranks: Ranks, tmp_path: Path, limit: float | None) -> None:
+    norms = []
+    for strategy in ("ddp", "fsdp"):
+        changes = {"strategy": strategy, "grad_clip_norm": limit}
+        result, curves, _ = ranks(2, lives, str(tmp_path / strategy), changes)[0]
+        norms.append([json.loads(line)["grad_norm"] for line in curves["train.jsonl"].splitlines()])
+        assert result["train"]["grad_norm"] == norms[-1][-1]
+    steps, _ = by_hand(math.inf if limit is None else limit)
+    assert norms[0] == norms[1] == [pytest.approx(step["grad_norm"], rel=1e-9) for step in steps]
+    assert max(norms[0]) > 0.5
 
 
 def test_progress_and_the_result_have_the_values(ranks: Ranks, tmp_path: Path) -> None:
