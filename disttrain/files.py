@@ -115,18 +115,21 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, step: int) -> None:
+        self.last: dict[str, Any] = {}
+        """The last line; empty if there is none."""
         self._last_step = -1
         end, last_line = 0, b"\n"
         with path.open("ab+") as file:
             file.seek(0)
             for line in file:
                 try:
-                    written_step = json.loads(line)["step"]
+                    written = json.loads(line)
+                    written_step = written["step"]
                 except (ValueError, KeyError, TypeError, RecursionError):
                     break  # a kill cut this line short; the lines after it may be incomplete too
                 if type(written_step) is not int or written_step > step:
                     break
-                self._last_step, end, last_line = written_step, end + len(line), line
+                self._last_step, end, last_line, self.last = written_step, end + len(line), line, written
             file.truncate(end)
             if not last_line.endswith(b"\n"):
                 file.write(b"\n")
@@ -136,7 +139,7 @@ class JsonLines:
         """Append the lines of new steps: other processes see them at once; `sync` makes them survive a power loss."""
         for line in lines:
             if line["step"] > self._last_step:
-                self._last_step = line["step"]
+                self._last_step, self.last = line["step"], line
                 self._file.write(json_text(line) + "\n")
         self._file.flush()
 

@@ -21,7 +21,7 @@ ModuleNotFoundError, which names the package to install, if apex or torch_xla is
 by hand.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -58,6 +58,8 @@ from disttrain.precision.xla import XLA
 
 AfterStep = Callable[[bool], object]
 """Called after each update with True if the optimizer stepped, else False; it can step a schedule or count skips."""
+StepResult = tuple[Tensor, Any, Mapping[str, Any]]
+"""(loss, outputs, values): `values` are further numbers by name, for the curves; mostly there are none."""
 
 
 def _training_step(
@@ -121,14 +123,14 @@ def _training_step(
 
 
 class StepFunction(nn.Module):
-    """The computation of a config for a batch on the device: `forward(batch) -> (loss, outputs)`.
+    """The computation of a config for a batch on the device: `forward(batch) -> (loss, outputs, values)`.
 
     *Contract*: the bare `model` is called by `step(model, batch)`, or as `loss(model(x), y)` for batches (x, y), with
-    the outputs (model(x), y). Model, loss and step are parts of one Module: if they have parameters or buffers, these
-    are trained, moved, put into evaluation mode and saved with those of the model.
+    the outputs (model(x), y) and no values. Model, loss and step are parts of one Module: if they have parameters or
+    buffers, these are trained, moved, put into evaluation mode and saved with those of the model.
     """
 
-    def __init__(self, model: nn.Module, loss: LossFn | None, step: Callable[[Any, Any], tuple[Tensor, Any]] | None):
+    def __init__(self, model: nn.Module, loss: LossFn | None, step: Callable[[Any, Any], Any] | None):
         super().__init__()
         self.model = model
         self.loss = loss
@@ -136,15 +138,20 @@ class StepFunction(nn.Module):
         # Functions, which a subclass may replace, and no Modules: loss and step are parts of this Module already.
         self.pair: Callable[[Any], tuple[Any, Any]] = identity
         self.loss_of: LossFn | None = None if loss is None else partial(loss)
-        self.result_of: Callable[[Any, Any], tuple[Tensor, Any]] | None = None if step is None else partial(step)
+        self.result_of: Callable[[Any, Any], StepResult] | None = None if step is None else partial(_tripled, step)
 
-    def forward(self, batch: Any) -> tuple[Tensor, Any]:
+    def forward(self, batch: Any) -> StepResult:
         if self.result_of is not None:
             return self.result_of(self.model, batch)
         assert self.loss_of is not None, "a Config has loss or forward"
         x, y = self.pair(batch)
         y_pred = self.model(x)
-        return self.loss_of(y_pred, y), (y_pred, y)
+        return self.loss_of(y_pred, y), (y_pred, y), {}
+
+
+def _tripled(step: Callable[[Any, Any], Any], model: Any, batch: Any) -> StepResult:
+    loss, outputs, *values = step(model, batch)
+    return loss, outputs, values[0] if values else {}
 
 
 def _nothing() -> None:

@@ -5,6 +5,7 @@ The other handlers serve `disttrain launch` (run/), and can serve a program of y
 
 step_end           does everything that is due at the end of a step: losses, validation, checkpoint, stop
 losses             fetches the losses of all slots, and makes a line for each step
+values             values beside the loss: kept on the device, fetched with the losses, folded over the slots
 bad_steps          finds steps whose loss or gradient is not finite, or whose loss jumps
 best               remembers the best evaluation, whose checkpoint is kept
 checkpoint         saves objects while an engine runs, and loads them again: `Checkpoint`
@@ -19,6 +20,7 @@ watchdog           stops a rank that makes no progress, and reports it
 stragglers         reports ranks that are slower than the others
 
 line       the results of one step: its number, epoch, loss, gradient norm and learning rate
+value      a number of a slot or a step beside its loss, which the config's forward returns
 update     the gradient norm of a step, and the reason if its update was left out
 pace       the newest step, and the samples per second
 passenger  an object whose data travels with the losses, and so needs no collective of its own

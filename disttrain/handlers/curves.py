@@ -61,14 +61,19 @@ class Curves:
         """Write a line for each step; TensorBoard gets the newest step only."""
         self._train.write(*lines)
         if self._board is not None:
-            names = ("loss", "learning_rate", "samples_per_second")
-            self._board.add(pace.step, {f"train/{name}": getattr(pace, name) for name in names})
+            names = ("loss", "grad_norm", "learning_rate", "samples_per_second")
+            values = {name: getattr(pace, name) for name in names} | dict(pace.values)
+            self._board.add(pace.step, {f"train/{name}": value for name, value in values.items()})
 
     def validated(self, step: int, epoch: int, values: Mapping[str, Any]) -> None:
         """Write the results of an evaluation."""
         self._valid.write({"step": step, "epoch": epoch, **values})
         if self._board is not None:
             self._board.add(step, {f"valid/{name}": value for name, value in values.items()})
+
+    def newest(self) -> dict[str, Any]:
+        """Return the last training line without its step; empty if there is none."""
+        return {name: value for name, value in self._train.last.items() if name not in ("step", "epoch")}
 
     def sync(self) -> None:
         """Flush the written lines to the disk."""

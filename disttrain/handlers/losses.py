@@ -1,17 +1,18 @@
 """Fetch the training losses of all slots, several steps at a time: one line for each step, and the pace.
 
 *Contract*: a step's loss is the mean over all slots, summed in the order of the slots in float64. So the logged curve
-has the same bits on any number of ranks. Losses and gradient norms stay on the device until `fetch`, which is a
-collective. A run fetches every `log.every_steps` steps, at the end of each epoch and before each checkpoint. A bad step
-raises in the fetch, so no checkpoint ever holds a state that followed a bad step.
+has the same bits on any number of ranks, and so have the values that a forward returns beside the loss (`values`).
+Losses, values and gradient norms stay on the device until `fetch`, which is a collective. A run fetches every
+`log.every_steps` steps, at the end of each epoch and before each checkpoint. A bad step raises in the fetch, so no
+checkpoint ever holds a state that followed a bad step.
 
 *Cost*: between two fetches only the losses of the steps are kept; a fetch is one all_gather.
 """
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +21,10 @@ from torch import Tensor
 from disttrain.backend import Backend
 from disttrain.engine import Engine, Events
 from disttrain.handlers.bad_steps import BadSteps
+from disttrain.handlers.values import KeptValues, SlotValues, ValueNames, fetch_values, fold_values
 from disttrain.parallel import mean_over_slots
+
+_OF_EVERY_LINE = ("step", "epoch", "loss", "grad_norm", "learning_rate", "left_out")
 
 Update = tuple[Tensor | None, str | None]
 """The gradient norm of a step (None if unknown), and the reason if its update was left out (None if it was not)."""
@@ -45,6 +49,10 @@ class Pace:
     loss: float
     learning_rate: float
     samples_per_second: float
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """What the line of this step holds beside the loss, the norm and the rate, by name."""
+    grad_norm: float | None = None
+    """2-norm of the whole gradient before clipping; None if the step has none."""
 
 
 class LossLog:
@@ -52,7 +60,8 @@ class LossLog:
 
     The output of a step is the list of this rank's slot losses, 0-dimensional tensors. On a step that was left out
     whole, it is an empty list on every rank. `update()` returns the update of the newest step, the same on every rank.
-    `weights()` returns how often each of those losses counts; None: once each.
+    `weights()` returns how often each of those losses counts; None: once each. `values()` returns what was kept of the
+    values of this rank's slots, one for each loss; an empty list if there are none.
     After each fetch, every rank calls `fetched` with a line for each step and the pace; then `bad_steps` checks the
     lines.
     """
@@ -65,6 +74,7 @@ class LossLog:
         samples_per_step: int,
         update: Callable[[], Update] = lambda: (None, None),
         weights: Callable[[], Sequence[int] | None] = lambda: None,
+        values: Callable[[], list[KeptValues]] = list,
         bad_steps: BadSteps | None = None,
         fetched: Callable[[list[dict[str, Any]], Pace], None],
         passenger: Passenger | None = None,
@@ -74,11 +84,14 @@ class LossLog:
         self.samples_per_step = samples_per_step
         self.update = update
         self.weights = weights
+        self.values = values
         self.bad_steps = bad_steps
         self.fetched = fetched
         self.passenger = passenger
         self._losses: list[list[Tensor]] = []
         self._weights: list[Sequence[int] | None] = []
+        self._values: list[list[KeptValues]] = []
+        self._value_names = ValueNames()
         self._updates: list[Update] = []
         self._learning_rates: list[float] = []
         self._last_fetch = time.perf_counter()
@@ -97,6 +110,7 @@ class LossLog:
     def _collect_losses(self, engine: Engine) -> None:
         self._losses.append([loss.detach() for loss in engine.state.output])
         self._weights.append(self.weights() if self._losses[-1] else None)  # a step that was left out whole has none
+        self._values.append(self.values())
         self._updates.append(self.update())
 
     def fetch(self, engine: Engine) -> None:
@@ -112,44 +126,42 @@ class LossLog:
     def _gather(self, step: int, epoch: int) -> tuple[list[dict[str, Any]], Pace]:
         """Return a line for each collected step, the last of which is `step`, and the pace."""
         norms = [norm for norm, _ in self._updates if norm is not None]
-        values = iter(self.backend.fetch([*(loss for losses in self._losses for loss in losses), *norms]))
-        local_losses = [[next(values) for _ in losses] for losses in self._losses]  # [steps, this rank's slots]
-        local_norms = [None if norm is None else next(values) for norm, _ in self._updates]
+        numbers = iter(self.backend.fetch([*(loss for losses in self._losses for loss in losses), *norms]))
+        local_losses = [[next(numbers) for _ in losses] for losses in self._losses]  # [steps, this rank's slots]
+        local_norms = [None if norm is None else next(numbers) for norm, _ in self._updates]
+        slot_values = iter(fetch_values(self.backend, [kept for of_step in self._values for kept in of_step]))
+        local_values = [[next(slot_values) for _ in of_step] for of_step in self._values]
         reasons, rates = [reason for _, reason in self._updates], self._learning_rates[: len(local_losses)]
         local_weights = self._weights
-        self._losses, self._weights, self._updates, self._learning_rates = [], [], [], []
+        self._losses, self._weights, self._values, self._updates, self._learning_rates = [], [], [], [], []
         payload = None if self.passenger is None else self.passenger.payload()
-        by_rank = self.backend.all_gather((local_losses, local_norms, payload, local_weights))
+        by_rank = self.backend.all_gather((local_losses, local_norms, payload, local_weights, local_values))
         if self.passenger is not None:
-            self.passenger.receive([payload for _, _, payload, _ in by_rank])
-        means = [
-            _mean([losses[i] for losses, _, _, _ in by_rank], [weights[i] for _, _, _, weights in by_rank])
-            for i in range(len(local_losses))
-        ]
+            self.passenger.receive([payload for _, _, payload, _, _ in by_rank])
 
         now = time.perf_counter()
-        samples_per_second = len(means) * self.samples_per_step / max(now - self._last_fetch, 1e-9)
+        samples_per_second = len(rates) * self.samples_per_step / max(now - self._last_fetch, 1e-9)
         self._last_fetch = now
-        lines = [
+        # The norm is the same on every rank. All take rank 0's, so all find the same bad steps.
+        norms_rates_reasons = zip(by_rank[0][1], rates, reasons, strict=True)
+        lines: list[dict[str, Any]] = []
+        for i, (norm, rate, reason) in enumerate(norms_rates_reasons):
+            losses = [loss for of_rank, *_ in by_rank for loss in of_rank[i]]
+            counts = [count for *_, of_rank, _ in by_rank for count in of_rank[i] or ()] or [1] * len(losses)
+            values = [of_slot for mine, *_, theirs in by_rank for of_slot in theirs[i] or [{}] * len(mine[i])]
+            number = step - len(rates) + i + 1
             # The end of an epoch always fetches, so all collected steps are of this epoch.
-            {"step": line_step, "epoch": epoch, "loss": loss, "grad_norm": norm, "learning_rate": rate}
-            | ({} if reason is None else {"left_out": reason})
-            for line_step, loss, norm, rate, reason in zip(
-                # The norm is the same on every rank. All take rank 0's, so all find the same bad steps.
-                range(step - len(means) + 1, step + 1),
-                means,
-                by_rank[0][1],
-                rates,
-                reasons,
-                strict=True,
-            )
-        ]
-        newest_loss = next((mean for mean in reversed(means) if mean is not None), math.nan)
-        return lines, Pace(step, epoch, newest_loss, rates[-1], samples_per_second)
+            line = {"step": number, "epoch": epoch, "loss": mean_over_slots(losses, counts)}
+            line |= {"grad_norm": norm, "learning_rate": rate} | self._folded(values, counts, number)
+            lines.append(line if reason is None else line | {"left_out": reason})
+        newest_loss = next((line["loss"] for line in reversed(lines) if line["loss"] is not None), math.nan)
+        newest_values = {name: value for name, value in lines[-1].items() if name not in _OF_EVERY_LINE}
+        norm = lines[-1]["grad_norm"]
+        return lines, Pace(step, epoch, newest_loss, rates[-1], samples_per_second, newest_values, norm)
 
-
-def _mean(losses: Sequence[Sequence[float]], weights: Sequence[Sequence[int] | None]) -> float | None:
-    """Return the mean loss of a step from the losses of each rank's slots and their weights; None without any."""
-    in_order = [loss for of_rank in losses for loss in of_rank]
-    counts = [count for of_rank in weights for count in of_rank or ()]
-    return mean_over_slots(in_order, counts or None)
+    def _folded(self, by_slot: Sequence[SlotValues], counts: Sequence[int], step: int) -> dict[str, float | None]:
+        """Return the values of a step from those of its slots; ConfigError if the slots have other names."""
+        places = [f"slot {slot} of step {step}" for slot in range(len(by_slot))]
+        for values, count, place in zip(by_slot, counts, places, strict=True):
+            self._value_names.check(values, place, counts=count > 0)
+        return fold_values(by_slot, counts, places)

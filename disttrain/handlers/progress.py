@@ -21,7 +21,7 @@ def value_text(value: Any) -> str:
 
 
 class ProgressDisplay:
-    """Shows epoch, step, loss, samples/s and the time left; the run ends at `total_steps`."""
+    """Shows epoch, step, loss, values, gradient norm, samples/s and the time left; the run ends at `total_steps`."""
 
     def __init__(self, console: Console, *, total_steps: int, max_epochs: int | None, line_every_s: float) -> None:
         self.console = console
@@ -31,6 +31,7 @@ class ProgressDisplay:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._pace: Pace | None = None
+        self._values: dict[str, Any] = {}  # a value that is not in every line is shown until the next one
         self._next_show = 0.0
         self._start = (0, 0.0)
 
@@ -57,8 +58,9 @@ class ProgressDisplay:
             self._bar.start()
 
     def pace(self, pace: Pace) -> None:
-        """Store the newest loss and pace; a LossLog calls this after each fetch."""
+        """Store the newest loss, pace and values; a LossLog calls this after each fetch."""
         self._pace = pace
+        self._values.update({name: value for name, value in pace.values.items() if value is not None})
 
     def show(self, engine: Engine) -> None:
         now = time.monotonic()
@@ -99,7 +101,9 @@ class ProgressDisplay:
     def _loss_and_pace(self) -> str:
         if self._pace is None:
             return ""
-        return f"loss {self._pace.loss:.4f}  {self._pace.samples_per_second:,.0f} samples/s"
+        values = {**self._values, "grad_norm": self._pace.grad_norm}
+        words = [f"{name} {value_text(value)}" for name, value in values.items() if value is not None]
+        return "  ".join([f"loss {self._pace.loss:.4f}", *words, f"{self._pace.samples_per_second:,.0f} samples/s"])
 
 
 def warn(console: Console, text: str) -> None:

@@ -7,6 +7,8 @@ builders           builds the model, the optimizer and the schedule by them
 optimizer_checks   refuses an optimizer that a run cannot step, save or shard
 step_checks        checks what the functions of a config give to each other in a step
 global_loss        training and evaluation with a loss over the samples of a whole global batch
+value_checks       checks the values that a forward returns beside the loss
+slot_results       the results that the step body takes from each slot of a step
 field_places       the line of a field's value in the user's files
 code_errors        explains an exception of the user's code in one line
 data               training data with its loader and identity, and validation data

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
 from disttrain.backend import Backend, set_cpu_threads
@@ -28,7 +28,7 @@ from disttrain.data.weighted import WeightedBatch, weight_of, without_weight
 from disttrain.devices import device_row
 from disttrain.engine import Engine, create_supervised_trainer
 from disttrain.engine.step_defaults import to_device
-from disttrain.engine.supervised import StepFunction
+from disttrain.engine.supervised import StepFunction, StepResult
 from disttrain.errors import ConfigError
 from disttrain.handlers.bad_steps import BadSteps
 from disttrain.handlers.best import Best, mode_of
@@ -46,6 +46,7 @@ from disttrain.run.frozen_weights import FrozenWeights
 from disttrain.run.global_loss import GlobalStep, evaluate_together, minimize_together
 from disttrain.run.initial_weights import InitialWeights
 from disttrain.run.module_settings import ModuleSettings
+from disttrain.run.slot_results import SlotResults
 from disttrain.run.state import Run, total_steps
 from disttrain.run.updates import Updates
 from disttrain.run.validation_sets import ValidationSets, evaluations_of
@@ -87,8 +88,10 @@ def assemble(
         move = partial(moved_to, backend.device, layout)
         minimize_together(config, step_function, slots, gradients, optimizer, precision, backend.process_group, move)
     updates = build_updates(config, step_function, layout, schedule, gradients, left_out)
-    trainer = build_trainer(config, gradients, updates, optimizer, precision, layout, backend)
+    slot_results = SlotResults()
+    trainer = build_trainer(config, gradients, updates, optimizer, precision, layout, backend, slot_results)
     updates.attach(trainer)
+    slot_results.attach(trainer)
     with backend.agree("building the metrics"):
         evaluation = best = None
         if data.valid is not None:
@@ -107,6 +110,7 @@ def assemble(
         precision=precision,
         gradients=gradients,
         updates=updates,
+        slot_results=slot_results,
         freezing=Freezing(step_function, optimizer, layout, may_leave_out=not asks_for_parts(config)),
         loader=data.loader,
         trainer=trainer,
@@ -149,6 +153,7 @@ def build_trainer(
     precision: Precision,
     layout: Layout,
     backend: Backend,
+    slot_results: SlotResults,
 ) -> Engine:
     """Build the engine whose step body runs the step function on the microbatches of this rank's slots."""
     return create_supervised_trainer(
@@ -158,7 +163,7 @@ def build_trainer(
         prepare_batch=lambda batch, device, non_blocking: (moved_to(device, layout, batch, non_blocking), None),
         device=backend.device,
         non_blocking=device_row(backend.device).copies_ahead,
-        output_transform=lambda x, y, y_pred, loss: loss.detach(),
+        output_transform=slot_results,
         deterministic=True,
         precision=precision,
         gradients=LeavingOut(gradients, updates.leaves_out),
@@ -198,11 +203,11 @@ def world_of(config: Config, slots: Slots, backend: Backend) -> World:
     )
 
 
-def compute_of(device: torch.device, layout: Layout) -> Callable[[nn.Module, Any], tuple[Tensor, Any]]:
-    """Return (step function, batch) -> (loss, outputs) for the validation data; metrics take the outputs."""
+def compute_of(device: torch.device, layout: Layout) -> Callable[[nn.Module, Any], StepResult]:
+    """Return (step function, batch) -> (loss, outputs, values) for the validation data; metrics take the outputs."""
 
-    def compute(step_function: nn.Module, batch: Any) -> tuple[Tensor, Any]:
-        result: tuple[Tensor, Any] = layout.bring_together(step_function(moved_to(device, layout, batch)))
+    def compute(step_function: nn.Module, batch: Any) -> StepResult:
+        result: StepResult = layout.bring_together(step_function(moved_to(device, layout, batch)))
         return result
 
     return compute

@@ -2,12 +2,13 @@
 
 *Contract*: batches are the same on any world size, and a rank takes whole ones. So every sample is evaluated once, on
 one rank, and a metric is that of the data set. What a batch computes depends on its number alone: the generators are
-seeded for it, and the model's buffers are those that the evaluation began with. Batch losses are folded in batch order
-in float64, weighted by the number of samples, or of targets that count; metric states are merged in rank order.
-Afterwards generators, buffers and parameters are bit for bit as before. An optimizer with `eval` and `train`
-(schedule-free ones) is switched around the evaluation.
+seeded for it, and the model's buffers are those that the evaluation began with. Batch losses, and the values beside
+them, are folded in batch order in float64, weighted by the number of samples, or of targets that count; metric states
+are merged in rank order. Afterwards generators, buffers and parameters are bit for bit as before. An optimizer with
+`eval` and `train` (schedule-free ones) is switched around the evaluation.
 
-*Errors*: DisttrainError if the model changes a parameter while it is evaluated.
+*Errors*: DisttrainError if the model changes a parameter while it is evaluated. ConfigError on every rank if batches
+have values of other names.
 
 *Cost*: a copy of the buffers, and of the parameters only for an optimizer with `eval`. To be able to stop, the ranks
 wait for each other about twice a second, and once more at the end.
@@ -26,7 +27,9 @@ from torch.optim import Optimizer
 
 from disttrain.backend import Backend
 from disttrain.engine.step_defaults import to_device
+from disttrain.engine.supervised import StepResult
 from disttrain.errors import DataError, DisttrainError
+from disttrain.handlers.values import SlotValues, ValueNames, fetch_values, fold_values, keep
 from disttrain.parallel import mean_over_slots
 from disttrain.parallel.fingerprints import Versions, versions
 from disttrain.precision import Precision
@@ -36,10 +39,12 @@ from disttrain.seeding import keep_random_state, seed_for
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-Compute = Callable[[nn.Module, Any], tuple[Tensor, Any]]
-"""(model, batch) -> (mean loss of the batch, outputs); the metrics are updated with the outputs."""
+Compute = Callable[[nn.Module, Any], StepResult]
+"""(model, batch) -> (mean loss of the batch, outputs, values); the metrics are updated with the outputs."""
 Batches = Iterable[tuple[int, Any]]
 """(batch number, batch) of one rank."""
+Results = dict[int, tuple[float, int, SlotValues]]
+"""By batch number: the loss, the number of samples or targets that count, and the values beside the loss."""
 
 
 class Evaluation:
@@ -101,17 +106,18 @@ class Evaluation:
         try:
             together = None if stop is None else StopTogether(self.backend, stop)
             with torch.no_grad(), evaluating(self.optimizer, self.model), self.gathered():
-                losses = self._losses(watched(self.batches()), together)
+                results = self._results(watched(self.batches()), together)
         finally:
             for module in training:
                 module.training = True
-        if losses is None:
+        if results is None:
             return None
-        return {"loss": self._mean(losses), **{name: self._value(metric) for name, metric in self.metrics.items()}}
+        return {**self._folded(results), **{name: self._value(metric) for name, metric in self.metrics.items()}}
 
-    def _losses(self, source: Batches, together: "StopTogether | None") -> dict[int, tuple[float, int]] | None:
-        """Return the losses of this rank's batches by number, None if the ranks stop before their end."""
-        losses, batches, done = {}, iter(source), False
+    def _results(self, source: Batches, together: "StopTogether | None") -> Results | None:
+        """Return the results of this rank's batches, None if the ranks stop before their end."""
+        results: Results = {}
+        batches, done = iter(source), False
         unchanged = UnchangedModel(self.model)
         while not done:
             if together is not None and together.stop():
@@ -121,14 +127,16 @@ class Evaluation:
                 done = True
             else:
                 number, batch = numbered
-                losses[number] = self._evaluate(number, batch), self.count(number, batch)
+                loss, values = self._evaluate(number, batch)
+                results[number] = loss, self.count(number, batch), values
                 unchanged.restore()
-        return None if together is not None and together.stop_before_all_are_done() else losses
+        return None if together is not None and together.stop_before_all_are_done() else results
 
-    def _evaluate(self, number: int, batch: Any) -> float:
+    def _evaluate(self, number: int, batch: Any) -> tuple[float, SlotValues]:
         self.backend.seed(seed_for(self.seed, "evaluation", number))
         with self.precision.forward():
-            loss, outputs = self.compute(self.model, batch)
+            loss, outputs, values = self.compute(self.model, batch)
+        kept = keep(values)
         self.backend.flush()
         outputs = to_device(outputs, self.backend.metrics_device)
         for metric in self.metrics.values():
@@ -136,17 +144,22 @@ class Evaluation:
                 metric.update(*outputs)
             else:
                 metric.update(outputs)
-        return self.backend.fetch([loss])[0]
+        return self.backend.fetch([loss])[0], fetch_values(self.backend, [kept])[0]
 
-    def _mean(self, losses: dict[int, tuple[float, int]]) -> float:
-        together: dict[int, tuple[float, int]] = {}
-        for part in self.backend.all_gather(losses):
+    def _folded(self, results: Results) -> dict[str, float | None]:
+        """Return the loss and the values over all batches of all ranks."""
+        together: Results = {}
+        for part in self.backend.all_gather(results):
             together.update(part)
-        in_order = [loss for _, loss in sorted(together.items())]
-        mean = mean_over_slots([loss for loss, _ in in_order], [count for _, count in in_order])
+        losses, counts, values = zip(*(result for _, result in sorted(together.items())), strict=True)
+        mean = mean_over_slots(losses, counts)
         if mean is None:
             raise DataError("valid_data: expected a target that counts, got weight 0 for every batch")
-        return mean
+        places = [f"batch {number} of the validation data" for number in sorted(together)]
+        names = ValueNames()
+        for of_batch, count, place in zip(values, counts, places, strict=True):
+            names.check(of_batch, place, counts=count > 0)
+        return {"loss": mean, **fold_values(values, counts, places)}
 
     def _value(self, metric: "Metric") -> Any:
         with warnings.catch_warnings():

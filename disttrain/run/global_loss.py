@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
 from disttrain.config import Config
-from disttrain.engine.supervised import StepFunction
+from disttrain.engine.supervised import StepFunction, StepResult
 from disttrain.errors import ConfigError
 from disttrain.parallel import GlobalLoss, GradientsOverSlots, Slots
 from disttrain.precision import Precision
@@ -41,9 +41,9 @@ class GlobalStep(StepFunction):
         super().__init__(model, loss, step)
         self._config = config
 
-    def forward(self, batch: Any) -> tuple[Tensor, Any]:
+    def forward(self, batch: Any) -> StepResult:
         embeddings = self.embeddings(batch)
-        return self.over_slots.slot_loss(embeddings), embeddings
+        return self.over_slots.slot_loss(embeddings), embeddings, {}
 
     def embeddings(self, batch: Any) -> Any:
         """Return the embeddings of a microbatch; ConfigError unless all have the same number of rows."""
@@ -114,10 +114,10 @@ def evaluate_together(evaluation: Evaluation, step_function: GlobalStep, num_tog
     """Let an evaluation compute the loss over groups of `num_together` batches, of which each lies on one rank."""
     batches, count = evaluation.batches, evaluation.count
 
-    def compute(_: nn.Module, group: list[Any]) -> tuple[Tensor, Any]:
+    def compute(_: nn.Module, group: list[Any]) -> StepResult:
         parts = [step_function.embeddings(move(batch)) for batch in group]
         embeddings = tree_map(lambda *each: torch.cat(each), *parts)
-        return step_function.loss_over(embeddings), embeddings
+        return step_function.loss_over(embeddings), embeddings, {}
 
     evaluation.batches = lambda: groups_of_batches(batches(), num_together)
     evaluation.compute = compute

@@ -37,6 +37,10 @@ class Reporter:
         if self._display is not None:
             self._display.validated(step, epoch, values)
 
+    def newest(self) -> dict[str, Any]:
+        """Return the values of the last training line, of this launch or an earlier one; empty but on rank 0."""
+        return {} if self._curves is None else self._curves.newest()
+
     def warn(self, text: str) -> None:
         """Show a warning above the progress display."""
         if self._display is not None:

@@ -31,6 +31,7 @@ _OF_BEST: dict[str, type | tuple[type, ...]] = {
 }
 _OPTIONAL: dict[str, type | tuple[type, ...]] = {
     "best": dict,
+    "train": dict,
     "terminated": dict,
     "init_from": dict,
     "xla_compilations": int,

@@ -26,6 +26,7 @@ from disttrain.run.freezing import Freezing
 from disttrain.run.frozen_weights import FrozenWeights
 from disttrain.run.initial_weights import Taken, modules_of
 from disttrain.run.module_settings import ModuleSettings
+from disttrain.run.slot_results import SlotResults
 from disttrain.run.updates import Updates
 from disttrain.run.validation_sets import ValidationSets
 from disttrain.run.weight_source import Begin, begin_of
@@ -55,6 +56,8 @@ class Run:
     """How the gradients of slots and ranks meet."""
     updates: Updates
     """Gradient norm, clipping, and updates that are left out."""
+    slot_results: SlotResults
+    """What the forward returned beside the losses."""
     freezing: Freezing
     """The parameters that are trained, and the groups of the optimizer; handlers may change both."""
     loader: SlotLoader | StreamLoader

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from disttrain.backend.headers import describe_value
 from disttrain.config import Config
 from disttrain.config.wording import got
-from disttrain.engine.supervised import StepFunction
+from disttrain.engine.supervised import StepFunction, StepResult
 from disttrain.errors import ConfigError
 from disttrain.run.field_places import field_place
+from disttrain.run.value_checks import values_of
 
 _MOST_SHOWN = 6
 
@@ -69,18 +70,20 @@ def _unpacked(batch: Any) -> tuple[Any, Any] | None:
     return x, y
 
 
-def checked_forward(config: Config, forward: Callable[..., Any]) -> Callable[[nn.Module, Any], tuple[Tensor, Any]]:
-    """Return the config's `forward`, here `forward`, which must return a loss and outputs."""
+def checked_forward(config: Config, forward: Callable[..., Any]) -> Callable[[nn.Module, Any], StepResult]:
+    """Return the config's `forward`, here `forward`, which must return a loss and outputs, and may return values."""
+    checked_values = values_of(config)
 
-    def checked(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+    def checked(model: nn.Module, batch: Any) -> StepResult:
         returned = forward(model, batch)
-        if not isinstance(returned, tuple | list) or len(returned) != 2:
+        if not isinstance(returned, tuple | list) or len(returned) not in (2, 3):
             raise ConfigError(
                 f"{field_place(config, 'forward')}: expected (loss, outputs), got {form_of(returned)}; return two "
-                "things: the loss, and what the metrics are updated with (None without metrics)"
+                "things: the loss, and what the metrics are updated with (None without metrics); as a third, a dict "
+                "of values for the curves"
             )
-        loss, outputs = returned
-        return one_number(loss, config, "forward"), outputs
+        loss, outputs, *values = returned
+        return one_number(loss, config, "forward"), outputs, checked_values(values[0]) if values else {}
 
     return checked
 

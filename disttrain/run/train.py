@@ -122,7 +122,8 @@ def attempt(
             go_back(run, error, end.saved_at, console)
             return None
         saver.settle()  # the last checkpoint is complete before anything says so
-        result = outcome(run, end, attempts) | services.compilations.report()
+        newest = backend.broadcast(services.reporter.newest())
+        result = outcome(run, end, attempts) | {"train": newest} | services.compilations.report()
         with backend.agree("writing the result"):
             if backend.rank == 0:
                 directory.finish(result)
@@ -149,6 +150,7 @@ class Services:
     step_end: StepEnd
     saving: Saving
     compilations: Compilations
+    reporter: Reporter
 
 
 def attach(run: Run, preemption: Preemption, console: Console, step: int, stack: ExitStack) -> Services:
@@ -175,6 +177,7 @@ def attach(run: Run, preemption: Preemption, console: Console, step: int, stack:
         samples_per_step=config.global_batch_size,
         update=run.updates.take,
         weights=lambda: run.weights,
+        values=run.slot_results.take,
         bad_steps=run.bad_steps,
         fetched=reporter.fetched,
         passenger=stragglers,
@@ -211,7 +214,7 @@ def attach(run: Run, preemption: Preemption, console: Console, step: int, stack:
     for part in order:
         if part is not None:
             part.attach(run.trainer)
-    return Services(step_end, saving, compilations)
+    return Services(step_end, saving, compilations, reporter)
 
 
 def watchdog_of(run: Run) -> Watchdog:

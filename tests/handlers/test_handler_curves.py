@@ -33,6 +33,18 @@ def test_curves_are_strict_json(tmp_path: Path) -> None:
     assert not (tmp_path / "tensorboard").exists()
 
 
+def test_the_newest_line_is_known_after_a_resume(tmp_path: Path) -> None:
+    curves = Curves(tmp_path, 0, tensorboard=False)
+    assert curves.newest() == {}
+    lines = [{"step": step, "epoch": 1, "loss": step / 4, "ce": step / 8} for step in (1, 2, 3)]
+    curves.trained(lines, Pace(3, 1, 0.75, 0.1, 100.0))
+    assert curves.newest() == {"loss": 0.75, "ce": 0.375}
+    curves.close()
+    resumed = Curves(tmp_path, 2, tensorboard=False)
+    assert resumed.newest() == {"loss": 0.5, "ce": 0.25}
+    resumed.close()
+
+
 def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -46,13 +58,16 @@ def test_tensorboard_shows_the_steps_of_the_resumed_run(tmp_path: Path) -> None:
     for at, new in ((0, (1, 2, 3)), (2, (3, 4))):
         curves = Curves(tmp_path, at, tensorboard=True)
         for step in new:
-            curves.trained([{"step": step}], Pace(step, 1, step + at / 10, 0.1, 100.0))
+            pace = Pace(step, 1, step + at / 10, 0.1, 100.0, {"ce": step / 2, "none": None, "per_class": [0.5]}, 4.0)
+            curves.trained([{"step": step}], pace)
             curves.validated(step, 1, {"accuracy": 0.5, "per_class": [0.5, 0.5]})
         curves.close()
     written = scalars(tmp_path / "tensorboard", "train/loss")
     assert [step for step, _ in written] == [1, 2, 3, 4]
     assert [value for _, value in written] == pytest.approx([1.0, 2.0, 3.2, 4.2])
     assert [step for step, _ in scalars(tmp_path / "tensorboard", "valid/accuracy")] == [1, 2, 3, 4]
+    assert scalars(tmp_path / "tensorboard", "train/grad_norm") == [(step, 4.0) for step in (1, 2, 3, 4)]
+    assert scalars(tmp_path / "tensorboard", "train/ce") == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread

@@ -10,9 +10,10 @@ from ranks import Ranks
 
 from disttrain.backend import Backend, connect
 from disttrain.engine import Engine, Events
-from disttrain.errors import NonFiniteError
+from disttrain.errors import ConfigError, NonFiniteError
 from disttrain.handlers.bad_steps import BadSteps
 from disttrain.handlers.losses import LossLog, Pace, Update
+from disttrain.handlers.values import KeptValues, keep
 
 NUM_SLOTS, NUM_STEPS = 6, 7
 # Values whose sum depends on the order in which they are added.
@@ -75,6 +76,63 @@ def folded(losses: torch.Tensor) -> list[float]:
     return means
 
 
+def run_with_values(
+    backend: Backend, losses: torch.Tensor, weights: torch.Tensor, stray_at: tuple[int, int] | None = None
+) -> tuple[list[dict[str, Any]], list[Pace], str]:
+    """Train as `run_with`, each slot with a value beside its loss, and weights; `stray_at`: (step, slot) without it."""
+    num_mine = losses.shape[1] // backend.world_size
+    mine = range(backend.rank * num_mine, (backend.rank + 1) * num_mine)
+    lines: list[dict[str, Any]] = []
+    paces: list[Pace] = []
+
+    def values() -> list[KeptValues]:
+        step = trainer.state.iteration
+        return [keep({} if (step, slot) == stray_at else {"ce": losses[step - 1, slot] ** 2}) for slot in mine]
+
+    log = LossLog(
+        backend,
+        torch.optim.SGD([torch.zeros(1)], lr=1.0),
+        samples_per_step=12,
+        weights=lambda: weights[trainer.state.iteration - 1].tolist()[mine.start : mine.stop],
+        values=values,
+        fetched=lambda new, pace: (lines.extend(new), paces.append(pace)),
+    )
+    trainer = Engine(lambda engine, i: [losses[i, slot] for slot in mine])
+    log.attach(trainer)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(every=3), log.fetch)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, log.fetch)
+    try:
+        trainer.run(range(len(losses)), max_epochs=1)
+    except ConfigError as error:
+        return lines, paces, str(error)
+    return lines, paces, ""
+
+
+def test_values_are_folded_like_losses_on_any_number_of_ranks(ranks: Ranks) -> None:
+    weights = torch.randint(3, LOSSES.shape, generator=torch.Generator().manual_seed(2))
+    expected = []
+    for row, of_step in zip((LOSSES**2).double().tolist(), weights.tolist(), strict=True):
+        total = 0.0
+        for value, weight in zip(row, of_step, strict=True):
+            total += value * weight
+        expected.append(total / sum(of_step))
+    for world_size in (1, 2, 3):
+        for lines, paces, message in ranks(world_size, run_with_values, LOSSES, weights):
+            assert message == ""
+            assert [line["ce"] for line in lines] == expected
+            assert [pace.values for pace in paces] == [{"ce": expected[step - 1]} for step in (3, 6, 7)]
+
+
+def test_a_slot_without_its_value_stops_all_ranks_with_one_message(ranks: Ranks) -> None:
+    ones = torch.ones(LOSSES.shape, dtype=torch.int64)
+    expected = "got 'ce' in slot 0 of step 1 but not in slot 5 of step 5;"
+    messages = {
+        message for world_size in (1, 2) for _, _, message in ranks(world_size, run_with_values, LOSSES, ones, (5, 5))
+    }
+    assert len(messages) == 1
+    assert expected in messages.pop()
+
+
 def test_the_lines_are_the_same_on_any_number_of_ranks(ranks: Ranks) -> None:
     expected = [
         {"step": i + 1, "epoch": 1, "loss": loss, "grad_norm": None, "learning_rate": 0.5**i}
@@ -84,6 +142,7 @@ def test_the_lines_are_the_same_on_any_number_of_ranks(ranks: Ranks) -> None:
         for lines, paces, message in ranks(world_size, run_with, LOSSES):
             assert lines == expected
             assert [pace.step for pace in paces] == [3, 6, 7]
+            assert [pace.grad_norm for pace in paces] == [None] * 3
             assert [(pace.loss, pace.learning_rate) for pace in paces] == [
                 (expected[step - 1]["loss"], expected[step - 1]["learning_rate"]) for step in (3, 6, 7)
             ]
@@ -135,6 +194,7 @@ def test_lines_have_norms_and_a_step_that_was_left_out_has_no_loss_and_no_norm(r
             assert [line.get("left_out") for line in lines[:6]] == [None] * 3 + ["it was bad"] + [None] * 2
             assert message.startswith("the gradient's norm became inf at step 6 (epoch 1)")
             assert paces[1].loss == losses[5]
+            assert [pace.grad_norm for pace in paces[:2]] == [3 / 8, math.inf]
 
 
 def run_leaving_out(backend: Backend, losses: torch.Tensor) -> Any:

@@ -2,6 +2,7 @@
 
 import re
 import time
+from dataclasses import replace
 from io import StringIO
 
 from rich.console import Console
@@ -47,6 +48,22 @@ def test_a_terminal_gets_a_bar_with_epoch_step_loss_and_pace() -> None:
     bar = next(line for line in re.split(r"[\r\n]+", plain(screen)) if "samples/s" in line)
     assert re.search(r"epoch [12]/2 .* \d+/10 loss 0\.1235  12,346 samples/s \d:\d\d:\d\d|-:--:--", bar), bar
     assert "epoch 1/2  step 5  validation: loss 0.25  per_class [nan, 0.5]\n" in plain(screen)
+
+
+def test_values_are_shown_until_the_next_ones() -> None:
+    out = StringIO()
+    display = ProgressDisplay(Console(file=out, width=200), total_steps=10, max_epochs=None, line_every_s=0.0)
+    trainer = Engine(lambda engine, batch: None)
+    display.attach(trainer)
+    for values in ({"ce": 0.125, "accuracy": 0.5}, {"ce": 0.25, "accuracy": None}):
+        trainer.add_event_handler(
+            Events.ITERATION_STARTED, lambda v: display.pace(replace(PACE, values=v, grad_norm=2.5)), values
+        )
+        trainer.run(range(1), max_epochs=1)
+        trainer.load_state_dict({"iteration": 0, "max_epochs": 1, "epoch_length": 1})
+    first, last = (line for line in out.getvalue().splitlines() if "samples/s" in line)
+    assert "loss 0.1235  ce 0.125  accuracy 0.5  grad_norm 2.5  12,346 samples/s" in first
+    assert "loss 0.1235  ce 0.25  accuracy 0.5  grad_norm 2.5  12,346 samples/s" in last
 
 
 def test_the_bar_of_a_resumed_run_begins_at_its_step() -> None:

@@ -15,7 +15,7 @@ from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy, Multicl
 
 from disttrain.backend import Backend, connect
 from disttrain.data import evaluation_loader
-from disttrain.errors import DisttrainError
+from disttrain.errors import ConfigError, DisttrainError
 from disttrain.precision import FP32
 from disttrain.run.evaluation import Evaluation
 
@@ -114,7 +114,12 @@ def evaluation_of(
 ) -> Evaluation:
     """Return an evaluation over batches of `size` samples, `num` in all."""
     options = {"count": lambda number, batch: min(size, num - number * size), "seed": 3, "precision": FP32(), **more}
-    return Evaluation(model, batches, compute, metrics, backend=backend, **options)
+
+    def with_values(model: nn.Module, batch: Any) -> Any:
+        loss, outputs, *values = compute(model, batch)
+        return loss, outputs, values[0] if values else {}
+
+    return Evaluation(model, batches, with_values, metrics, backend=backend, **options)
 
 
 def evaluate(backend: Backend, batch_size: int, num: int = PRIME) -> dict[str, Any]:
@@ -364,3 +369,38 @@ def test_an_optimizer_with_two_points_is_switched_and_no_bit_is_lost() -> None:
     assert torch.equal(evaluated[0], before[0] * (1 / 3))
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     assert not torch.equal((before[0] * (1 / 3)) * 3.0, before[0])  # so the switch alone would have changed them
+
+
+def evaluate_values(backend: Backend, names: str = "same") -> Any:
+    points = Points()
+
+    def with_values(model: nn.Module, batch: Any) -> Any:
+        loss, output = compute(model, batch)
+        zeros = output["is_zero"]
+        values = {"first": output["first"].mean(), "of_zeros": ((output["first"] * zeros).sum(), zeros.sum())}
+        if names == "other" and len(zeros) < 8:  # the last batch
+            values["short"] = values.pop("of_zeros")
+        return loss, output, values
+
+    def batches() -> Iterator[tuple[int, Any]]:
+        return evaluation_loader(points, 8, rank=backend.rank, world_size=backend.world_size)
+
+    return evaluation_of(model_of_three(), batches, with_values, {}, backend, 8, PRIME).run()
+
+
+def test_values_are_those_of_the_whole_data_on_any_number_of_ranks(ranks: Ranks) -> None:
+    model, batch = model_of_three().eval(), torch.utils.data.default_collate(list(Points()))
+    with torch.no_grad():
+        first = compute(model, batch)[1]["first"]
+    expected = {"first": first.mean().item(), "of_zeros": first[batch["y"] == 0].mean().item()}
+    found = [ranks(world_size, evaluate_values)[0] for world_size in (1, 2, 3)]
+    assert found[1:] == found[:1] * 2
+    assert list(found[0]) == ["loss", "first", "of_zeros"]
+    assert {name: found[0][name] for name in expected} == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_batch_with_other_values_is_refused_on_every_rank(ranks: Ranks) -> None:
+    outcomes = ranks.outcomes(2, evaluate_values, "other")
+    assert {type(outcome.error) for outcome in outcomes} == {ConfigError}
+    assert "got 'of_zeros' in batch 0 of the validation data but not in batch" in str(outcomes[0].error)
+    assert str(outcomes[0].error) == str(outcomes[1].error)

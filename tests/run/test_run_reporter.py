@@ -52,6 +52,7 @@ def test_the_other_ranks_write_only_a_ledger() -> None:
     reporter.fetched(LINES, PACE)
     reporter.validated(2, 1, {})
     reporter.warn("not shown here")
+    assert reporter.newest() == {}
     reporter.sync()
     reporter.close()
     assert [name for name, *_ in ledger.calls] == ["fetched", "sync", "close"]

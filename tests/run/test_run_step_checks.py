@@ -70,7 +70,7 @@ def forward_returns(value: Any) -> Callable[..., Any]:
         ({"loss": X.mean()}, "a dict with the keys 'loss'; return two things"),
         (X.mean(), r"float32\[\]; return two things"),
         (None, "None; return two things"),
-        ((X.mean(), X, Y), r"a tuple of 3 .*; return two things"),
+        ((X.mean(), X, {}, Y), r"a tuple of 4 .*; return two things"),
         ((X, Y), r"a loss that is a tensor of one number, got float32\[8, 3\]; reduce it, by .mean"),
         ((3.5, None), "a loss that is a tensor of one number, got 3.5; return what .mean"),
     ],
@@ -83,8 +83,16 @@ def test_a_forward_must_return_a_loss_and_outputs(value: Any, words: str) -> Non
 
 
 def test_a_loss_of_one_number_passes_as_a_scalar() -> None:
-    loss, outputs = forward_returns((torch.ones(1, 1), "outputs"))(nn.Identity(), X)
-    assert (loss.shape, loss.item(), outputs) == ((), 1.0, "outputs")
+    loss, outputs, values = forward_returns((torch.ones(1, 1), "outputs"))(nn.Identity(), X)
+    assert (loss.shape, loss.item(), outputs, values) == ((), 1.0, "outputs", {})
+
+
+def test_a_third_result_is_a_dict_of_values() -> None:
+    assert forward_returns((X.mean(), None, {"ce": 2.0}))(nn.Identity(), X)[2] == {"ce": 2.0}
+    with pytest.raises(
+        ConfigError, match=r"^forward .*expected \(loss, outputs, values\) with a dict .*float32\[8, 1\]"
+    ):
+        forward_returns((X.mean(), X, Y))(nn.Identity(), X)
 
 
 @pytest.mark.parametrize("value", [None, X, 0.5])

@@ -275,6 +275,26 @@ def contrastive(model: nn.Module, batch: Any) -> Answer:
     return F.cross_entropy(first @ second.t() / 0.1, torch.arange(len(x))), None
 
 
+def with_values(model: Any, batch: Any) -> Any:
+    """Values beside the loss: means, of parameters too, and a pair; a slot without a target leaves them out."""
+    y = batch[1]
+    loss, outputs = plain(model, batch)
+    above = y > 0
+    if not above.any():
+        return loss, outputs, {}
+    values = {"mse": loss, "bias": model[-1].bias.mean(), "above": (((y - outputs[0]) * above).sum(), above.sum())}
+    return loss + 0.1 * values["bias"], outputs, values
+
+
+def num_above(batch: Any) -> int:
+    return int((batch[1] > 0).sum())
+
+
+def with_values_always(model: Any, batch: Any) -> Any:
+    loss, outputs = plain(model, batch)
+    return loss, outputs, {"mse": loss, "spread": outputs[0].std()}
+
+
 VARIANTS: dict[str, Callable[[], Fields]] = {
     "plain": forward(plain),
     "method_and_call": forward(by_method, Auto),
@@ -308,6 +328,8 @@ VARIANTS: dict[str, Callable[[], Fields]] = {
     "loss_in_a_dict": forward(in_a_dict),
     "hook_on_an_activation": forward(own_hook_each_time),
     "contrastive": forward(contrastive),
+    "values": forward(with_values_always, dropped),
+    "values_by_weight": forward(with_values, weight=num_above, num_slots=4),
     "four_slots_method": forward(by_method, Auto, num_slots=4),
     "four_slots_three_calls": forward(called_twice, dropped, num_slots=4),
     "larger_data": forward(plain, dropped, train_data=lambda: points(48)),

@@ -194,7 +194,7 @@ def ended(outcome: Err | Died) -> Outcome:
 def evidence(folder: Path) -> Mapping[str, Any]:
     """Return the traces of a whole run: each step's hashes and losses, the curves, the results, the best step."""
     result = json.loads((folder / "result.json").read_text())
-    same = ("status", "step", "epoch", "metrics", "params_sha256", "best", "skipped_steps", "rollbacks")
+    same = ("status", "step", "epoch", "metrics", "train", "params_sha256", "best", "skipped_steps", "rollbacks")
     found: dict[str, Any] = {key: result.get(key) for key in same}
     for file in ("ledger.jsonl", "metrics/train.jsonl", "metrics/valid.jsonl"):
         path = folder / file
