@@ -15,6 +15,7 @@ is a hash of the run's seed and these two. So a resumed run computes its seeds i
 | "data"       | -                          | building the datasets, the same on every rank            |
 | "probe"      | index                      | a sample that is loaded to be compared with other ranks' |
 | "evaluation" | number of the batch        | python, numpy and torch before that batch's forward      |
+| "evaluated"  | step                       | python, numpy and torch before EVALUATED's handlers      |
 
 A seed is never `seed + i`, because such seeds coincide: seed 0 in epoch 1 is seed 1 in epoch 0.
 """

@@ -1,6 +1,7 @@
 """WHAT a run is: the Config that a cfg.py declares, the overrides of it, and the copy that a run keeps.
 
-    fields       `Config` and its groups of fields
+    fields       `Config` and its fields
+    groups       the groups of fields, such as `checkpoint`
     annotations  the types of the fields, and the notes that a field carries beside its type
     checks       the rules between fields: one length, one loss, slots that divide the global batch
     load         makes a Config from a cfg.py or from a run directory
@@ -29,16 +30,8 @@ parts are functions. A config has the same description and hash on every rank, i
 
 from disttrain.config.checks import check_devices, check_slots
 from disttrain.config.describe import JSON, Description, config_hash, describe
-from disttrain.config.fields import (
-    CheckpointConfig,
-    Config,
-    LedgerConfig,
-    LogConfig,
-    Origin,
-    ValidateConfig,
-    replace,
-    with_num_slots,
-)
+from disttrain.config.fields import Config, Origin, replace, with_num_slots
+from disttrain.config.groups import CheckpointConfig, LedgerConfig, LogConfig, ValidateConfig
 from disttrain.config.load import load_config
 from disttrain.config.overrides import apply_overrides, settable
 from disttrain.config.reference import FieldRow, field_table, reference_markdown

@@ -15,7 +15,8 @@ from typing import Any
 
 from disttrain.config.annotations import PLAIN_KEY, Leaf, alternatives, is_group, leaves
 from disttrain.config.checks import value_of
-from disttrain.config.fields import Config, Declaration, replace
+from disttrain.config.fields import Config, replace
+from disttrain.config.groups import Declaration
 from disttrain.config.parse import Missing, parse, parse_keyword
 from disttrain.config.wording import both, did_you_mean, either, got
 from disttrain.errors import ConfigError

@@ -36,14 +36,9 @@ class Best:
 
         *Errors*: ConfigError if the result is not a single number.
         """
-        value = results[self.monitor]
         if self._backend is not None:
-            value = self._backend.broadcast(value)
-        if not isinstance(value, int | float):
-            raise ConfigError(
-                f"checkpoint.monitor={self.monitor!r}: expected a result that is one number, got {str(value)[:60]}; "
-                "monitor another one, such as 'loss'"
-            )
+            results = self._backend.broadcast({self.monitor: results[self.monitor]})
+        value = number_in(results, self.monitor, "checkpoint.monitor")
         if not math.isfinite(value) or (self.found is not None and not self._is_better(value, self.found.value)):
             return False
         self.found = BestStep(step, self.monitor, float(value))
@@ -76,6 +71,17 @@ class Best:
                     self.monitor,
                     self.mode,
                 )
+
+
+def number_in(results: Mapping[str, Any], monitor: str, field: str) -> float:
+    """Return the result that a field of the config names; ConfigError unless it is a single number."""
+    value = results[monitor]
+    if not isinstance(value, int | float):
+        raise ConfigError(
+            f"{field}={monitor!r}: expected a result that is one number, got {str(value)[:60]}; "
+            "monitor another one, such as 'loss'"
+        )
+    return value
 
 
 def mode_of(mode: str, monitor: str, metrics: Mapping[str, Any]) -> Mode:

@@ -114,9 +114,11 @@ class StepEnd:
             self.saved_at = -1
         self._save_once(engine)
 
-    def resumed_at(self, step: int) -> None:
-        """Record that there is a checkpoint of `step` already."""
+    def resumed_at(self, step: int, metrics: dict[str, Any] | None = None) -> None:
+        """Record that there is a checkpoint of `step` already; with `metrics`, that it was evaluated before."""
         self.saved_at = step
+        if metrics is not None:
+            self._validated_at, self.metrics = step, metrics
 
     def _evaluate(self, engine: Engine) -> bool:
         """Evaluate, unless this step was evaluated before; return False if a signal interrupted it."""

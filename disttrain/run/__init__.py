@@ -16,6 +16,8 @@ saving             when and where a checkpoint is saved, also when little time i
 samples            compares a few samples between the ranks, and with the run's own
 restored           checks that what was restored is what was saved
 rollback           going back to a checkpoint after a bad step
+outcome            the content of result.json
+evaluated          the newest evaluation, for what follows evaluations
 evaluation         the model over the validation data, on all ranks
 validation         the evaluation that a run does after a step
 reporter           ledger, curves and display, fed together

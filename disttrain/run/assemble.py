@@ -25,7 +25,7 @@ from disttrain.config.wording import got
 from disttrain.data import check_dataset, evaluation_loader
 from disttrain.data.weighted import WeightedBatch, weight_of, without_weight
 from disttrain.devices import device_row
-from disttrain.engine import Engine, create_supervised_trainer
+from disttrain.engine import Engine, RunEvents, create_supervised_trainer
 from disttrain.engine.step_defaults import to_device
 from disttrain.engine.supervised import StepFunction
 from disttrain.errors import ConfigError
@@ -99,6 +99,7 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out
         data=data.identity,
         valid_data=data.valid,
     )
+    run.evaluated.is_followed = evaluation is not None and (bool(config.handlers) or updates.follows_values)
     call_handlers(run)
     run.settings = ModuleSettings(step_function)
     return run
@@ -116,7 +117,7 @@ def build_updates(
         on_nan=config.on_nan,
         grad_clip_norm=config.grad_clip_norm,
         left_out=left_out,
-        monitor=config.checkpoint.monitor or "loss",
+        monitor=config.schedule_monitor or config.checkpoint.monitor or "loss",
         nothing_counts=lambda: config.weight is not None and gradients.weights.total == 0,
     )
 
@@ -131,7 +132,7 @@ def build_trainer(
     backend: Backend,
 ) -> Engine:
     """Build the engine whose step body runs the step function on the microbatches of this rank's slots."""
-    return create_supervised_trainer(
+    trainer = create_supervised_trainer(
         gradients.module,
         optimizer,
         loss_fn=lambda result, _: result[0],
@@ -149,6 +150,8 @@ def build_trainer(
         after_step=updates.after_step,
         backend=backend,
     )
+    trainer.register_events(RunEvents.EVALUATED, event_to_attr={RunEvents.EVALUATED: "evaluations"})
+    return trainer
 
 
 def call_handlers(run: Run) -> None:

@@ -31,6 +31,7 @@ from disttrain.run.samples import compare_samples
 from disttrain.run.state import Run
 
 OPTIMIZER, TRAINER, PRECISION, SCHEDULE, DATA, KEPT = "optimizer", "trainer", "precision", "schedule", "data", "kept"
+EVALUATED = "evaluated"
 """The parts of a checkpoint's state, by name, beside those of `Run.parts`."""
 
 
@@ -46,6 +47,8 @@ def to_save(run: Run) -> dict[str, Any]:
         parts[SCHEDULE] = run.schedule
     if isinstance(run.loader, StreamLoader):
         parts[DATA] = run.loader
+    if run.evaluated.is_followed:
+        parts[EVALUATED] = run.evaluated
     if run.kept:
         parts[KEPT] = {name: run.layout.stateful(kept_object) for name, kept_object in run.kept.items()}
     return parts
@@ -127,6 +130,8 @@ def load_parts(run: Run, saved: Mapping[str, Any], console: Console) -> None:
     parts, state = to_save(run), dict(saved)
     if DATA not in state:
         parts.pop(DATA, None)  # other data, which is accepted: the run began over samples with indices
+    if EVALUATED not in state:
+        parts.pop(EVALUATED, None)  # nothing followed the evaluations when the checkpoint was saved
     modules = [name for name in run.parts if name in state]
     for name in sorted(set(run.parts) - set(modules)):
         parts.pop(name)
@@ -158,6 +163,7 @@ def load_parts(run: Run, saved: Mapping[str, Any], console: Console) -> None:
                     "load_state_dict must take what its state_dict returned when the checkpoint was saved"
                 ) from error
             check_restored(f"{KEPT}.{name}", saved_state, kept[name])
+    run.evaluated.show(run.trainer.state)
 
 
 def on_devices(state: Any, counterparts: Counterparts, path: str) -> Any:

@@ -21,6 +21,7 @@ from disttrain.handlers.best import Best
 from disttrain.parallel import GradientsOverSlots, Layout, Slots
 from disttrain.precision import Precision
 from disttrain.run.directory import RunDirectory
+from disttrain.run.evaluated import Evaluated
 from disttrain.run.evaluation import Evaluation
 from disttrain.run.freezing import Freezing
 from disttrain.run.module_settings import ModuleSettings
@@ -73,6 +74,8 @@ class Run:
     """Hashes of a few samples, by name: a run resumes with the data it began with."""
     settings: ModuleSettings | None = None
     """What handlers change of the modules beside tensors; set when the run is assembled."""
+    evaluated: Evaluated = field(default_factory=Evaluated)
+    """The newest whole evaluation."""
     evaluation_due: bool = False
     """True if a signal interrupted this step's evaluation; a resumed run evaluates before its next step."""
     terminated: dict[str, Any] | None = None
@@ -194,13 +197,19 @@ class Run:
             **({"evaluation_due": True} if self.evaluation_due else {}),
             **({"module_settings": settings} if settings else {}),
             **({"left_out": left_out} if left_out else {}),
-            **({} if self.terminated is None else {"terminated": self.terminated}),
+            **({} if (terminated := self._terminated_now()) is None else {"terminated": terminated}),
+            **({"schedule_monitor": self.updates.monitor} if self.updates.follows_values else {}),
             **({"recent_losses": recent} if recent else {}),
             **({} if self.best is None else self.best.position()),
             **self.freezing.position(),
             **self.data,
             **({"samples": self.samples} if self.samples else {}),
         }
+
+    def _terminated_now(self) -> dict[str, Any] | None:
+        """Return `terminated`, also in the step in which the user's code asks for it."""
+        asked = self.trainer.should_terminate and self.trainer.state.iteration < self.total_steps
+        return self.length if asked and self.terminated is None else self.terminated
 
     def load_position(self, position: Mapping[str, Any]) -> None:
         """Restore the counters that `position` wrote into a checkpoint; CheckpointError for what no run wrote."""
@@ -220,6 +229,7 @@ class Run:
         self.updates.num_skipped = skipped if isinstance(skipped, int) else 0
         self.evaluation_due = position.get("evaluation_due") is True
         self.terminated = position.get("terminated")
+        self.updates.follow(position.get("schedule_monitor"), self.config.schedule_monitor)
         self.left_out.update({int(step): str(reason) for step, reason in left_out.items()})
         if self.settings is not None:
             self.settings.load(position.get("module_settings", {}))

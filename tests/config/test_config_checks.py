@@ -59,6 +59,16 @@ def test_the_monitored_result_is_one_of_the_validation_data() -> None:
     assert sample(checkpoint={"monitor": "accuracy", "mode": "max"}, **there).checkpoint.monitor == "accuracy"
 
 
+def test_the_result_that_a_schedule_follows_is_one_of_the_validation_data() -> None:
+    there: dict[str, Any] = {"valid_data": list, "metrics": {"accuracy": lambda: None}}
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+    assert refused(schedule_monitor="loss", **there).startswith("schedule_monitor: expected None without schedule")
+    refusal = refused(schedule_monitor="loss", schedule=plateau)
+    assert refusal.startswith("schedule_monitor: expected None without valid_data")
+    assert "got 'valid/loss'" in refused(schedule_monitor="valid/loss", schedule=plateau, **there)
+    assert sample(schedule_monitor="accuracy", schedule=plateau, **there).schedule_monitor == "accuracy"
+
+
 def test_jumps_of_the_loss_are_for_policies_that_look_at_losses() -> None:
     assert refused(on_nan="skip", spike_factor=3.0).startswith("spike_factor: expected None with on_nan='skip'")
     assert refused(on_nan="rollback", spike_factor=1.0).startswith("spike_factor: expected float > 1")

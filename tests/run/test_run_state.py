@@ -39,6 +39,7 @@ def test_a_run_is_built_by_keywords_and_every_part_is_required() -> None:
         "kept",
         "samples",
         "settings",
+        "evaluated",
         "evaluation_due",
         "terminated",
         "training",

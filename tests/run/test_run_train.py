@@ -9,12 +9,9 @@ import pytest
 from small_run import console, printed, small_run, trained
 
 from disttrain.engine import Engine, Events
-from disttrain.errors import DisttrainError
 from disttrain.handlers.preemption import Preemption
-from disttrain.handlers.step_end import StepEnd
-from disttrain.run.rollback import Attempts
 from disttrain.run.state import Run
-from disttrain.run.train import attach, best_entry, outcome
+from disttrain.run.train import attach
 
 
 def test_the_result_describes_the_end_of_the_run(tmp_path: Path) -> None:
@@ -47,38 +44,6 @@ def test_parts_act_at_a_steps_end_in_one_order_after_the_configs_handlers(tmp_pa
         attach(run, preemption, console(), 0, stack)
     run.directory.close()
     assert order == ["Watchdog", "ProgressDisplay", "LossLog", "Ledger", "StepEnd"]
-
-
-def test_ranks_with_different_weights_are_an_error(tmp_path: Path) -> None:
-    run = small_run(tmp_path)
-
-    class Differing:
-        """A backend whose other rank has other weights."""
-
-        world_size = 2
-
-        def all_gather(self, digest: str) -> list[str]:
-            return [digest, "0" * 64]
-
-    run.backend = Differing()  # type: ignore[assignment]
-    end = StepEnd.__new__(StepEnd)
-    with pytest.raises(DisttrainError, match=r"the ranks ended with different weights \(rank 0: \w{12}, rank 1: 0{12}"):
-        outcome(run, end, Attempts())
-
-
-def test_a_best_evaluation_that_is_not_saved_is_not_in_the_result(tmp_path: Path) -> None:
-    run = small_run(tmp_path, checkpoint={"monitor": "loss"})
-    assert run.best is not None
-    assert best_entry(run, 8) == {}
-    run.best.improved(8, {"loss": 0.5})
-    assert best_entry(run, 4) == {}
-    assert best_entry(run, 8)["best"] == {
-        "step": 8,
-        "monitor": "loss",
-        "value": 0.5,
-        "checkpoint": "step-00000008",
-    }
-    assert best_entry(small_run(tmp_path), 8) == {}
 
 
 def test_a_run_whose_bits_are_not_promised_gives_a_warning(tmp_path: Path) -> None:

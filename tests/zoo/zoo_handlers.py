@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from zoo_lives import Fields, mlp
 from zoo_losses import LABELLED
 
-from disttrain import Events
+from disttrain import Events, RunEvents
 
 Handler = Callable[[Any, Any], None]
 
@@ -291,6 +291,24 @@ def changes_the_rate(trainer: Any, run: Any) -> None:
     trainer.add_event_handler(Events.ITERATION_COMPLETED, change)
 
 
+def changes_the_rate_after_evaluations(trainer: Any, run: Any) -> None:
+    """Every second evaluation halves the rate, more or less."""
+
+    def change() -> None:
+        run.optimizer.param_groups[0]["lr"] *= 0.5 + 0.1 * float(torch.rand(1))
+
+    trainer.add_event_handler(RunEvents.EVALUATED(every=2), change)
+
+
+def freezes_by_a_result(trainer: Any, run: Any) -> None:
+    """The newest evaluation decides in each step."""
+
+    def change(engine: Any) -> None:
+        run.model[0].requires_grad_(engine.state.metrics.get("valid/loss", 0.0) > 2.0)
+
+    trainer.add_event_handler(Events.ITERATION_STARTED, change)
+
+
 def resets_the_optimizer(trainer: Any, run: Any) -> None:
     trainer.add_event_handler(Events.ITERATION_COMPLETED(every=4), lambda: run.optimizer.state.clear())
 
@@ -374,6 +392,8 @@ VARIANTS: dict[str, Callable[[], Fields]] = {
     "teacher_in_the_forward": model(Teacher),
     "teacher_by_a_handler": handled(moves_teacher, model=lambda: Teacher(moved=False)),
     "rate_changed": handled(changes_the_rate),
+    "rate_changed_after_evaluations": handled(changes_the_rate_after_evaluations),
+    "frozen_by_a_result": handled(freezes_by_a_result),
     "optimizer_reset": handled(resets_the_optimizer),
     "clipped_by_value": handled(clips_by_value),
     "noise_on_the_weights": handled(perturbs),

@@ -1,0 +1,86 @@
+"""The groups of fields of a Config, such as `checkpoint`, and what they have in common with it.
+
+*Contract*: as of `fields`: a group is frozen, refuses unknown fields, and its docstrings are its texts in --help.
+"""
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from disttrain.config.annotations import FieldNote, Flag, NonNegative, NonNegativeFloat, Positive, PositiveFloat
+from disttrain.config.wording import explain_field_errors
+from disttrain.errors import ConfigError
+
+
+class _Hidden:
+    """Hides pydantic's deprecated `BaseModel.validate`, so that a field can have that name."""
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        raise AttributeError("validate")
+
+
+class Declaration(BaseModel):
+    """A frozen group of fields whose validation raises ConfigError."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ignored_types=(_Hidden,))
+    prefix: ClassVar[str] = ""
+
+    if not TYPE_CHECKING:  # a type checker derives the constructor from the fields
+        validate = _Hidden()
+
+        def __init__(self, /, **values: Any) -> None:
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise ConfigError(explain_field_errors(error, type(self), self.prefix)) from None
+
+
+class CheckpointConfig(Declaration):
+    """The times at which checkpoints are saved, their place, and the number that is kept."""
+
+    prefix: ClassVar[str] = "checkpoint."
+    every_steps: Annotated[NonNegative, FieldNote("steps", may_change=True, harmless=True)] = 0
+    """Steps from one checkpoint to the next. 0: save at the end of each epoch."""
+    every_s: Annotated[NonNegativeFloat, FieldNote("s", may_change=True, harmless=True)] = 0.0
+    """Also save as soon as the last checkpoint is this old. 0: never."""
+    keep: Annotated[Positive, FieldNote("checkpoints", may_change=True, harmless=True)] = 3
+    """The number of newest checkpoints to keep."""
+    monitor: Annotated[str | None, FieldNote(may_change=True, harmless=True)] = None
+    """Also keep the checkpoint with the best result on the validation data. The result is "loss", or the name of a
+    metric. None: keep no best checkpoint."""
+    mode: Annotated[Literal["auto", "min", "max"], FieldNote(may_change=True, harmless=True)] = "auto"
+    """Whether the smallest or the largest value of `monitor` is the best. "auto": the smallest loss; for a metric, its
+    own `higher_is_better` decides."""
+    asynchronous: Annotated[Flag, FieldNote(may_change=True, harmless=True)] = False
+    """Write checkpoints in the background, while training continues. This needs host memory for a second copy of the
+    saved state, spread over all ranks."""
+    target: Annotated[str | None, FieldNote(may_change=True, harmless=True)] = None
+    """The folder or the fsspec URL that holds the checkpoints, in a subfolder NAME/. None: the run directory."""
+
+
+class LogConfig(Declaration):
+    """The reports of a running training, and how often they come."""
+
+    prefix: ClassVar[str] = "log."
+    every_steps: Annotated[Positive, FieldNote("steps", may_change=True, harmless=True)] = 10
+    """Steps from one fetch of the losses to the next. Ledger, curves and progress line get new values then."""
+    every_s: Annotated[PositiveFloat, FieldNote("s", may_change=True, harmless=True)] = 10.0
+    """Time from one progress line to the next, if the output is not a terminal."""
+    tensorboard: Annotated[Flag | Literal["auto"], FieldNote(may_change=True, harmless=True)] = "auto"
+    """Also write the curves for TensorBoard. "auto": if TensorBoard is installed."""
+
+
+class LedgerConfig(Declaration):
+    """The evidence that a run writes about the result of each step."""
+
+    prefix: ClassVar[str] = "ledger."
+    every_steps: Annotated[Positive, FieldNote("steps", may_change=True, harmless=True)] = 100
+    """Steps from one hash of batch, parameters and optimizer state to the next, in the ledger."""
+
+
+class ValidateConfig(Declaration):
+    """The times at which the validation data is evaluated."""
+
+    prefix: ClassVar[str] = "validate."
+    every_steps: Annotated[NonNegative, FieldNote("steps", may_change=True, harmless=True)] = 0
+    """Steps from one evaluation to the next. 0: evaluate at the end of each epoch."""

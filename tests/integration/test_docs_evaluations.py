@@ -1,0 +1,63 @@
+"""The commands and configs of docs/evaluations.md have the effects that the page describes."""
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import DIGITS, ROOT
+
+from disttrain.commands.launch import main
+
+PAGE = (ROOT / "docs" / "evaluations.md").read_text()
+SHORT = ("max_epochs=none", "max_steps=6", "global_batch_size=16", "num_slots=2", "validate.every_steps=1")
+
+
+@pytest.fixture(autouse=True)
+def _torch_settings() -> Iterator[None]:
+    """Restore the settings of torch that a run in this process changes."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+def run_page(folder: Path, name: str, *words: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Run a cfg.py of the page; return its result and the lines of its training curve."""
+    [code] = re.findall(rf"(?ms)^```python file={name}.py\n(.*?)^```$", PAGE)
+    (folder / f"{name}.py").write_text(code)
+    shutil.copy(DIGITS, folder)
+    assert main([str(folder / f"{name}.py"), *SHORT, *words, "--runs", str(folder)]) == 0
+    lines = (folder / name / "metrics" / "train.jsonl").read_text().splitlines()
+    return json.loads((folder / name / "result.json").read_text()), [json.loads(line) for line in lines]
+
+
+def test_its_commands_run(tmp_path: Path) -> None:
+    for command in re.findall(r"(?ms)^```bash run\n(.*?)^```$", PAGE):
+        words = shlex.split(command)
+        assert words[:4] == ["python", "-m", "disttrain.launch", "examples/digits.py"]
+        short = [word for word in SHORT if not word.startswith("validate.")]
+        assert main([str(DIGITS), *words[4:], "schedule=none", *short, "--runs", str(tmp_path), "--fresh"]) == 0
+
+
+def test_a_handler_of_an_evaluation_changes_the_rate(tmp_path: Path) -> None:
+    _, lines = run_page(tmp_path, "halved", "optimizer.lr=1e-3")
+    assert [line["learning_rate"] for line in lines] == [1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4, 2.5e-4]
+
+
+def test_the_rate_falls_when_the_accuracy_does_not_rise(tmp_path: Path) -> None:
+    _, lines = run_page(tmp_path, "plateau", "optimizer.lr=1e-3")
+    found = (tmp_path / "plateau" / "metrics" / "valid.jsonl").read_text().splitlines()
+    values = [json.loads(line)["accuracy"] for line in found]
+    rate, best, expected = 1e-3, 0.0, [1e-3]
+    for value in values[:-1]:
+        rate = rate if value > best * (1 + 1e-4) else rate / 2
+        best = max(best, value)
+        expected.append(rate)
+    assert [line["learning_rate"] for line in lines] == expected
+    assert len(set(expected)) > 1
