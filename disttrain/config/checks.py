@@ -46,6 +46,7 @@ def problems(config: "Config") -> Iterator[str]:
     yield from _metric_names(config.metrics)
     yield from _monitor(config)
     yield from _schedule_monitor(config)
+    yield from _early_stop(config)
     if config.strategy == "fsdp":
         yield from _with_fsdp(config)
     if config.spmd and config.backend not in ("auto", "xla"):
@@ -126,6 +127,16 @@ def _schedule_monitor(config: "Config") -> Iterator[str]:
             "set schedule too, for example to ReduceLROnPlateau"
         )
     yield from _result("schedule_monitor", config)
+
+
+def _early_stop(config: "Config") -> Iterator[str]:
+    given = sorted(config.early_stop.model_fields_set)
+    if given and "monitor" not in given:
+        yield (
+            f"early_stop.monitor: missing beside early_stop.{given[0]}; expected the result that is to improve, "
+            "such as 'loss', or None to end no run early"
+        )
+    yield from _result("early_stop.monitor", config)
 
 
 def _result(name: str, config: "Config") -> Iterator[str]:

@@ -37,7 +37,14 @@ from disttrain.config.annotations import (
     Weight,
 )
 from disttrain.config.checks import problems
-from disttrain.config.groups import CheckpointConfig, Declaration, LedgerConfig, LogConfig, ValidateConfig
+from disttrain.config.groups import (
+    CheckpointConfig,
+    Declaration,
+    EarlyStopConfig,
+    LedgerConfig,
+    LogConfig,
+    ValidateConfig,
+)
 from disttrain.config.wording import sentence
 from disttrain.errors import ConfigError
 
@@ -159,6 +166,7 @@ class Config(Declaration):
     log: LogConfig = LogConfig()
     ledger: LedgerConfig = LedgerConfig()
     validate: ValidateConfig = ValidateConfig()  # type: ignore[assignment]  # see _Hidden
+    early_stop: EarlyStopConfig = EarlyStopConfig()
     on_nan: Annotated[Literal["stop", "skip", "rollback"], FieldNote(may_change=True)] = "stop"
     """The reaction to a loss or gradient that is not finite. "stop": end the run. "skip": leave out an update whose
     gradient is not finite. "rollback": go back to a checkpoint and continue without that step."""

@@ -84,3 +84,19 @@ class ValidateConfig(Declaration):
     prefix: ClassVar[str] = "validate."
     every_steps: Annotated[NonNegative, FieldNote("steps", may_change=True, harmless=True)] = 0
     """Steps from one evaluation to the next. 0: evaluate at the end of each epoch."""
+
+
+class EarlyStopConfig(Declaration):
+    """The early end of a run whose results on the validation data no longer improve."""
+
+    prefix: ClassVar[str] = "early_stop."
+    monitor: Annotated[str | None, FieldNote(may_change=True)] = None
+    """End the run when this result on the validation data no longer improves: "loss", or the name of a metric. None:
+    the run goes on to its last step."""
+    patience: Annotated[Positive, FieldNote("evaluations", may_change=True)] = 3
+    """The number of evaluations in a row without an improvement after which the run ends."""
+    mode: Annotated[Literal["auto", "min", "max"], FieldNote(may_change=True)] = "auto"
+    """Whether small or large values of `monitor` are good. "auto": a small loss; for a metric, its own
+    `higher_is_better` decides."""
+    min_delta: Annotated[NonNegativeFloat, FieldNote(may_change=True)] = 0.0
+    """A value improves if it is better than the best so far by more than this."""

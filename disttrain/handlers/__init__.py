@@ -7,6 +7,7 @@ step_end      does everything that is due at the end of a step: losses, validati
 losses        fetches the losses of all slots, and makes a line for each step
 bad_steps     finds steps whose loss or gradient is not finite, or whose loss jumps
 best          remembers the best evaluation, whose checkpoint is kept
+early_stop    finds that results no longer improve
 checkpoint    saves objects while an engine runs, and loads them again: `Checkpoint`
 rotation      chooses the saved checkpoints that stay
 stateful      turns named objects into their states and back

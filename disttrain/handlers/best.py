@@ -84,8 +84,8 @@ def number_in(results: Mapping[str, Any], monitor: str, field: str) -> float:
     return value
 
 
-def mode_of(mode: str, monitor: str, metrics: Mapping[str, Any]) -> Mode:
-    """Return whether small or large values are good: by the config's `mode`, or by the metric itself.
+def mode_of(mode: str, monitor: str, metrics: Mapping[str, Any], group: str = "checkpoint") -> Mode:
+    """Return whether small or large values are good: by the `mode` of a config's group, or by the metric itself.
 
     *Errors*: ConfigError if neither decides it.
     """
@@ -96,7 +96,7 @@ def mode_of(mode: str, monitor: str, metrics: Mapping[str, Any]) -> Mode:
     higher_is_better: bool | None = getattr(metrics[monitor], "higher_is_better", None)
     if higher_is_better is None:
         raise ConfigError(
-            f"checkpoint.monitor={monitor!r}: expected a metric whose higher_is_better is True or False, got "
-            f"{type(metrics[monitor]).__name__} without it; set checkpoint.mode to 'max' or 'min'"
+            f"{group}.monitor={monitor!r}: expected a metric whose higher_is_better is True or False, got "
+            f"{type(metrics[monitor]).__name__} without it; set {group}.mode to 'max' or 'min'"
         )
     return "max" if higher_is_better else "min"

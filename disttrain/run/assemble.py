@@ -31,6 +31,7 @@ from disttrain.engine.supervised import StepFunction
 from disttrain.errors import ConfigError
 from disttrain.handlers.bad_steps import BadSteps
 from disttrain.handlers.best import Best, mode_of
+from disttrain.handlers.early_stop import EarlyStop
 from disttrain.parallel import Layout, Slots, World, strategy_for
 from disttrain.parallel.leaving_out import LeavingOut
 from disttrain.precision import Precision, choose_precision
@@ -72,12 +73,13 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out
     trainer = build_trainer(config, gradients, updates, optimizer, precision, layout, backend)
     updates.attach(trainer)
     with backend.agree("building the metrics"):
-        evaluation = best = None
+        evaluation = best = early_stop = None
         if data.valid is not None:
             evaluation = build_evaluation(
                 config, data.valid, step_function, optimizer, slots, layout, precision, backend
             )
             best = build_best(config, evaluation, backend)
+            early_stop = build_early_stop(config, evaluation)
     run = Run(
         config=config,
         backend=backend,
@@ -95,11 +97,14 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out
         trainer=trainer,
         evaluation=evaluation,
         best=best,
+        early_stop=early_stop,
         bad_steps=None if config.on_nan == "skip" else BadSteps(config.spike_factor),
         data=data.identity,
         valid_data=data.valid,
     )
-    run.evaluated.is_followed = evaluation is not None and (bool(config.handlers) or updates.follows_values)
+    run.evaluated.is_followed = evaluation is not None and (
+        bool(config.handlers) or updates.follows_values or early_stop is not None
+    )
     call_handlers(run)
     run.settings = ModuleSettings(step_function)
     return run
@@ -250,3 +255,12 @@ def build_best(config: Config, evaluation: Evaluation, backend: Backend) -> Best
     if monitor is None:
         return None
     return Best(monitor, mode_of(config.checkpoint.mode, monitor, evaluation.metrics), backend)
+
+
+def build_early_stop(config: Config, evaluation: Evaluation) -> EarlyStop | None:
+    """Build the rule that ends the run early; None without early_stop.monitor."""
+    wanted = config.early_stop
+    if wanted.monitor is None:
+        return None
+    mode = mode_of(wanted.mode, wanted.monitor, evaluation.metrics, "early_stop")
+    return EarlyStop(wanted.monitor, wanted.patience, mode, wanted.min_delta)

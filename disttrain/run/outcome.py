@@ -34,6 +34,7 @@ def outcome(run: Run, end: StepEnd, attempts: Attempts) -> dict[str, Any]:
         "checkpoint": checkpoint_name(end.saved_at),
         **best_entry(run, end.saved_at),
         **({} if run.terminated is None else {"terminated": run.terminated}),
+        **({} if run.stopped is None else {"stopped": run.stopped, "early_stop": run.config.early_stop.model_dump()}),
         "skipped_steps": run.skipped_steps,
         "rollbacks": len(run.left_out),
         "samples_per_second": round(trained / max(wall_s, 1e-9), 1),

@@ -32,6 +32,8 @@ _OF_BEST: dict[str, type | tuple[type, ...]] = {
 _OPTIONAL: dict[str, type | tuple[type, ...]] = {
     "best": dict,
     "terminated": dict,
+    "stopped": str,
+    "early_stop": dict,
     "xla_compilations": int,
     "xla_compilations_after_step_2": int,
 }

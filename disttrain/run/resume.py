@@ -82,6 +82,8 @@ def restore(run: Run, console: Console) -> int:
         run.load_position(position)
         check_freezing(run, position)
         checkpoint_places.check_best(run, console)
+        if run.early_stop is not None and run.early_stop.changed:
+            warn(console, run.early_stop.changed)
         run.loader.seek(*divmod(step, run.epoch_length or step + 1))
     compare_samples(run, position, same_kernels, console)
     if found is not None:

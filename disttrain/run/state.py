@@ -18,6 +18,7 @@ from disttrain.errors import CheckpointError, ConfigError
 from disttrain.evidence import state_tensors
 from disttrain.handlers.bad_steps import BadSteps
 from disttrain.handlers.best import Best
+from disttrain.handlers.early_stop import EarlyStop
 from disttrain.parallel import GradientsOverSlots, Layout, Slots
 from disttrain.precision import Precision
 from disttrain.run.directory import RunDirectory
@@ -60,6 +61,8 @@ class Run:
     """The validation data and its metrics; None without validation data."""
     best: Best | None
     """The best evaluation so far; None without checkpoint.monitor."""
+    early_stop: EarlyStop | None
+    """Whether the run ends early; None without early_stop.monitor."""
     bad_steps: BadSteps | None
     """Finds bad losses; None with on_nan="skip"."""
     data: dict[str, Any]
@@ -201,15 +204,30 @@ class Run:
             **({"schedule_monitor": self.updates.monitor} if self.updates.follows_values else {}),
             **({"recent_losses": recent} if recent else {}),
             **({} if self.best is None else self.best.position()),
+            **({} if self.early_stop is None else self.early_stop.position()),
             **self.freezing.position(),
             **self.data,
             **({"samples": self.samples} if self.samples else {}),
         }
 
+    @property
+    def stopped(self) -> str | None:
+        """The reason for which the run ends before its last step, by its own rule; None if it goes on."""
+        reason = None if self.early_stop is None else self.early_stop.reason
+        return None if reason is None else f"early: {reason}"
+
     def _terminated_now(self) -> dict[str, Any] | None:
         """Return `terminated`, also in the step in which the user's code asks for it."""
         asked = self.trainer.should_terminate and self.trainer.state.iteration < self.total_steps
-        return self.length if asked and self.terminated is None else self.terminated
+        by_rule = self.early_stop is not None and self.early_stop.ends_run
+        return self.length if asked and not by_rule else self.terminated
+
+    def note_end(self) -> None:
+        """Note after the last step whether the user's code has ended the run before its length."""
+        if self.trainer.state.iteration >= self.total_steps:
+            self.terminated = None
+        else:
+            self.terminated = self.length if self.stopped is None else self._terminated_now()
 
     def load_position(self, position: Mapping[str, Any]) -> None:
         """Restore the counters that `position` wrote into a checkpoint; CheckpointError for what no run wrote."""
@@ -235,6 +253,8 @@ class Run:
             self.settings.load(position.get("module_settings", {}))
         if self.best is not None:
             self.best.load_position(position)
+        if self.early_stop is not None:
+            self.early_stop.load_position(position)
         if self.bad_steps is not None:
             self.bad_steps.recent.extend(recent)
 

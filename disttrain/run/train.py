@@ -97,14 +97,14 @@ def attempt(
         attempts.begin(step)
         preemption.begin(backend, save_every_s=config.checkpoint.every_s)
         try:
-            is_over, ends = run.terminated == run.length, False
+            is_over, ends = run.terminated == run.length or run.stopped is not None, False
             if run.evaluation_due:
                 end.catch_up(run.trainer)
-                ends = run.trainer.should_terminate  # by a handler of EVALUATED
+                ends = run.trainer.should_terminate  # by a handler of EVALUATED, or early
             if step < run.total_steps and not (end.interrupted or is_over or ends):
                 run.trainer.run(run.loader, **run.maximum, epoch_length=run.epoch_length)
             if not end.interrupted:
-                run.terminated = run.length if run.trainer.state.iteration < run.total_steps else None
+                run.note_end()
                 end.finish(run.trainer, anew=run.terminated is not None and not is_over)
         except NonFiniteError as error:
             if config.on_nan != "rollback":
@@ -187,6 +187,7 @@ def attach(run: Run, preemption: Preemption, console: Console, step: int, stack:
         validate_every_steps=config.validate.every_steps,
         pass_ends=None if run.epoch_length else lambda: run.loader.step == 0,
         best=run.best,
+        early_stop=run.early_stop,
     )
     step_end.resumed_at(step, run.evaluated.results if run.evaluated.step == step else None)
     # Handlers of an event run in this order, after those of the config.

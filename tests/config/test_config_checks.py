@@ -7,7 +7,7 @@ import torch
 from config_samples import loss, net, refused, sample
 from torch import nn
 
-from disttrain.config import check_devices, check_slots
+from disttrain.config import apply_overrides, check_devices, check_slots
 from disttrain.errors import ConfigError
 
 
@@ -67,6 +67,21 @@ def test_the_result_that_a_schedule_follows_is_one_of_the_validation_data() -> N
     assert refusal.startswith("schedule_monitor: expected None without valid_data")
     assert "got 'valid/loss'" in refused(schedule_monitor="valid/loss", schedule=plateau, **there)
     assert sample(schedule_monitor="accuracy", schedule=plateau, **there).schedule_monitor == "accuracy"
+
+
+def test_an_early_end_names_the_result_that_is_to_improve() -> None:
+    there: dict[str, Any] = {"valid_data": list, "metrics": {"accuracy": lambda: None}}
+    assert refused(early_stop={"patience": 5}, **there).startswith(
+        "early_stop.monitor: missing beside early_stop.patience; expected the result that is to improve"
+    )
+    assert "expected 'loss' or 'accuracy', got 'val_loss'" in refused(early_stop={"monitor": "val_loss"}, **there)
+    assert refused(early_stop={"monitor": "loss"}).startswith("early_stop.monitor: expected None without valid_data")
+    assert refused(early_stop={"monitor": "loss", "patience": 0}, **there).startswith(
+        "early_stop.patience: expected int"
+    )
+    config = sample(early_stop={"monitor": "loss", "patience": 5}, **there)
+    assert apply_overrides(config, ["early_stop.monitor=none"]).early_stop.monitor is None  # patience may stay
+    assert apply_overrides(sample(), ["early_stop.monitor=none"]).early_stop.monitor is None
 
 
 def test_jumps_of_the_loss_are_for_policies_that_look_at_losses() -> None:

@@ -61,3 +61,22 @@ def test_the_rate_falls_when_the_accuracy_does_not_rise(tmp_path: Path) -> None:
         expected.append(rate)
     assert [line["learning_rate"] for line in lines] == expected
     assert len(set(expected)) > 1
+
+
+def test_a_run_that_ends_early_stays_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(DIGITS), "name=early", "schedule=none", *SHORT, "--runs", str(tmp_path)]
+    words += ["early_stop.monitor=loss", "early_stop.patience=2", "early_stop.min_delta=9.0"]
+    assert main(words) == 0
+    result = json.loads((tmp_path / "early" / "result.json").read_text())
+    assert (result["status"], result["step"]) == ("completed", 3)
+    shape = r"early: valid/loss has not improved by [\d.e-]+ for \d evaluations \(best [\d.]+ at step \d+\)"
+    assert re.fullmatch(shape, result["stopped"])
+    assert re.search(shape, PAGE)
+    assert re.search(rf"(?m)^ended +{re.escape(result['stopped'])}$", capsys.readouterr().out)
+    assert main([*words, "max_steps=9"]) == 0
+    out = capsys.readouterr().out
+    assert f"was ended {result['stopped']}; it goes on with a larger early_stop.patience" in out
+    assert "resuming" not in out
+    assert main([*words, "early_stop.monitor=none"]) == 0
+    assert "resuming from step 3" in capsys.readouterr().out
+    assert json.loads((tmp_path / "early" / "result.json").read_text())["step"] == 6

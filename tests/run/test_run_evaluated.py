@@ -135,6 +135,18 @@ def test_a_handler_may_end_the_run_also_when_the_evaluation_was_interrupted(tmp_
         assert result["params_sha256"] == whole["params_sha256"]
 
 
+def test_an_interrupted_evaluation_may_end_the_run_early(tmp_path: Path) -> None:
+    early_stop = {"monitor": "loss", "patience": 1, "min_delta": 100.0}
+    fields: dict[str, Any] = {**OFTEN, "valid_data": Interruptible, "early_stop": early_stop}
+    whole = trained(tmp_path / "whole", **fields)
+    assert (whole["status"], whole["step"]) == ("completed", 6)
+    first = trained(tmp_path / "cut", handlers=[interrupted_after(6)], **fields)
+    assert (first["status"], first["step"], "stopped" in first) == ("interrupted", 6, False)
+    for _ in range(2):  # the second one is over already
+        result = trained(tmp_path / "cut", **fields)
+        assert (result["status"], result["step"], result["stopped"]) == ("completed", 6, whole["stopped"])
+
+
 def test_a_checkpoint_of_the_step_that_ends_a_run_says_so(tmp_path: Path) -> None:
     """The process may be killed right after that checkpoint."""
     run = small_run(tmp_path)

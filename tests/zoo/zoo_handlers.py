@@ -304,7 +304,7 @@ def freezes_by_a_result(trainer: Any, run: Any) -> None:
     """The newest evaluation decides in each step."""
 
     def change(engine: Any) -> None:
-        run.model[0].requires_grad_(engine.state.metrics.get("valid/loss", 0.0) > 2.0)
+        run.model[0].requires_grad_(engine.state.metrics.get("valid/loss", 0.0) > 1.0)
 
     trainer.add_event_handler(Events.ITERATION_STARTED, change)
 
@@ -399,6 +399,14 @@ VARIANTS: dict[str, Callable[[], Fields]] = {
     "noise_on_the_weights": handled(perturbs),
     "weights_clamped": handled(clamps),
     "terminated": handled(stops),
+    "ended_early": handled(early_stop={"monitor": "loss", "patience": 1, "min_delta": 100.0}),
+    "ended_early_by_a_metric": handled(
+        metrics={"accuracy": partial(MulticlassAccuracy, 3)},
+        early_stop={"monitor": "accuracy", "patience": 1, "min_delta": 0.9},
+        schedule=lambda o, n: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=0.5),
+        loss=nn.CrossEntropyLoss(),
+        **LABELLED,
+    ),
     "user_keys": handled(remembers),
     "metric_of_classes": handled(
         metrics={"accuracy": partial(MulticlassAccuracy, 3)}, loss=nn.CrossEntropyLoss(), **LABELLED

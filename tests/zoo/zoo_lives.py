@@ -154,7 +154,12 @@ def live_plainly(backend: Backend, variant: Variant) -> list[list[str]] | None:
     config = config_of(variant)
     if isinstance(variant, str) and "plateau" in variant.lower():
         return None  # its schedule follows the evaluations
-    if config.handlers or config.precision not in ("fp32", "bf16") or config.on_nan != "stop":
+    if (
+        config.early_stop.monitor is not None
+        or config.handlers
+        or config.precision not in ("fp32", "bf16")
+        or config.on_nan != "stop"
+    ):
         return None
     return plain_losses(config, backend, None if isinstance(variant, str) else variant.step_begins)
 
@@ -192,7 +197,7 @@ def ended(outcome: Err | Died) -> Outcome:
 def evidence(folder: Path) -> Mapping[str, Any]:
     """Return the traces of a whole run: each step's hashes and losses, the curves, the results, the best step."""
     result = json.loads((folder / "result.json").read_text())
-    same = ("status", "step", "epoch", "metrics", "params_sha256", "best", "skipped_steps", "rollbacks")
+    same = ("status", "step", "epoch", "metrics", "params_sha256", "best", "stopped", "skipped_steps", "rollbacks")
     found: dict[str, Any] = {key: result.get(key) for key in same}
     for file in ("ledger.jsonl", "metrics/train.jsonl", "metrics/valid.jsonl"):
         path = folder / file
