@@ -47,7 +47,7 @@ from disttrain.checkpoint.background import AsynchronousSaver
 from disttrain.checkpoint.check import verify
 from disttrain.checkpoint.directory_saver import DirectorySaver
 from disttrain.checkpoint.disk_saver import DiskSaver, load_file
-from disttrain.checkpoint.exports import EVALUATION_POINT, Exported, export
+from disttrain.checkpoint.exports import EVALUATION_POINT, Exported, ExportWeights, export
 from disttrain.checkpoint.listing import (
     BestStep,
     ListedCheckpoint,
@@ -85,6 +85,7 @@ __all__ = [
     "DamagedError",
     "DirectorySaver",
     "DiskSaver",
+    "ExportWeights",
     "Exported",
     "FileRecord",
     "ListedCheckpoint",

@@ -31,7 +31,14 @@ parts are functions. A config has the same description and hash on every rank, i
 from disttrain.config.checks import check_devices, check_slots
 from disttrain.config.describe import JSON, Description, config_hash, describe
 from disttrain.config.fields import Config, Origin, replace, with_num_slots
-from disttrain.config.groups import CheckpointConfig, EarlyStopConfig, LedgerConfig, LogConfig, ValidateConfig
+from disttrain.config.groups import (
+    CheckpointConfig,
+    EarlyStopConfig,
+    EmaConfig,
+    LedgerConfig,
+    LogConfig,
+    ValidateConfig,
+)
 from disttrain.config.load import load_config
 from disttrain.config.overrides import apply_overrides, settable
 from disttrain.config.reference import FieldRow, field_table, reference_markdown
@@ -52,6 +59,7 @@ __all__ = [
     "Config",
     "Description",
     "EarlyStopConfig",
+    "EmaConfig",
     "FieldDifference",
     "FieldRow",
     "LedgerConfig",

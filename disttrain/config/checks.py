@@ -47,6 +47,7 @@ def problems(config: "Config") -> Iterator[str]:
     yield from _monitor(config)
     yield from _schedule_monitor(config)
     yield from _early_stop(config)
+    yield from _ema(config)
     if config.strategy == "fsdp":
         yield from _with_fsdp(config)
     if config.spmd and config.backend not in ("auto", "xla"):
@@ -137,6 +138,12 @@ def _early_stop(config: "Config") -> Iterator[str]:
             "such as 'loss', or None to end no run early"
         )
     yield from _result("early_stop.monitor", config)
+
+
+def _ema(config: "Config") -> Iterator[str]:
+    given = sorted(config.ema.model_fields_set)
+    if given and "decay" not in given:
+        yield (f"ema.decay: missing beside ema.{given[0]}; expected a number such as 0.999, or None to keep no average")
 
 
 def _result(name: str, config: "Config") -> Iterator[str]:

@@ -41,6 +41,7 @@ from disttrain.config.groups import (
     CheckpointConfig,
     Declaration,
     EarlyStopConfig,
+    EmaConfig,
     LedgerConfig,
     LogConfig,
     ValidateConfig,
@@ -167,6 +168,7 @@ class Config(Declaration):
     ledger: LedgerConfig = LedgerConfig()
     validate: ValidateConfig = ValidateConfig()  # type: ignore[assignment]  # see _Hidden
     early_stop: EarlyStopConfig = EarlyStopConfig()
+    ema: EmaConfig = EmaConfig()
     on_nan: Annotated[Literal["stop", "skip", "rollback"], FieldNote(may_change=True)] = "stop"
     """The reaction to a loss or gradient that is not finite. "stop": end the run. "skip": leave out an update whose
     gradient is not finite. "rollback": go back to a checkpoint and continue without that step."""

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from disttrain.config.annotations import FieldNote, Flag, NonNegative, NonNegativeFloat, Positive, PositiveFloat
+from disttrain.config.annotations import (
+    FieldNote,
+    Flag,
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+)
 from disttrain.config.wording import explain_field_errors
 from disttrain.errors import ConfigError
 
@@ -100,3 +108,17 @@ class EarlyStopConfig(Declaration):
     `higher_is_better` decides."""
     min_delta: Annotated[NonNegativeFloat, FieldNote(may_change=True)] = 0.0
     """A value improves if it is better than the best so far by more than this."""
+
+
+class EmaConfig(Declaration):
+    """An exponential moving average (EMA) of the weights."""
+
+    prefix: ClassVar[str] = "ema."
+    decay: Annotated[Fraction | None, FieldNote()] = None
+    """Keep an exponential moving average of the weights: the part of the average that stays at each update. None: no
+    average."""
+    every_steps: Annotated[Positive, FieldNote("steps")] = 1
+    """Steps of the optimizer from one update of the average to the next."""
+    evaluate: Annotated[Flag, FieldNote()] = True
+    """Evaluate the average, and not the weights that are trained. Then `checkpoint.monitor`, `early_stop`, metrics and
+    `disttrain checkpoint export` see the average."""

@@ -8,6 +8,7 @@ field_places       the line of a field's value in the user's files
 code_errors        explains an exception of the user's code in one line
 data               training data with its loader and identity, and validation data
 updates            around each update: gradient norm, clipping, schedule, updates that are left out
+ema                the moving average of the weights
 freezing           the parameters that are trained, and the groups of the optimizer, while both change
 train              the way of a run: assemble, restore, attach, train, result
 resume             the state that a checkpoint holds of a run, and how a run resumes from one

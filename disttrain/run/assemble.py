@@ -12,6 +12,7 @@ are called last, with the complete run.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -38,6 +39,7 @@ from disttrain.precision import Precision, choose_precision
 from disttrain.run.builders import build_model, build_optimizer, build_schedule, build_step_function
 from disttrain.run.data import build_data, collate_of
 from disttrain.run.directory import RunDirectory
+from disttrain.run.ema import EMA, Ema, build_ema
 from disttrain.run.evaluation import Evaluation
 from disttrain.run.evaluation_point import begin_training
 from disttrain.run.factories import build
@@ -72,11 +74,13 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out
     updates = build_updates(config, step_function, layout, schedule, gradients, left_out)
     trainer = build_trainer(config, gradients, updates, optimizer, precision, layout, backend)
     updates.attach(trainer)
+    with backend.agree("building the average of the weights"):
+        ema = build_ema(config, step_function, optimizer, updates, backend)
     with backend.agree("building the metrics"):
         evaluation = best = early_stop = None
         if data.valid is not None:
             evaluation = build_evaluation(
-                config, data.valid, step_function, optimizer, slots, layout, precision, backend
+                config, data.valid, step_function, optimizer, ema, slots, layout, precision, backend
             )
             best = build_best(config, evaluation, backend)
             early_stop = build_early_stop(config, evaluation)
@@ -97,6 +101,7 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out
         trainer=trainer,
         evaluation=evaluation,
         best=best,
+        ema=ema,
         early_stop=early_stop,
         bad_steps=None if config.on_nan == "skip" else BadSteps(config.spike_factor),
         data=data.identity,
@@ -105,6 +110,8 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out
     run.evaluated.is_followed = evaluation is not None and (
         bool(config.handlers) or updates.follows_values or early_stop is not None
     )
+    if ema is not None:
+        run.keep(EMA, ema)
     call_handlers(run)
     run.settings = ModuleSettings(step_function)
     return run
@@ -205,6 +212,7 @@ def build_evaluation(
     dataset: Dataset[Any],
     step_function: StepFunction,
     optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
     slots: Slots,
     layout: Layout,
     precision: Precision,
@@ -236,6 +244,7 @@ def build_evaluation(
         backend=backend,
         optimizer=optimizer,
         gathered=layout.gathered,
+        averaged=ema.applied if ema is not None and config.ema.evaluate else nullcontext,
     )
 
 

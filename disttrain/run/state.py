@@ -22,6 +22,7 @@ from disttrain.handlers.early_stop import EarlyStop
 from disttrain.parallel import GradientsOverSlots, Layout, Slots
 from disttrain.precision import Precision
 from disttrain.run.directory import RunDirectory
+from disttrain.run.ema import Ema
 from disttrain.run.evaluated import Evaluated
 from disttrain.run.evaluation import Evaluation
 from disttrain.run.freezing import Freezing
@@ -61,6 +62,8 @@ class Run:
     """The validation data and its metrics; None without validation data."""
     best: Best | None
     """The best evaluation so far; None without checkpoint.monitor."""
+    ema: Ema | None
+    """The moving average of the weights; None without ema.decay."""
     early_stop: EarlyStop | None
     """Whether the run ends early; None without early_stop.monitor."""
     bad_steps: BadSteps | None
@@ -204,6 +207,7 @@ class Run:
             **({"schedule_monitor": self.updates.monitor} if self.updates.follows_values else {}),
             **({"recent_losses": recent} if recent else {}),
             **({} if self.best is None else self.best.position()),
+            **({} if self.ema is None else {"ema": {"evaluate": self.config.ema.evaluate}}),
             **({} if self.early_stop is None else self.early_stop.position()),
             **self.freezing.position(),
             **self.data,

@@ -195,6 +195,7 @@ def attach(run: Run, preemption: Preemption, console: Console, step: int, stack:
         watchdog,  # before anything that may hang
         display,
         stragglers,  # measures the step before anything waits for other ranks
+        run.ema,  # averages the weights before the ledger hashes the average
         saving,  # looks after a save that is under way
         losses,  # collects the step's losses, which the ledger and StepEnd need
         ledger,  # hashes the state before it is saved

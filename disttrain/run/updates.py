@@ -48,6 +48,8 @@ class Updates:
     ) -> None:
         self.grad_norm: Tensor | None = None
         """2-norm of the newest step's gradient before clipping, 0-dimensional, on the device; None if unknown."""
+        self.stepped = False
+        """Whether the optimizer has stepped in the newest step."""
         self.num_skipped = 0
         """Steps over the whole run whose update was left out."""
         self.left_out = left_out
@@ -73,7 +75,7 @@ class Updates:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._count)
 
     def _begin(self, engine: Engine) -> None:
-        self._step = engine.state.iteration
+        self._step, self.stepped = engine.state.iteration, False
         seed_position(seed_for(self._seed, "handlers", self._step))
 
     def leaves_out(self, step: int) -> bool:
@@ -100,6 +102,7 @@ class Updates:
 
         Not in a hook of the optimizer: a fused one calls its hook also when it then finds an overflow and does nothing.
         """
+        self.stepped = stepped
         if not stepped and self._reason is None:
             norm = math.nan if self.grad_norm is None else float(self.grad_norm)
             self._reason = f"its gradient's norm is {norm}"

@@ -1,5 +1,6 @@
 """A Config has one length and one loss; its functions can be called, its slots fit, and its fields fit together."""
 
+import math
 from typing import Any
 
 import pytest
@@ -82,6 +83,13 @@ def test_an_early_end_names_the_result_that_is_to_improve() -> None:
     config = sample(early_stop={"monitor": "loss", "patience": 5}, **there)
     assert apply_overrides(config, ["early_stop.monitor=none"]).early_stop.monitor is None  # patience may stay
     assert apply_overrides(sample(), ["early_stop.monitor=none"]).early_stop.monitor is None
+
+
+def test_an_average_needs_a_decay_between_0_and_1() -> None:
+    assert refused(ema={"every_steps": 2}).startswith("ema.decay: missing beside ema.every_steps; expected a number")
+    for decay in (0.0, 1.0, 1.5, math.nan):
+        assert refused(ema={"decay": decay}).startswith("ema.decay: expected float > 0 and < 1 | None, got")
+    assert apply_overrides(sample(ema={"decay": 0.9, "every_steps": 2}), ["ema.decay=none"]).ema.decay is None
 
 
 def test_jumps_of_the_loss_are_for_policies_that_look_at_losses() -> None:

@@ -13,6 +13,7 @@ import torch
 from commands import DIGITS, ROOT
 
 from disttrain.commands.launch import main
+from disttrain.commands.main import main as disttrain
 
 PAGE = (ROOT / "docs" / "evaluations.md").read_text()
 SHORT = ("max_epochs=none", "max_steps=6", "global_batch_size=16", "num_slots=2", "validate.every_steps=1")
@@ -37,12 +38,29 @@ def run_page(folder: Path, name: str, *words: str) -> tuple[dict[str, Any], list
     return json.loads((folder / name / "result.json").read_text()), [json.loads(line) for line in lines]
 
 
-def test_its_commands_run(tmp_path: Path) -> None:
-    for command in re.findall(r"(?ms)^```bash run\n(.*?)^```$", PAGE):
+def test_its_commands_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = re.findall(r"(?ms)^```bash run\n(.*?)^```$", PAGE)
+    assert len(commands) == 3
+    for command in commands:
         words = shlex.split(command)
         assert words[:4] == ["python", "-m", "disttrain.launch", "examples/digits.py"]
         short = [word for word in SHORT if not word.startswith("validate.")]
         assert main([str(DIGITS), *words[4:], "schedule=none", *short, "--runs", str(tmp_path), "--fresh"]) == 0
+    [export] = re.findall(r"(?ms)^```bash export\n(.*?)^```$", PAGE)
+    places = {"runs/average": str(tmp_path / "average"), "model.safetensors": str(tmp_path / "model.safetensors")}
+    words = [places.get(word, word) for word in shlex.split(export)]
+    capsys.readouterr()
+    assert words[0] == "disttrain"
+    assert disttrain(words[1:]) == 0
+    assert "the moving average of the weights" in capsys.readouterr().out
+    for weights in re.findall(r"`--weights (\w+)`", PAGE):
+        assert (
+            disttrain(
+                ["checkpoint", "export", "--weights", weights, str(tmp_path / "average"), str(tmp_path / weights)]
+            )
+            == 0
+        )
+        assert ("moving average" in capsys.readouterr().out) == (weights == "ema")
 
 
 def test_a_handler_of_an_evaluation_changes_the_rate(tmp_path: Path) -> None:

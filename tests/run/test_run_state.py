@@ -54,7 +54,12 @@ def test_handlers_get_the_complete_run(tmp_path: Path) -> None:
         values_by_call.append({field.name: getattr(run, field.name) for field in dataclasses.fields(run)})
 
     run = small_run(
-        tmp_path, handlers=[handler], checkpoint={"monitor": "loss"}, schedule=constant, early_stop={"monitor": "loss"}
+        tmp_path,
+        handlers=[handler],
+        checkpoint={"monitor": "loss"},
+        schedule=constant,
+        ema={"decay": 0.9},
+        early_stop={"monitor": "loss"},
     )
     [values] = values_by_call
     started_later = ("attached", "kept", "samples", "settings", "evaluation_due", "terminated", "training")

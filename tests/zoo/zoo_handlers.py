@@ -357,6 +357,19 @@ VARIANTS: dict[str, Callable[[], Fields]] = {
     "average_by_torch": handled(averaged_by_torch),
     "average_with_buffers": handled(averaged_by_torch, model=deep),
     "average_written_back": handled(pulled_back),
+    "ema": handled(ema={"decay": 0.8}),
+    "ema_of_buffers_and_dropout": handled(
+        model=deep,
+        ema={"decay": 0.8, "every_steps": 2},
+        early_stop={"monitor": "loss", "patience": 1, "min_delta": 9.0},
+    ),
+    "ema_thawed_after_step_3": handled(
+        freeze(Events.ITERATION_COMPLETED(once=3), frozen=False), model=first_frozen, ema={"decay": 0.8}
+    ),
+    "ema_gathered_by_module": handled(
+        ema={"decay": 0.8}, fsdp_gather="module", num_slots=3, checkpoint={"asynchronous": True, "every_steps": 2}
+    ),
+    "ema_of_clamped_weights": handled(clamps, ema={"decay": 0.8, "evaluate": False}),
     "counter": handled(counted),
     "frozen_from_epoch_2": handled(freeze(Events.EPOCH_STARTED(once=2), frozen=True)),
     "frozen_after_step_4": handled(freeze(Events.ITERATION_COMPLETED(once=4), frozen=True)),
