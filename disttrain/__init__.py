@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from disttrain.engine import Engine as Engine
     from disttrain.engine import EventEnum as EventEnum
     from disttrain.engine import Events as Events
+    from disttrain.engine import RunEvents as RunEvents
     from disttrain.engine import State as State
     from disttrain.engine import create_supervised_evaluator as create_supervised_evaluator
     from disttrain.engine import create_supervised_trainer as create_supervised_trainer
@@ -48,7 +49,7 @@ _ROOMS = {
     "data": ["IndexShuffle", "ReproducibleBatchSampler", "SeededDataset", "SlotBatchSampler", "SlotLoader"],
     "decay": ["parameter_groups"],
     "engine": [
-        *("DeterministicEngine", "Engine", "EventEnum", "Events", "State"),
+        *("DeterministicEngine", "Engine", "EventEnum", "Events", "RunEvents", "State"),
         *("create_supervised_evaluator", "create_supervised_trainer"),
     ],
     "errors": [

@@ -20,6 +20,7 @@ is a hash of the run's seed and these two. So a resumed run computes its seeds i
 | "probe"      | index                      | a sample that is loaded to be compared with other ranks' |
 | "evaluation" | number of the batch        | python, numpy and torch before that batch's forward      |
 | "epoch"      | epoch                      | python, numpy and torch in a dataset's `set_epoch`       |
+| "evaluated"  | step                       | python, numpy and torch before EVALUATED's handlers      |
 
 A seed is never `seed + i`, because such seeds coincide: seed 0 in epoch 1 is seed 1 in epoch 0.
 """

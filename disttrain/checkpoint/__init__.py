@@ -48,7 +48,7 @@ from disttrain.checkpoint.background import AsynchronousSaver
 from disttrain.checkpoint.check import verify
 from disttrain.checkpoint.directory_saver import DirectorySaver
 from disttrain.checkpoint.disk_saver import DiskSaver, load_file
-from disttrain.checkpoint.exports import EVALUATION_POINT, LEFT_OUT, Exported, export
+from disttrain.checkpoint.exports import EVALUATION_POINT, LEFT_OUT, Exported, ExportWeights, export
 from disttrain.checkpoint.listing import (
     BestStep,
     ListedCheckpoint,
@@ -88,6 +88,7 @@ __all__ = [
     "DamagedError",
     "DirectorySaver",
     "DiskSaver",
+    "ExportWeights",
     "Exported",
     "FileRecord",
     "ListedCheckpoint",

@@ -1,19 +1,21 @@
 """Writes the tensors of a model as one safetensors file, from a checkpoint that any number of ranks wrote.
 
 *Contract*: the checkpoint is verified first. The file appears whole and durable, or not at all. The tensors have the
-names of the model's `state_dict`. A tensor with two names is in the file twice, for the format holds no ties. If the
-optimizer trains at one point and evaluates at another, the parameters are those of the evaluation point.
+names of the model's `state_dict`. A tensor with two names is in the file twice, for the format holds no ties. The
+parameters are by default those that the run evaluated: of the optimizer's evaluation point, if it has one, or the
+average of the weights (`ema`), if that was evaluated. Buffers are the model's.
 
 *Cost*: memory for the largest tensor; the tensors are read and written one after another.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from disttrain.checkpoint.check import verify
+from disttrain.checkpoint.manifest import Manifest
 from disttrain.checkpoint.state_reader import StateReader
 from disttrain.checkpoint.state_tree import Json, restore_state
 from disttrain.checkpoint.storage import replacing
@@ -30,6 +32,10 @@ LEFT_OUT = "frozen_left_out"
 """The key of a position: {name: hash} of the frozen parameters that the checkpoint does not hold, as `model.NAME`."""
 
 
+ExportWeights = Literal["evaluated", "trained", "ema"]
+"""The parameters to export: those that the run evaluated, those that it trains, or their moving average."""
+
+
 class Exported(NamedTuple):
     """The result of an export."""
 
@@ -40,15 +46,23 @@ class Exported(NamedTuple):
     """Whether the parameters are those of the optimizer's evaluation point, and not those that it trains."""
     num_left_out: int = 0
     """The frozen tensors that the checkpoint, and so the file, leaves out."""
+    average: bool = False
+    """Whether the parameters are the moving average of those that are trained."""
 
 
-def export(directory: str | Path, file: str | Path) -> Exported:
-    """Write the tensors of the model in a checkpoint to the new file `file`; all tensors if it has no "model"."""
+def export(directory: str | Path, file: str | Path, weights: ExportWeights = "evaluated") -> Exported:
+    """Write the tensors of the model in a checkpoint to the new file `file`; all tensors if it has no "model".
+
+    *Errors*: CheckpointError if the file is there, for a checkpoint without a model, and for weights="ema" without one.
+    """
     directory, file = Path(directory), Path(file)
     if file.exists():
         raise CheckpointError(f"{file} is there already; remove it or choose another name")
     manifest = verify(directory)
-    tensors, stored = _model_tensors(manifest.state)
+    point, average = _other_parameters(manifest, weights)
+    if weights == "ema" and average is None:
+        raise CheckpointError(f"the checkpoint {directory} holds no average of the weights: its run has no ema.decay")
+    tensors, stored = _model_tensors(manifest.state, point if average is None else average)
     if not tensors:
         raise CheckpointError(f"the checkpoint {directory} holds no tensors of a model; see disttrain checkpoint show")
     # One buffer for all: memory that is freed and allocated again might not be returned, or might not fit the next.
@@ -67,13 +81,26 @@ def export(directory: str | Path, file: str | Path) -> Exported:
             raise CheckpointError(f"cannot write {file}: {error.strerror or error}") from error
     left_out = manifest.position.get(LEFT_OUT)
     num_left_out = len(left_out) if isinstance(left_out, dict) else 0
-    return Exported(
-        manifest.step, len(tensors), size_bytes, _evaluation_point(manifest.state) is not None, num_left_out
-    )
+    return Exported(manifest.step, len(tensors), size_bytes, point is not None, num_left_out, average is not None)
 
 
-def _model_tensors(state: Json) -> tuple[dict[str, Tensor], dict[str, tuple[str, str, tuple[int, ...]]]]:
-    """Return two dicts by the path in the model: tensors without values, and (name, dtype, shape) in the checkpoint."""
+def _other_parameters(manifest: Manifest, weights: ExportWeights) -> tuple[Json, Json]:
+    """Return the parameters to export in place of those that are trained: of the evaluation point, and the average."""
+    state: Any = manifest.state
+    if weights == "trained" or not isinstance(state, dict) or _MODEL not in state:
+        return None, None
+    match manifest.position.get("ema"), state.get("kept"):
+        case {"evaluate": evaluate}, {"ema": dict(shadows)} if evaluate or weights == "ema":
+            prefix = f"{_MODEL}."
+            return None, {name.removeprefix(prefix): s for name, s in shadows.items() if name.startswith(prefix)}
+    return state.get(EVALUATION_POINT), None
+
+
+def _model_tensors(state: Json, instead: Json) -> tuple[dict[str, Tensor], dict[str, tuple[str, str, tuple[int, ...]]]]:
+    """Return two dicts by the path in the model: tensors without values, and (name, dtype, shape) in the checkpoint.
+
+    The parameters of `instead`, if it is not None, come in place of the model's.
+    """
     tensors: dict[str, Tensor] = {}
     stored: dict[str, tuple[str, str, tuple[int, ...]]] = {}
 
@@ -83,10 +110,6 @@ def _model_tensors(state: Json) -> tuple[dict[str, Tensor], dict[str, tuple[str,
         return tensors[path or name]
 
     restore_state(state[_MODEL] if isinstance(state, dict) and _MODEL in state else state, add)
-    if (evaluated := _evaluation_point(state)) is not None:
-        restore_state(evaluated, add)  # in the place of the parameters of the same names
+    if instead is not None:
+        restore_state(instead, add)  # in the place of the parameters of the same names
     return tensors, stored
-
-
-def _evaluation_point(state: Json) -> Json:
-    return state.get(EVALUATION_POINT) if isinstance(state, dict) and _MODEL in state else None

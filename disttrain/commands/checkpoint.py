@@ -9,6 +9,7 @@ damaged; 2: the command cannot be run.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +17,7 @@ from rich.table import Table
 from disttrain.checkpoint import (
     CheckpointStore,
     DamagedError,
+    ExportWeights,
     Manifest,
     best_of,
     export,
@@ -98,6 +100,12 @@ def checkpoint_parser() -> argparse.ArgumentParser:
     prune.add_argument("--yes", action="store_true", help="remove them; without --yes they are only listed")
     model = add("export", export_model, "write the model of a checkpoint, by default the newest, as a safetensors file")
     model.add_argument("file", metavar="FILE", help="the new file, such as model.safetensors")
+    model.add_argument(
+        "--weights",
+        choices=get_args(ExportWeights),
+        default="evaluated",
+        help="the weights that the run evaluated (default), that it trains, or their moving average",
+    )
     for subparser in (show, verify, model):
         choice = subparser.add_mutually_exclusive_group()
         choice.add_argument("--step", metavar="N", type=int, help="the checkpoint of this step")
@@ -205,11 +213,13 @@ def export_model(root: CheckpointStore, name: str | None, options: argparse.Name
     if name is None:
         raise ConfigError(f"there are no checkpoints in {root}")
     with root.opened(name) as directory:
-        exported = export(directory, options.file)
+        exported = export(directory, options.file, options.weights)
     content = f"{exported.num_tensors} tensors of step {exported.step}, {count_bytes(exported.size_bytes)}"
     point = ", the parameters at the optimizer's evaluation point" if exported.evaluation_point else ""
+    average = ", the moving average of the weights" if exported.average else ""
     without = f", without the {exported.num_left_out} frozen ones that the checkpoint leaves out"
-    console.print(f"wrote {options.file}: {content}{point}{without * bool(exported.num_left_out)}", soft_wrap=True)
+    without *= bool(exported.num_left_out)
+    console.print(f"wrote {options.file}: {content}{point}{average}{without}", soft_wrap=True)
     return ALL_GOOD
 
 

@@ -192,7 +192,13 @@ def check_and_train(config: Config, options: argparse.Namespace, backend: Backen
         config = resolve_slots(config, stored, backend.world_size)
     check_config(config, stored, directory, backend)
     if stored is not None and result is not None and is_finished(result, config):
-        if "terminated" in result:
+        if "stopped" in result:
+            console.print(
+                f"{directory.path} was ended {result['stopped']}; it goes on with a larger early_stop.patience or "
+                "early_stop.monitor=none, and --fresh starts a new run",
+                soft_wrap=True,
+            )
+        elif "terminated" in result:
             console.print(
                 f"{directory.path} was ended by its own code at step {result['step']:,}; it goes on with another "
                 "max_epochs or max_steps, and --fresh starts a new run",
@@ -265,6 +271,8 @@ def is_finished(result: dict[str, Any], config: Config) -> bool:
     """Return True if a run with this result has nothing left to do under this config."""
     if result.get("status") != "completed":
         return False
+    if "stopped" in result and result.get("early_stop") == config.early_stop.model_dump():
+        return True
     if "terminated" in result:
         return bool(result["terminated"] == run_length(config))
     if config.max_steps is not None:

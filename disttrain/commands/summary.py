@@ -43,6 +43,7 @@ def print_summary(result: dict[str, Any], directory: RunDirectory, console: Cons
         "steps": f"{result['step']:,} ({result['epoch']} epochs), {result['status']}"
         + ("; ended by its own code" if "terminated" in result else "")
         + (f"; the updates of {result['skipped_steps']:,} were left out" if result["skipped_steps"] else ""),
+        **({"ended": result["stopped"]} if "stopped" in result else {}),
         **{f"validation {name}": value_text(value) for name, value in result["metrics"].items()},
         **_best_row(result, directory),
         "pace": f"{result['samples_per_second']:,.0f} samples/s, {result['wall_s']:.1f} s",

@@ -82,6 +82,7 @@ class Verification:
             f"num_slots={num_slots}",
             "max_epochs=none",
             f"max_steps={num_steps}",
+            "early_stop.monitor=none",  # all lives have as many steps
             "log.every_steps=1",  # a killed run has written the lines of all its steps
             "ledger.every_steps=1",
         ]

@@ -1,6 +1,7 @@
 """WHAT a run is: the Config that a cfg.py declares, the overrides of it, and the copy that a run keeps.
 
-    fields       `Config` and its groups of fields
+    fields       `Config` and its fields
+    groups       the groups of fields, such as `checkpoint`
     declaration  the base of `Config` and of its groups: frozen, with errors of our own
     init_from    the group `init_from`, and its short form
     annotations  the types of the fields, and the notes that a field carries beside its type
@@ -32,15 +33,14 @@ parts are functions. A config has the same description and hash on every rank, i
 
 from disttrain.config.checks import check_devices, check_slots
 from disttrain.config.describe import JSON, Description, config_hash, describe
-from disttrain.config.fields import (
+from disttrain.config.fields import Config, Origin, replace, with_num_slots
+from disttrain.config.groups import (
     CheckpointConfig,
-    Config,
+    EarlyStopConfig,
+    EmaConfig,
     LedgerConfig,
     LogConfig,
-    Origin,
     ValidateConfig,
-    replace,
-    with_num_slots,
 )
 from disttrain.config.init_from import InitFromConfig
 from disttrain.config.load import load_config
@@ -62,6 +62,8 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "Description",
+    "EarlyStopConfig",
+    "EmaConfig",
     "FieldDifference",
     "FieldRow",
     "InitFromConfig",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 from pydantic import AllowInfNan, BaseModel, BeforeValidator, Strict
 from pydantic.fields import FieldInfo
 
@@ -49,6 +49,7 @@ Positive = Annotated[int, Strict(), Gt(0)]
 NonNegative = Annotated[int, Strict(), Ge(0)]
 PositiveFloat = Annotated[float, Strict(), Gt(0), AllowInfNan(False)]
 NonNegativeFloat = Annotated[float, Strict(), Ge(0), AllowInfNan(False)]
+Fraction = Annotated[float, Strict(), Gt(0), Lt(1), AllowInfNan(False)]
 AboveOne = Annotated[float, Strict(), Gt(1), AllowInfNan(False)]
 Flag = Annotated[bool, Strict()]
 
@@ -149,8 +150,8 @@ def type_text(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         return "None"
     if origin is Mapping:
         return "dict"
-    bounds = [f" > {m.gt}" if isinstance(m, Gt) else f" >= {m.ge}" for m in metadata if isinstance(m, Gt | Ge)]
-    return "".join([annotation.__name__, *bounds])
+    shown = {Gt: " > {0.gt}", Ge: " >= {0.ge}", Lt: " and < {0.lt}"}
+    return "".join([annotation.__name__, *(shown[type(m)].format(m) for m in metadata if type(m) in shown)])
 
 
 def alternatives(annotation: Any) -> list[Any]:

@@ -54,6 +54,9 @@ def problems(config: "Config") -> Iterator[str]:
     yield from _metric_names(config.metrics)
     yield from _valid_sets(config.valid_data)
     yield from _monitor(config)
+    yield from _schedule_monitor(config)
+    yield from _early_stop(config)
+    yield from _ema(config)
     if config.strategy == "fsdp":
         yield from _with_fsdp(config)
     if config.spmd and config.backend not in ("auto", "xla"):
@@ -179,18 +182,48 @@ def _valid_sets(valid_data: Any) -> Iterator[str]:
 
 
 def _monitor(config: "Config") -> Iterator[str]:
-    monitor, results = config.checkpoint.monitor, list(dict.fromkeys(["loss", *config.metrics]))
-    if isinstance(config.valid_data, Mapping):
-        results = [f"{name}/{result}" for name in config.valid_data for result in results]
-    if monitor is None and config.checkpoint.mode != "auto":
+    if config.checkpoint.monitor is None and config.checkpoint.mode != "auto":
         yield (
             f"checkpoint.mode: expected 'auto' without checkpoint.monitor, got {got(config.checkpoint.mode)}; "
             "set checkpoint.monitor too"
         )
-    elif monitor is not None and config.valid_data is None:
-        yield f"checkpoint.monitor: expected None without valid_data, got {got(monitor)}; set valid_data too"
+    yield from _result("checkpoint.monitor", config)
+
+
+def _schedule_monitor(config: "Config") -> Iterator[str]:
+    if config.schedule_monitor is not None and config.schedule is None:
+        yield (
+            f"schedule_monitor: expected None without schedule, got {got(config.schedule_monitor)}; "
+            "set schedule too, for example to ReduceLROnPlateau"
+        )
+    yield from _result("schedule_monitor", config)
+
+
+def _early_stop(config: "Config") -> Iterator[str]:
+    given = sorted(config.early_stop.model_fields_set)
+    if given and "monitor" not in given:
+        yield (
+            f"early_stop.monitor: missing beside early_stop.{given[0]}; expected the result that is to improve, "
+            "such as 'loss', or None to end no run early"
+        )
+    yield from _result("early_stop.monitor", config)
+
+
+def _ema(config: "Config") -> Iterator[str]:
+    given = sorted(config.ema.model_fields_set)
+    if given and "decay" not in given:
+        yield (f"ema.decay: missing beside ema.{given[0]}; expected a number such as 0.999, or None to keep no average")
+
+
+def _result(name: str, config: "Config") -> Iterator[str]:
+    """Yield a problem unless a field is None, or names a result of the validation data that there will be."""
+    monitor, results = value_of(config, name), list(dict.fromkeys(["loss", *config.metrics]))
+    if isinstance(config.valid_data, Mapping):
+        results = [f"{each}/{result}" for each in config.valid_data for result in results]
+    if monitor is not None and config.valid_data is None:
+        yield f"{name}: expected None without valid_data, got {got(monitor)}; set valid_data too"
     elif monitor is not None and monitor not in results:
-        yield f"checkpoint.monitor: expected {either(map(repr, results))}, got {got(monitor)}"
+        yield f"{name}: expected {either(map(repr, results))}, got {got(monitor)}"
 
 
 def check_slots(global_batch_size: int, num_slots: int | None, world_size: int = 1) -> int:

@@ -1,4 +1,4 @@
-"""The declaration of a Config: its fields, and its groups of fields.
+"""The declaration of a Config: its fields. Those that belong together are groups (`groups`).
 
 *Contract*: a Config is frozen, and unknown fields are refused. The docstring below a field is its text in --help and
 in docs/reference/config.md. Its annotation gives the unit, and whether a resumed run may have another value. A Config
@@ -11,7 +11,7 @@ if a field is unknown.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_validator
 
@@ -31,7 +31,6 @@ from disttrain.config.annotations import (
     MetricFactory,
     ModelFactory,
     NonNegative,
-    NonNegativeFloat,
     OptimizerFactory,
     OrderFactory,
     Positive,
@@ -42,69 +41,20 @@ from disttrain.config.annotations import (
 )
 from disttrain.config.checks import problems
 from disttrain.config.declaration import Declaration
+from disttrain.config.groups import (
+    CheckpointConfig,
+    EarlyStopConfig,
+    EmaConfig,
+    LedgerConfig,
+    LogConfig,
+    ValidateConfig,
+)
 from disttrain.config.init_from import InitFromConfig, from_short_form
 from disttrain.config.wording import sentence
 from disttrain.errors import ConfigError
 
 STEP_PARTS = ("loss", "global_loss", "forward")
 """The fields beside `model` whose Modules an optimizer may ask for."""
-
-
-class CheckpointConfig(Declaration):
-    """The times at which checkpoints are saved, their place, and the number that is kept."""
-
-    prefix: ClassVar[str] = "checkpoint."
-    every_steps: Annotated[NonNegative, FieldNote("steps", may_change=True, harmless=True)] = 0
-    """Steps from one checkpoint to the next. 0: save at the end of each epoch."""
-    every_s: Annotated[NonNegativeFloat, FieldNote("s", may_change=True, harmless=True)] = 0.0
-    """Also save as soon as the last checkpoint is this old. 0: never."""
-    keep: Annotated[Positive, FieldNote("checkpoints", may_change=True, harmless=True)] = 3
-    """The number of newest checkpoints to keep."""
-    monitor: Annotated[str | None, FieldNote(may_change=True, harmless=True)] = None
-    """Also keep the checkpoint with the best result on the validation data. The result is "loss", or the name of a
-    metric; with several sets "clean/loss". None: keep no best checkpoint."""
-    mode: Annotated[Literal["auto", "min", "max"], FieldNote(may_change=True, harmless=True)] = "auto"
-    """Whether the smallest or the largest value of `monitor` is the best. "auto": the smallest loss; for a metric, its
-    own `higher_is_better` decides."""
-    asynchronous: Annotated[Flag, FieldNote(may_change=True, harmless=True)] = False
-    """Write checkpoints in the background, while training continues. This needs host memory for a second copy of the
-    saved state, spread over all ranks."""
-    leave_out_frozen: Annotated[Flag, FieldNote(may_change=True, harmless=True)] = False
-    """Leave parameters without `requires_grad` out of checkpoints, as long as they are what `model` and `init_from`
-    give. A resumed run gets them from there again, and compares their hashes (docs/starting.md)."""
-    target: Annotated[str | None, FieldNote(may_change=True, harmless=True)] = None
-    """The folder or the fsspec URL that holds the checkpoints, in a subfolder NAME/. None: the run directory."""
-
-
-class LogConfig(Declaration):
-    """The reports of a running training, and how often they come."""
-
-    prefix: ClassVar[str] = "log."
-    every_steps: Annotated[Positive, FieldNote("steps", may_change=True, harmless=True)] = 10
-    """Steps from one fetch of the losses to the next. Ledger, curves and progress line get new values then."""
-    every_s: Annotated[PositiveFloat, FieldNote("s", may_change=True, harmless=True)] = 10.0
-    """Time from one progress line to the next, if the output is not a terminal."""
-    tensorboard: Annotated[Flag | Literal["auto"], FieldNote(may_change=True, harmless=True)] = "auto"
-    """Also write the curves for TensorBoard. "auto": if TensorBoard is installed."""
-
-
-class LedgerConfig(Declaration):
-    """The evidence that a run writes about the result of each step."""
-
-    prefix: ClassVar[str] = "ledger."
-    every_steps: Annotated[Positive, FieldNote("steps", may_change=True, harmless=True)] = 100
-    """Steps from one hash of batch, parameters and optimizer state to the next, in the ledger."""
-
-
-class ValidateConfig(Declaration):
-    """The times at which the validation data is evaluated."""
-
-    prefix: ClassVar[str] = "validate."
-    every_steps: Annotated[NonNegative, FieldNote("steps", may_change=True, harmless=True)] = 0
-    """Steps from one evaluation to the next. 0: evaluate at the end of each epoch."""
-    batch_size: Annotated[Positive | None, FieldNote("samples", may_change=True)] = None
-    """The number of samples in a batch of the evaluation; each batch lies on one rank. None: as many as in a slot of
-    the training. Another number may round the values otherwise."""
 
 
 @dataclass(frozen=True)
@@ -166,8 +116,12 @@ class Config(Declaration):
     `forward`, that field's Module too."""
     schedule: Annotated[ScheduleFactory | None, FieldNote(takes="(optimizer, total_steps) -> LRScheduler")] = None
     """Builds the schedule of the learning rate. It steps once after each step of the optimizer. One whose step needs
-    `metrics` (ReduceLROnPlateau) steps after each evaluation, with the result that `checkpoint.monitor` names, or the
-    loss. None: no schedule."""
+    `metrics` (ReduceLROnPlateau) steps after each evaluation, with the result that `schedule_monitor` names. None: no
+    schedule."""
+    schedule_monitor: Annotated[str | None, FieldNote(may_change=True)] = None
+    """The result on the validation data that a schedule like ReduceLROnPlateau follows: "loss", or the name of a
+    metric. It stays the same for the life of a run. None: what `checkpoint.monitor` names when the run begins, or
+    "loss"."""
     metrics: Annotated[Mapping[str, MetricFactory], FieldNote(takes="() -> Metric", within="dict of name: ")] = Field(
         default_factory=dict
     )
@@ -239,6 +193,8 @@ class Config(Declaration):
     log: LogConfig = LogConfig()
     ledger: LedgerConfig = LedgerConfig()
     validate: ValidateConfig = ValidateConfig()  # type: ignore[assignment]  # see _Hidden
+    early_stop: EarlyStopConfig = EarlyStopConfig()
+    ema: EmaConfig = EmaConfig()
     on_nan: Annotated[Literal["stop", "skip", "rollback"], FieldNote(may_change=True)] = "stop"
     """The reaction to a loss or gradient that is not finite. "stop": end the run. "skip": leave out an update whose
     gradient is not finite. "rollback": go back to a checkpoint and continue without that step."""

@@ -14,7 +14,7 @@ _INTRO = """\
 # Config
 
 A cfg.py is ordinary Python that ends in `config = Config(...)`. This page lists the fields of `Config`, in the order
-of their declarations in `disttrain/config/fields.py`, from which it is made.
+of their declarations in `disttrain/config/fields.py` and `groups.py`, from which it is made.
 
 The command line can override each field as `KEY=VALUE`: `max_epochs=2`, `checkpoint.keep=5`, `compile=true`,
 `valid_data=none`. It can also override each keyword of a function: `optimizer.lr=3e-4`,

@@ -23,7 +23,7 @@ from disttrain.engine.deterministic import (
 )
 from disttrain.engine.emitter import RemovableEventHandle
 from disttrain.engine.engine import Engine
-from disttrain.engine.events import CallableEventWithFilter, EventEnum, Events, EventsList
+from disttrain.engine.events import CallableEventWithFilter, EventEnum, Events, EventsList, RunEvents
 from disttrain.engine.state import State
 from disttrain.engine.supervised import (
     create_supervised_trainer,
@@ -47,6 +47,7 @@ __all__ = [
     "EventsList",
     "RemovableEventHandle",
     "ReproducibleBatchSampler",
+    "RunEvents",
     "State",
     "create_supervised_evaluator",
     "create_supervised_trainer",

@@ -156,6 +156,16 @@ class Events(EventEnum):
     INTERRUPT = "interrupt"
 
 
+class RunEvents(EventEnum):
+    """The events that the trainer of a Config's run fires beside those of `Events`.
+
+    EVALUATED: after each whole evaluation of the validation data, on every rank. `state.metrics` then holds its results
+    under "valid/NAME", such as "valid/loss". Filters count the evaluations of the run: `EVALUATED(every=2)`.
+    """
+
+    EVALUATED = "evaluated"
+
+
 class EventsList(Sequence[CallableEventWithFilter]):
     """Events joined by `|`. Each `|` returns a new list and changes neither side."""
 

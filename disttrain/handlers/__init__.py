@@ -8,6 +8,7 @@ losses             fetches the losses of all slots, and makes a line for each st
 values             values beside the loss: kept on the device, fetched with the losses, folded over the slots
 bad_steps          finds steps whose loss or gradient is not finite, or whose loss jumps
 best               remembers the best evaluation, whose checkpoint is kept
+early_stop         finds that results no longer improve
 checkpoint         saves objects while an engine runs, and loads them again: `Checkpoint`
 checkpoint_moment  the moments at which `Checkpoint` is called, and what it may save then
 rotation           chooses the saved checkpoints that stay

@@ -36,14 +36,9 @@ class Best:
 
         *Errors*: ConfigError if the result is not a single number.
         """
-        value = results[self.monitor]
         if self._backend is not None:
-            value = self._backend.broadcast(value)
-        if not isinstance(value, int | float):
-            raise ConfigError(
-                f"checkpoint.monitor={self.monitor!r}: expected a result that is one number, got {str(value)[:60]}; "
-                "monitor another one, such as 'loss'"
-            )
+            results = self._backend.broadcast({self.monitor: results[self.monitor]})
+        value = number_in(results, self.monitor, "checkpoint.monitor")
         if not math.isfinite(value) or (self.found is not None and not self._is_better(value, self.found.value)):
             return False
         self.found = BestStep(step, self.monitor, float(value))
@@ -78,8 +73,19 @@ class Best:
                 )
 
 
-def mode_of(mode: str, monitor: str, metrics: Mapping[str, Any]) -> Mode:
-    """Return whether small or large values are good: by the config's `mode`, or by the metric itself.
+def number_in(results: Mapping[str, Any], monitor: str, field: str) -> float:
+    """Return the result that a field of the config names; ConfigError unless it is a single number."""
+    value = results[monitor]
+    if not isinstance(value, int | float):
+        raise ConfigError(
+            f"{field}={monitor!r}: expected a result that is one number, got {str(value)[:60]}; "
+            "monitor another one, such as 'loss'"
+        )
+    return value
+
+
+def mode_of(mode: str, monitor: str, metrics: Mapping[str, Any], group: str = "checkpoint") -> Mode:
+    """Return whether small or large values are good: by the `mode` of a config's group, or by the metric itself.
 
     *Errors*: ConfigError if neither decides it.
     """
@@ -90,7 +96,7 @@ def mode_of(mode: str, monitor: str, metrics: Mapping[str, Any]) -> Mode:
     higher_is_better: bool | None = getattr(metrics[monitor], "higher_is_better", None)
     if higher_is_better is None:
         raise ConfigError(
-            f"checkpoint.monitor={monitor!r}: expected a metric whose higher_is_better is True or False, got "
-            f"{type(metrics[monitor]).__name__} without it; set checkpoint.mode to 'max' or 'min'"
+            f"{group}.monitor={monitor!r}: expected a metric whose higher_is_better is True or False, got "
+            f"{type(metrics[monitor]).__name__} without it; set {group}.mode to 'max' or 'min'"
         )
     return "max" if higher_is_better else "min"

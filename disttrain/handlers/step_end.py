@@ -3,7 +3,8 @@
 *Contract*: the checkpoint comes after everything else of its step, so a run that is killed right after it repeats
 nothing. At the end of an epoch it comes after the other handlers of EPOCH_COMPLETED. Whether something is due depends
 on the number of the step alone, or on an agreement of all ranks, so all ranks do the same. A step with the best
-evaluation so far is saved too, whatever its number.
+evaluation so far is saved too, whatever its number. The evaluations that are due by their number, and not by the length
+of the run, decide whether it ends early.
 
 A signal interrupts an evaluation. The step is saved all the same, as one whose evaluation is still due. The resumed run
 calls `catch_up` before its next step, so its curves are those of a run that was not interrupted.
@@ -15,6 +16,7 @@ from typing import Any
 
 from disttrain.engine import Engine, Events
 from disttrain.handlers.best import Best
+from disttrain.handlers.early_stop import EarlyStop
 from disttrain.handlers.losses import LossLog
 from disttrain.handlers.preemption import NOTHING, STOP, Preemption
 
@@ -45,6 +47,7 @@ class StepEnd:
         validate_every_steps: int,
         pass_ends: Callable[[], bool] | None = None,
         best: Best | None = None,
+        early_stop: EarlyStop | None = None,
     ) -> None:
         self.losses = losses
         self.preemption = preemption
@@ -60,6 +63,7 @@ class StepEnd:
         self._validate = validate
         self._pass_ends = pass_ends
         self._best = best
+        self._early_stop = early_stop
         self._best_unsaved = False
         self._validated_at = -1
 
@@ -68,12 +72,14 @@ class StepEnd:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._end_step)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._end_epoch)
 
-    def _end_step(self, engine: Engine) -> None:
+    def _epoch_ends(self, engine: Engine) -> bool:
+        """Return whether the newest step is the last one of its epoch."""
         if self._pass_ends is not None:
-            epoch_ends = self._pass_ends()
-        else:
-            epoch_ends = engine.state.iteration % (engine.state.epoch_length or 1) == 0
-        if not epoch_ends:
+            return self._pass_ends()
+        return engine.state.iteration % (engine.state.epoch_length or 1) == 0
+
+    def _end_step(self, engine: Engine) -> None:
+        if not self._epoch_ends(engine):
             self._act(engine, epoch_ends=False)
         elif self._pass_ends is not None:
             engine.terminate_epoch()  # EPOCH_COMPLETED comes next
@@ -114,9 +120,11 @@ class StepEnd:
             self.saved_at = -1
         self._save_once(engine)
 
-    def resumed_at(self, step: int) -> None:
-        """Record that there is a checkpoint of `step` already."""
+    def resumed_at(self, step: int, metrics: dict[str, Any] | None = None) -> None:
+        """Record that there is a checkpoint of `step` already; with `metrics`, that it was evaluated before."""
         self.saved_at = step
+        if metrics is not None:
+            self._validated_at, self.metrics = step, metrics
 
     def _evaluate(self, engine: Engine) -> bool:
         """Evaluate, unless this step was evaluated before; return False if a signal interrupted it."""
@@ -128,7 +136,18 @@ class StepEnd:
         self._validated_at, self.metrics = engine.state.iteration, metrics
         if self._best is not None:
             self._best_unsaved = self._best.improved(engine.state.iteration, metrics)
+        if self._early_stop is not None:
+            self._end_early(engine, self._early_stop)
         return True
+
+    def _end_early(self, engine: Engine, early_stop: EarlyStop) -> None:
+        """Count an evaluation that is due, and end the run if none of the last ones has improved."""
+        if not due(self.validate_every_steps, engine.state.iteration, self._epoch_ends(engine)):
+            return  # the last step of a run that may be made longer
+        early_stop.evaluated(engine.state.iteration, self.metrics)
+        if early_stop.reason is not None and not engine.should_terminate:
+            early_stop.ends_run = True
+            engine.terminate()
 
     def _save_once(self, engine: Engine, left_s: float = math.inf) -> None:
         """Save, unless there is a checkpoint of this step already."""

@@ -4,8 +4,8 @@
 `evaluation_point.NAME` (of an optimizer that evaluates at another point than it trains), `optimizer.state.INDEX.KEY`
 and, for each object that a handler keeps (`Run.keep`), `kept.OBJECT.PATH`. The counterpart of an optimizer state is its
 parameter. The counterpart of a kept tensor is the tensor at the same path of the object's present state. If the object
-has no such tensor yet (an average that begins with its first step), the counterpart is the model's parameter whose name
-ends the path. A tensor of another shape has no counterpart.
+has no such tensor yet (an average that begins with its first step), the counterpart is the parameter whose name ends
+the path: `model.NAME` or `loss.NAME`, or the NAME in the model. A tensor of another shape has no counterpart.
 """
 
 import re
@@ -43,7 +43,8 @@ class Counterparts:
         if tensor is None and (match := OPTIMIZER_STATE.fullmatch(path)):
             tensor = self._trained(match["optimizer"], int(match["index"]))
         if tensor is None and path.startswith("kept."):
-            tensor = next((self._parameters[end] for end in _endings(path) if end in self._parameters), None)
+            known = (self._present.get(end, self._parameters.get(end)) for end in _endings(path))
+            tensor = next((each for each in known if each is not None), None)
         return tensor if tensor is not None and tensor.shape == shape else None
 
     def _trained(self, name: str, index: int) -> Tensor | None:

@@ -20,6 +20,7 @@ initial_weights    takes the weights of `init_from` into the model
 weight_names       pairs the names of stored weights with those of a model
 weight_source      finds and reads the weights that `init_from` names
 checkpoint_target  finds the checkpoints that a person names
+ema                the moving average of the weights
 freezing           the parameters that are trained, and the groups of the optimizer, while both change
 train              the way of a run: assemble, restore, attach, train, result
 resume             the state that a checkpoint holds of a run, and how a run resumes from one
@@ -29,6 +30,9 @@ samples            compares a few samples between the ranks, and with the run's 
 restored           checks that what was restored is what was saved
 rollback           going back to a checkpoint after a bad step
 validation_sets    several sets of validation data, evaluated as one
+outcome            the content of result.json
+monitors           builds the memory of the best evaluation, and the rule that ends a run early
+evaluated          the newest evaluation, for what follows evaluations
 evaluation         the model over the validation data, on all ranks
 validation         the evaluation that a run does after a step
 reporter           ledger, curves and display, fed together

@@ -13,6 +13,7 @@ are called last, with the complete run.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -26,18 +27,18 @@ from disttrain.config.wording import got
 from disttrain.data import check_dataset, evaluation_loader
 from disttrain.data.weighted import WeightedBatch, weight_of, without_weight
 from disttrain.devices import device_row
-from disttrain.engine import Engine, create_supervised_trainer
+from disttrain.engine import Engine, RunEvents, create_supervised_trainer
 from disttrain.engine.step_defaults import to_device
 from disttrain.engine.supervised import StepFunction, StepResult
 from disttrain.errors import ConfigError
 from disttrain.handlers.bad_steps import BadSteps
-from disttrain.handlers.best import Best, mode_of
 from disttrain.parallel import Layout, Slots, World, strategy_for
 from disttrain.parallel.leaving_out import LeavingOut
 from disttrain.precision import Precision, choose_precision
 from disttrain.run.builders import asks_for_parts, build_model, build_optimizer, build_schedule, build_step_function
 from disttrain.run.data import build_data, collate_of
 from disttrain.run.directory import RunDirectory
+from disttrain.run.ema import EMA, Ema, build_ema
 from disttrain.run.evaluation import Evaluation
 from disttrain.run.evaluation_point import begin_training
 from disttrain.run.factories import build
@@ -46,10 +47,11 @@ from disttrain.run.frozen_weights import FrozenWeights
 from disttrain.run.global_loss import GlobalStep, evaluate_together, minimize_together
 from disttrain.run.initial_weights import InitialWeights
 from disttrain.run.module_settings import ModuleSettings
+from disttrain.run.monitors import build_best, build_early_stop
 from disttrain.run.slot_results import SlotResults
 from disttrain.run.state import Run, total_steps
 from disttrain.run.updates import Updates
-from disttrain.run.validation_sets import ValidationSets, evaluations_of
+from disttrain.run.validation_sets import evaluations_of
 
 
 def assemble(
@@ -92,12 +94,15 @@ def assemble(
     trainer = build_trainer(config, gradients, updates, optimizer, precision, layout, backend, slot_results)
     updates.attach(trainer)
     slot_results.attach(trainer)
+    with backend.agree("building the average of the weights"):
+        ema = build_ema(config, step_function, optimizer, updates, backend)
     with backend.agree("building the metrics"):
-        evaluation = best = None
+        evaluation = best = early_stop = None
         if data.valid is not None:
-            parts = (step_function, optimizer, slots, layout, precision, backend)
+            parts = (step_function, optimizer, ema, slots, layout, precision, backend)
             evaluation = evaluations_of(data.valid, lambda each, field: build_evaluation(config, each, *parts, field))
             best = build_best(config, evaluation, backend)
+            early_stop = build_early_stop(config, evaluation)
     run = Run(
         config=config,
         backend=backend,
@@ -116,12 +121,19 @@ def assemble(
         trainer=trainer,
         evaluation=evaluation,
         best=best,
+        ema=ema,
+        early_stop=early_stop,
         bad_steps=None if config.on_nan == "skip" else BadSteps(config.spike_factor),
         data=data.identity,
         valid_data=data.valid,
         taken=taken,
         begin=None if taken is None else taken.begin,
     )
+    run.evaluated.is_followed = evaluation is not None and (
+        bool(config.handlers) or updates.follows_values or early_stop is not None
+    )
+    if ema is not None:
+        run.keep(EMA, ema)
     call_handlers(run)
     run.settings = ModuleSettings(step_function)
     run.frozen = FrozenWeights(run.parts, layout, backend, leaves_out=config.checkpoint.leave_out_frozen)
@@ -140,7 +152,7 @@ def build_updates(
         on_nan=config.on_nan,
         grad_clip_norm=config.grad_clip_norm,
         left_out=left_out,
-        monitor=config.checkpoint.monitor or "loss",
+        monitor=config.schedule_monitor or config.checkpoint.monitor or "loss",
         nothing_counts=lambda: config.weight is not None and gradients.weights.total == 0,
     )
 
@@ -156,7 +168,7 @@ def build_trainer(
     slot_results: SlotResults,
 ) -> Engine:
     """Build the engine whose step body runs the step function on the microbatches of this rank's slots."""
-    return create_supervised_trainer(
+    trainer = create_supervised_trainer(
         gradients.module,
         optimizer,
         loss_fn=lambda result, _: result[0],
@@ -171,6 +183,8 @@ def build_trainer(
         after_step=updates.after_step,
         backend=backend,
     )
+    trainer.register_events(RunEvents.EVALUATED, event_to_attr={RunEvents.EVALUATED: "evaluations"})
+    return trainer
 
 
 def call_handlers(run: Run) -> None:
@@ -223,6 +237,7 @@ def build_evaluation(
     dataset: Dataset[Any],
     step_function: StepFunction,
     optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
     slots: Slots,
     layout: Layout,
     precision: Precision,
@@ -257,6 +272,7 @@ def build_evaluation(
         backend=backend,
         optimizer=optimizer,
         gathered=layout.gathered,
+        averaged=ema.applied if ema is not None and config.ema.evaluate else nullcontext,
     )
     if isinstance(step_function, GlobalStep):
         evaluate_together(evaluation, step_function, num_together, partial(moved_to, backend.device, layout))
@@ -271,11 +287,3 @@ def build_metric(name: str, make: Callable[[], Any]) -> Any:
     if not isinstance(metric, Metric | MetricCollection):
         raise ConfigError(f"metric {name}: expected a function that returns a torchmetrics.Metric, got {got(metric)}")
     return metric
-
-
-def build_best(config: Config, evaluation: Evaluation | ValidationSets, backend: Backend) -> Best | None:
-    """Build the memory of the best evaluation; None without checkpoint.monitor."""
-    monitor = config.checkpoint.monitor
-    if monitor is None:
-        return None
-    return Best(monitor, mode_of(config.checkpoint.mode, monitor, evaluation.metrics), backend)

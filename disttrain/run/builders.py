@@ -132,4 +132,9 @@ def build_schedule(config: Config, optimizer: torch.optim.Optimizer, num_steps: 
             f"schedule: {type(schedule).__name__}.step needs {', '.join(needed)}; a run steps its schedule after each "
             "step, without arguments: use one that depends on the number of steps alone"
         )
+    if config.schedule_monitor is not None and not needed:
+        raise ConfigError(
+            f"schedule_monitor: expected None with {type(schedule).__name__}, whose step takes no metrics, got "
+            f"{config.schedule_monitor!r}; leave it out, or use a schedule that follows a result (ReduceLROnPlateau)"
+        )
     return schedule

@@ -51,7 +51,8 @@ class Evaluation:
     """Evaluates `model` over `batches()`, the (batch number, batch) of this rank; there may be none.
 
     `count(number, batch)` is the number of samples of a batch, or of its targets that count. `seed` is the run's.
-    `gathered()` is the context in which each rank may call the model as often as it likes.
+    `gathered()` is the context in which each rank may call the model as often as it likes. `averaged()` is one in which
+    the parameters hold the values that are evaluated.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Evaluation:
         backend: Backend,
         optimizer: Optimizer | None = None,
         gathered: Callable[[], AbstractContextManager[None]] = nullcontext,
+        averaged: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.model = model
         self.batches = batches
@@ -78,6 +80,7 @@ class Evaluation:
         self.backend = backend
         self.optimizer = optimizer
         self.gathered = gathered
+        self.averaged = averaged
         for metric in self.metrics.values():
             self._gather_by_backend(metric)
 
@@ -105,7 +108,7 @@ class Evaluation:
             metric.reset()
         try:
             together = None if stop is None else StopTogether(self.backend, stop)
-            with torch.no_grad(), evaluating(self.optimizer, self.model), self.gathered():
+            with torch.no_grad(), evaluating(self.optimizer, self.model), self.averaged(), self.gathered():
                 results = self._results(watched(self.batches()), together)
         finally:
             for module in training:

@@ -34,6 +34,8 @@ _OPTIONAL: dict[str, type | tuple[type, ...]] = {
     "train": dict,
     "terminated": dict,
     "init_from": dict,
+    "stopped": str,
+    "early_stop": dict,
     "xla_compilations": int,
     "xla_compilations_after_step_2": int,
 }

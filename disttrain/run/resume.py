@@ -32,6 +32,7 @@ from disttrain.run.samples import compare_samples
 from disttrain.run.state import Run
 
 OPTIMIZER, TRAINER, PRECISION, SCHEDULE, DATA, KEPT = "optimizer", "trainer", "precision", "schedule", "data", "kept"
+EVALUATED = "evaluated"
 """The parts of a checkpoint's state, by name, beside those of `Run.parts`."""
 
 
@@ -47,6 +48,8 @@ def to_save(run: Run) -> dict[str, Any]:
         parts[SCHEDULE] = run.schedule
     if isinstance(run.loader, StreamLoader):
         parts[DATA] = run.loader
+    if run.evaluated.is_followed:
+        parts[EVALUATED] = run.evaluated
     if run.kept:
         parts[KEPT] = {name: run.layout.stateful(kept_object) for name, kept_object in run.kept.items()}
     return parts
@@ -81,6 +84,8 @@ def restore(run: Run, console: Console) -> int:
         check_freezing(run, position)
         warn_of_other_weights(run, console)
         checkpoint_places.check_best(run, console)
+        if run.early_stop is not None and run.early_stop.changed:
+            warn(console, run.early_stop.changed)
         run.loader.seek(*divmod(step, run.epoch_length or step + 1))
     compare_samples(run, position, same_kernels, console)
     if found is not None:
@@ -133,6 +138,8 @@ def load_parts(run: Run, saved: Mapping[str, Any], position: Mapping[str, Any], 
         state = run.frozen.completed(state, position)
     if DATA not in state:
         parts.pop(DATA, None)  # other data, which is accepted: the run began over samples with indices
+    if EVALUATED not in state:
+        parts.pop(EVALUATED, None)  # nothing followed the evaluations when the checkpoint was saved
     modules = [name for name in run.parts if name in state]
     for name in sorted(set(run.parts) - set(modules)):
         parts.pop(name)
@@ -164,6 +171,7 @@ def load_parts(run: Run, saved: Mapping[str, Any], position: Mapping[str, Any], 
                     "load_state_dict must take what its state_dict returned when the checkpoint was saved"
                 ) from error
             check_restored(f"{KEPT}.{name}", saved_state, kept[name])
+    run.evaluated.show(run.trainer.state)
 
 
 def on_devices(state: Any, counterparts: Counterparts, path: str) -> Any:

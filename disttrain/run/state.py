@@ -18,9 +18,12 @@ from disttrain.errors import CheckpointError, ConfigError
 from disttrain.evidence import state_tensors
 from disttrain.handlers.bad_steps import BadSteps
 from disttrain.handlers.best import Best
+from disttrain.handlers.early_stop import EarlyStop
 from disttrain.parallel import GradientsOverSlots, Layout, Slots
 from disttrain.precision import Precision
 from disttrain.run.directory import RunDirectory
+from disttrain.run.ema import Ema
+from disttrain.run.evaluated import Evaluated
 from disttrain.run.evaluation import Evaluation
 from disttrain.run.freezing import Freezing
 from disttrain.run.frozen_weights import FrozenWeights
@@ -66,6 +69,10 @@ class Run:
     """The validation data and its metrics; None without validation data."""
     best: Best | None
     """The best evaluation so far; None without checkpoint.monitor."""
+    ema: Ema | None
+    """The moving average of the weights; None without ema.decay."""
+    early_stop: EarlyStop | None
+    """Whether the run ends early; None without early_stop.monitor."""
     bad_steps: BadSteps | None
     """Finds bad losses; None with on_nan="skip"."""
     data: dict[str, Any]
@@ -86,6 +93,8 @@ class Run:
     """The weights of `init_from` with which the run began; None without."""
     frozen: FrozenWeights | None = None
     """The frozen weights that checkpoints leave out; set when the run is assembled."""
+    evaluated: Evaluated = field(default_factory=Evaluated)
+    """The newest whole evaluation."""
     evaluation_due: bool = False
     """True if a signal interrupted this step's evaluation; a resumed run evaluates before its next step."""
     terminated: dict[str, Any] | None = None
@@ -206,15 +215,37 @@ class Run:
             **({"evaluation_due": True} if self.evaluation_due else {}),
             **({"module_settings": settings} if settings else {}),
             **({"left_out": left_out} if left_out else {}),
-            **({} if self.terminated is None else {"terminated": self.terminated}),
+            **({} if (terminated := self._terminated_now()) is None else {"terminated": terminated}),
+            **({"schedule_monitor": self.updates.monitor} if self.updates.follows_values else {}),
             **({"recent_losses": recent} if recent else {}),
             **({} if self.best is None else self.best.position()),
+            **({} if self.ema is None else {"ema": {"evaluate": self.config.ema.evaluate}}),
+            **({} if self.early_stop is None else self.early_stop.position()),
             **self.freezing.position(),
             **({} if self.begin is None else {"init_from": self.begin._asdict()}),
             **({} if self.frozen is None else self.frozen.position()),
             **self.data,
             **({"samples": self.samples} if self.samples else {}),
         }
+
+    @property
+    def stopped(self) -> str | None:
+        """The reason for which the run ends before its last step, by its own rule; None if it goes on."""
+        reason = None if self.early_stop is None else self.early_stop.reason
+        return None if reason is None else f"early: {reason}"
+
+    def _terminated_now(self) -> dict[str, Any] | None:
+        """Return `terminated`, also in the step in which the user's code asks for it."""
+        asked = self.trainer.should_terminate and self.trainer.state.iteration < self.total_steps
+        by_rule = self.early_stop is not None and self.early_stop.ends_run
+        return self.length if asked and not by_rule else self.terminated
+
+    def note_end(self) -> None:
+        """Note after the last step whether the user's code has ended the run before its length."""
+        if self.trainer.state.iteration >= self.total_steps:
+            self.terminated = None
+        else:
+            self.terminated = self.length if self.stopped is None else self._terminated_now()
 
     def load_position(self, position: Mapping[str, Any]) -> None:
         """Restore the counters that `position` wrote into a checkpoint; CheckpointError for what no run wrote."""
@@ -235,11 +266,14 @@ class Run:
         self.evaluation_due = position.get("evaluation_due") is True
         self.terminated = position.get("terminated")
         self.begin = begin_of(position.get("init_from"))
+        self.updates.follow(position.get("schedule_monitor"), self.config.schedule_monitor)
         self.left_out.update({int(step): str(reason) for step, reason in left_out.items()})
         if self.settings is not None:
             self.settings.load(position.get("module_settings", {}))
         if self.best is not None:
             self.best.load_position(position)
+        if self.early_stop is not None:
+            self.early_stop.load_position(position)
         if self.bad_steps is not None:
             self.bad_steps.recent.extend(recent)
 

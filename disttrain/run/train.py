@@ -7,22 +7,18 @@ the step body (engine/supervised.py). The step body runs `model(x)` once for eac
 """
 
 import gc
-import platform
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from disttrain.backend import Backend, make_deterministic, refused_operations_named, set_tf32
-from disttrain.checkpoint import checkpoint_name
 from disttrain.config import Config
 from disttrain.data import SlotLoader
-from disttrain.errors import DisttrainError, NonFiniteError
-from disttrain.evidence import Ledger, params_sha256
+from disttrain.errors import NonFiniteError
+from disttrain.evidence import Ledger
 from disttrain.handlers.compilations import Compilations
 from disttrain.handlers.curves import Curves
 from disttrain.handlers.losses import LossLog
@@ -37,13 +33,13 @@ from disttrain.run.beginning import initial_weights, note_beginning
 from disttrain.run.directory import RunDirectory
 from disttrain.run.handler_state import unkept_objects
 from disttrain.run.opening import lock_directory, open_directory
+from disttrain.run.outcome import outcome
 from disttrain.run.reporter import Reporter
 from disttrain.run.resume import check_state, restore
 from disttrain.run.rollback import Attempts, go_back
 from disttrain.run.saving import Saving
 from disttrain.run.state import Run
-from disttrain.run.validation import Validation
-from disttrain.version import __version__
+from disttrain.run.validation import Validation, warn_of_mode
 
 
 def train(
@@ -100,19 +96,21 @@ def attempt(
         step = restore(run, console)
         if step == 0 and run.taken is not None and attempts.began is None:
             note_beginning(run, run.taken, console)
+        warn_of_mode(run, console)
         run.training = True
         services = attach(run, preemption, console, step, stack)
         end, saver = services.step_end, services.saving.saver
         attempts.begin(step)
         preemption.begin(backend, save_every_s=config.checkpoint.every_s)
         try:
+            is_over, ends = run.terminated == run.length or run.stopped is not None, False
             if run.evaluation_due:
                 end.catch_up(run.trainer)
-            is_over = run.terminated == run.length
-            if step < run.total_steps and not end.interrupted and not is_over:
+                ends = run.trainer.should_terminate  # by a handler of EVALUATED, or early
+            if step < run.total_steps and not (end.interrupted or is_over or ends):
                 run.trainer.run(run.loader, **run.maximum, epoch_length=run.epoch_length)
             if not end.interrupted:
-                run.terminated = run.length if run.trainer.state.iteration < run.total_steps else None
+                run.note_end()
                 end.finish(run.trainer, anew=run.terminated is not None and not is_over)
         except NonFiniteError as error:
             if config.on_nan != "rollback":
@@ -198,13 +196,15 @@ def attach(run: Run, preemption: Preemption, console: Console, step: int, stack:
         validate_every_steps=config.validate.every_steps,
         pass_ends=None if run.epoch_length else lambda: run.loader.step == 0,
         best=run.best,
+        early_stop=run.early_stop,
     )
-    step_end.resumed_at(step)
+    step_end.resumed_at(step, run.evaluated.results if run.evaluated.step == step else None)
     # Handlers of an event run in this order, after those of the config.
     order = (
         watchdog,  # before anything that may hang
         display,
         stragglers,  # measures the step before anything waits for other ranks
+        run.ema,  # averages the weights before the ledger hashes the average
         saving,  # looks after a save that is under way
         losses,  # collects the step's losses, which the ledger and StepEnd need
         ledger,  # hashes the state before it is saved
@@ -259,43 +259,3 @@ def stragglers_of(run: Run, reporter: Reporter) -> Stragglers | None:
         window_s=run.config.log.every_s,
         tell=reporter.warn,
     )
-
-
-def outcome(run: Run, end: StepEnd, attempts: Attempts) -> dict[str, Any]:
-    """Check that all ranks hold the same weights, and return the content of result.json."""
-    backend, step = run.backend, run.trainer.state.iteration
-    digests = backend.all_gather(params_sha256(run.model, run.layout.whole))
-    if len(set(digests)) > 1:
-        listing = ", ".join(f"rank {rank}: {digest[:12]}" for rank, digest in enumerate(digests))
-        raise DisttrainError(f"the ranks ended with different weights ({listing}), expected the same on each")
-    trained, wall_s = (step - attempts.first_step) * run.config.global_batch_size, attempts.wall_s
-    return {
-        "status": "interrupted" if end.interrupted else "completed",
-        "step": step,
-        "epoch": run.epochs_begun,
-        "metrics": end.metrics,
-        "params_sha256": digests[0],
-        "world_size": backend.world_size,
-        "num_slots": run.slots.num_slots,
-        "checkpoint": checkpoint_name(end.saved_at),
-        **best_entry(run, end.saved_at),
-        **({} if run.terminated is None else {"terminated": run.terminated}),
-        **({} if run.begin is None else {"init_from": run.begin._asdict()}),
-        "skipped_steps": run.skipped_steps,
-        "rollbacks": len(run.left_out),
-        "samples_per_second": round(trained / max(wall_s, 1e-9), 1),
-        "wall_s": round(wall_s, 3),
-        "disttrain": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": str(backend.device),
-        "precision": run.precision.name,
-    }
-
-
-def best_entry(run: Run, saved_at: int) -> Mapping[str, Any]:
-    """Return the entry of result.json about the best evaluation; empty if none is wanted, found or saved."""
-    found = None if run.best is None else run.best.found
-    if found is None or found.step > saved_at:
-        return {}
-    return {"best": {**found._asdict(), "checkpoint": checkpoint_name(found.step)}}

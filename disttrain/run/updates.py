@@ -2,7 +2,8 @@
 
 *Contract*: `before_step` and `after_step` are what the step body calls around the optimizer. The gradient is the same
 on every rank, so every rank clips, skips and counts alike. The schedule steps exactly when the optimizer does; one
-whose step needs a value (ReduceLROnPlateau) steps after each evaluation instead, with the value of `monitor`.
+whose step needs a value (ReduceLROnPlateau) steps after each evaluation instead, with the value of `monitor`. That is
+the same result for the life of a run.
 
 Python's, numpy's and torch's generators are seeded by position when a step begins, before its handlers run, and again
 before its update. What the optimizer, the schedule and the handlers of the step's end draw is then the same on every
@@ -20,6 +21,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from disttrain.engine import Engine, Events
+from disttrain.errors import ConfigError
+from disttrain.handlers.best import number_in
 from disttrain.handlers.losses import Update
 from disttrain.parallel import Layout
 from disttrain.run.optimizer_checks import required_arguments
@@ -46,6 +49,8 @@ class Updates:
     ) -> None:
         self.grad_norm: Tensor | None = None
         """2-norm of the newest step's gradient before clipping, 0-dimensional, on the device; None if unknown."""
+        self.stepped = False
+        """Whether the optimizer has stepped in the newest step."""
         self.num_skipped = 0
         """Steps over the whole run whose update was left out."""
         self.left_out = left_out
@@ -55,8 +60,10 @@ class Updates:
         self._model = model
         self._layout = layout
         self._schedule = schedule
-        self._follows_values = schedule is not None and bool(required_arguments(schedule.step))
-        self._monitor = monitor
+        self.follows_values = schedule is not None and bool(required_arguments(schedule.step))
+        """Whether the schedule steps after evaluations, with a result."""
+        self.monitor = monitor
+        """The name of that result."""
         self._seed = seed
         self._step = 0
         self._skips = on_nan == "skip"
@@ -69,7 +76,7 @@ class Updates:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._count)
 
     def _begin(self, engine: Engine) -> None:
-        self._step = engine.state.iteration
+        self._step, self.stepped = engine.state.iteration, False
         seed_position(seed_for(self._seed, "handlers", self._step))
 
     def leaves_out(self, step: int) -> bool:
@@ -96,16 +103,28 @@ class Updates:
 
         Not in a hook of the optimizer: a fused one calls its hook also when it then finds an overflow and does nothing.
         """
+        self.stepped = stepped
         if not stepped and self._reason is None:
             norm = math.nan if self.grad_norm is None else float(self.grad_norm)
             self._reason = f"its gradient's norm is {norm}"
-        elif stepped and self._schedule is not None and not self._follows_values:
+        elif stepped and self._schedule is not None and not self.follows_values:
             self._schedule.step()
 
     def evaluated(self, values: Mapping[str, Any]) -> None:
         """Step a schedule that follows the results of evaluations; called after each one, before anything is saved."""
-        if self._follows_values:
-            self._schedule.step(values[self._monitor])
+        if self.follows_values:
+            self._schedule.step(number_in(values, self.monitor, "schedule_monitor"))
+
+    def follow(self, before: str | None, wanted: str | None) -> None:
+        """Go on with the result that the schedule has followed `before`; ConfigError if another one is `wanted`."""
+        if not self.follows_values or before is None:
+            return
+        if wanted not in (None, before):
+            raise ConfigError(
+                f"schedule_monitor: expected {before!r}, which the schedule has followed since the run began, got "
+                f"{wanted!r}; leave it as it was, give this run another name=NAME, or start anew with --fresh"
+            )
+        self.monitor = before
 
     def _count(self, engine: Engine) -> None:
         """Count a step whose update was left out, and log it."""

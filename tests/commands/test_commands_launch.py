@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from disttrain.commands import launch
-from disttrain.config import Config, load_config, replace
+from disttrain.config import Config, EarlyStopConfig, load_config, replace
 from disttrain.errors import BackendError
 
 
@@ -81,3 +81,24 @@ def test_a_run_that_its_own_code_ended_is_finished_for_the_length_that_it_had() 
     plain = {name: value for name, value in ended.items() if name != "terminated"}
     assert launch.is_finished(plain, replace(config, max_epochs=1))
     assert not launch.is_finished(plain, replace(config, max_epochs=3))
+
+
+def test_a_run_that_was_ended_early_is_finished_under_the_rule_that_ended_it() -> None:
+    rule = EarlyStopConfig(monitor="loss", patience=2)
+    ended = {"status": "completed", "step": 4, "epoch": 1, "stopped": "early: ...", "early_stop": rule.model_dump()}
+    config = Config(
+        name="ended",
+        model=lambda: nn.Linear(1, 1),
+        train_data=list,
+        valid_data=list,
+        loss=nn.MSELoss(),
+        optimizer=torch.optim.SGD,
+        global_batch_size=2,
+        max_epochs=3,
+        early_stop=rule,
+    )
+    assert launch.is_finished(ended, config)
+    assert launch.is_finished(ended, replace(config, max_epochs=30))
+    assert not launch.is_finished(ended, replace(config, early_stop={"monitor": "loss", "patience": 3}))
+    assert not launch.is_finished(ended, replace(config, early_stop={"monitor": None}))
+    assert launch.is_finished(ended, replace(config, early_stop={"monitor": None}, max_epochs=1))

@@ -1,5 +1,6 @@
 """A Config has one length and one loss; its functions can be called, its slots fit, and its fields fit together."""
 
+import math
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from config_samples import data, loss, net, refused, sample
 from torch import nn
 
-from disttrain.config import check_devices, check_slots
+from disttrain.config import apply_overrides, check_devices, check_slots
 from disttrain.errors import ConfigError
 
 
@@ -69,6 +70,38 @@ def test_the_monitored_result_is_one_of_the_validation_data() -> None:
     assert "expected 'loss' or 'accuracy', got 'acuracy'" in refused(checkpoint={"monitor": "acuracy"}, **there)
     assert "checkpoint.mode: expected 'auto' without" in refused(checkpoint={"mode": "min"}, **there)
     assert sample(checkpoint={"monitor": "accuracy", "mode": "max"}, **there).checkpoint.monitor == "accuracy"
+
+
+def test_the_result_that_a_schedule_follows_is_one_of_the_validation_data() -> None:
+    there: dict[str, Any] = {"valid_data": list, "metrics": {"accuracy": lambda: None}}
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+    assert refused(schedule_monitor="loss", **there).startswith("schedule_monitor: expected None without schedule")
+    refusal = refused(schedule_monitor="loss", schedule=plateau)
+    assert refusal.startswith("schedule_monitor: expected None without valid_data")
+    assert "got 'valid/loss'" in refused(schedule_monitor="valid/loss", schedule=plateau, **there)
+    assert sample(schedule_monitor="accuracy", schedule=plateau, **there).schedule_monitor == "accuracy"
+
+
+def test_an_early_end_names_the_result_that_is_to_improve() -> None:
+    there: dict[str, Any] = {"valid_data": list, "metrics": {"accuracy": lambda: None}}
+    assert refused(early_stop={"patience": 5}, **there).startswith(
+        "early_stop.monitor: missing beside early_stop.patience; expected the result that is to improve"
+    )
+    assert "expected 'loss' or 'accuracy', got 'val_loss'" in refused(early_stop={"monitor": "val_loss"}, **there)
+    assert refused(early_stop={"monitor": "loss"}).startswith("early_stop.monitor: expected None without valid_data")
+    assert refused(early_stop={"monitor": "loss", "patience": 0}, **there).startswith(
+        "early_stop.patience: expected int"
+    )
+    config = sample(early_stop={"monitor": "loss", "patience": 5}, **there)
+    assert apply_overrides(config, ["early_stop.monitor=none"]).early_stop.monitor is None  # patience may stay
+    assert apply_overrides(sample(), ["early_stop.monitor=none"]).early_stop.monitor is None
+
+
+def test_an_average_needs_a_decay_between_0_and_1() -> None:
+    assert refused(ema={"every_steps": 2}).startswith("ema.decay: missing beside ema.every_steps; expected a number")
+    for decay in (0.0, 1.0, 1.5, math.nan):
+        assert refused(ema={"decay": decay}).startswith("ema.decay: expected float > 0 and < 1 | None, got")
+    assert apply_overrides(sample(ema={"decay": 0.9, "every_steps": 2}), ["ema.decay=none"]).ema.decay is None
 
 
 def test_jumps_of_the_loss_are_for_policies_that_look_at_losses() -> None:

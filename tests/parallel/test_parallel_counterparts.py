@@ -33,6 +33,15 @@ def test_each_path_has_its_counterpart() -> None:
     assert counterparts.of("optimizer.state.7.momentum_buffer", (4, 3)) is None
 
 
+def test_a_kept_tensor_named_after_a_part_has_the_parameter_of_that_part() -> None:
+    model, loss = nn.Linear(4, 3), nn.Linear(4, 3)
+    sgd = torch.optim.SGD(model.parameters())
+    counterparts = Counterparts({"model": model, "loss": loss}, sgd, {"average": Average()})
+    assert counterparts.of("kept.average.loss.weight", (3, 4)) is loss.weight
+    assert counterparts.of("kept.average.model.weight", (3, 4)) is model.weight
+    assert counterparts.of("kept.average.weight", (3, 4)) is model.weight
+
+
 def test_paths_are_those_of_a_checkpoint() -> None:
     one, two = torch.ones(1), torch.ones(2)
     assert list(tensors_by_path({"a": [one, {"b": (two,)}], 3: None}, "kept.x")) == ["kept.x.a.0", "kept.x.a.1.b.0"]

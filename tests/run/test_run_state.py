@@ -41,6 +41,7 @@ def test_a_run_is_built_by_keywords_and_every_part_is_required() -> None:
         "settings",
         "begin",
         "frozen",
+        "evaluated",
         "evaluation_due",
         "terminated",
         "training",
@@ -54,7 +55,14 @@ def test_handlers_get_the_complete_run(tmp_path: Path) -> None:
         assert run.trainer is trainer
         values_by_call.append({field.name: getattr(run, field.name) for field in dataclasses.fields(run)})
 
-    run = small_run(tmp_path, handlers=[handler], checkpoint={"monitor": "loss"}, schedule=constant)
+    run = small_run(
+        tmp_path,
+        handlers=[handler],
+        checkpoint={"monitor": "loss"},
+        schedule=constant,
+        ema={"decay": 0.9},
+        early_stop={"monitor": "loss"},
+    )
     [values] = values_by_call
     started_later = ("attached", "kept", "samples", "settings", "begin", "frozen", "evaluation_due")
     started_later += ("terminated", "training")

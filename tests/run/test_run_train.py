@@ -9,12 +9,9 @@ import pytest
 from small_run import console, printed, small_run, trained
 
 from disttrain.engine import Engine, Events
-from disttrain.errors import DisttrainError
 from disttrain.handlers.preemption import Preemption
-from disttrain.handlers.step_end import StepEnd
-from disttrain.run.rollback import Attempts
 from disttrain.run.state import Run
-from disttrain.run.train import attach, best_entry, outcome
+from disttrain.run.train import attach
 
 
 def test_the_result_describes_the_end_of_the_run(tmp_path: Path) -> None:
@@ -47,38 +44,6 @@ def test_parts_act_at_a_steps_end_in_one_order_after_the_configs_handlers(tmp_pa
         attach(run, preemption, console(), 0, stack)
     run.directory.close()
     assert order == ["Watchdog", "ProgressDisplay", "LossLog", "Ledger", "StepEnd"]
-
-
-def test_ranks_with_different_weights_are_an_error(tmp_path: Path) -> None:
-    run = small_run(tmp_path)
-
-    class Differing:
-        """A backend whose other rank has other weights."""
-
-        world_size = 2
-
-        def all_gather(self, digest: str) -> list[str]:
-            return [digest, "0" * 64]
-
-    run.backend = Differing()  # type: ignore[assignment]
-    end = StepEnd.__new__(StepEnd)
-    with pytest.raises(DisttrainError, match=r"the ranks ended with different weights \(rank 0: \w{12}, rank 1: 0{12}"):
-        outcome(run, end, Attempts())
-
-
-def test_a_best_evaluation_that_is_not_saved_is_not_in_the_result(tmp_path: Path) -> None:
-    run = small_run(tmp_path, checkpoint={"monitor": "loss"})
-    assert run.best is not None
-    assert best_entry(run, 8) == {}
-    run.best.improved(8, {"loss": 0.5})
-    assert best_entry(run, 4) == {}
-    assert best_entry(run, 8)["best"] == {
-        "step": 8,
-        "monitor": "loss",
-        "value": 0.5,
-        "checkpoint": "step-00000008",
-    }
-    assert best_entry(small_run(tmp_path), 8) == {}
 
 
 def test_a_run_whose_bits_are_not_promised_gives_a_warning(tmp_path: Path) -> None:
@@ -116,3 +81,87 @@ def test_a_run_that_its_own_code_ends_is_over_until_another_length_is_asked_for(
 
 def test_a_run_that_comes_to_its_end_is_not_marked(tmp_path: Path) -> None:
     assert "terminated" not in trained(tmp_path)
+
+
+NEVER_IMPROVES: dict[str, Any] = {
+    "validate": {"every_steps": 3},
+    "checkpoint": {"every_steps": 2},
+    "max_epochs": 5,
+    "early_stop": {"monitor": "loss", "patience": 2, "min_delta": 100.0},
+}
+"""20 steps; the evaluation after step 3 is the best, and those after 6 and 9 do not improve."""
+
+
+def dies_after(step: int) -> Any:
+    def dying(trainer: Engine, run: Run) -> None:
+        @trainer.on(Events.ITERATION_COMPLETED(once=step))
+        def die() -> None:
+            raise ValueError("on purpose")
+
+    return dying
+
+
+def files(folder: Path) -> list[str]:
+    return [(folder / "small" / name).read_text() for name in ("ledger.jsonl", "metrics/valid.jsonl")]
+
+
+def test_a_run_that_no_longer_improves_is_completed_and_says_why(tmp_path: Path) -> None:
+    result = trained(tmp_path, **NEVER_IMPROVES)
+    best = valid_losses(tmp_path)[0]
+    assert (result["status"], result["step"], "terminated" in result) == ("completed", 9, False)
+    assert result["stopped"] == (
+        f"early: valid/loss has not improved by 100 for 2 evaluations (best {best:.4g} at step 3)"
+    )
+    assert result["metrics"]["loss"] == valid_losses(tmp_path)[-1]
+    assert result["checkpoint"] == "step-00000009"
+    again = trained(tmp_path, **NEVER_IMPROVES | {"max_epochs": 50})  # as if killed before it wrote its result
+    assert {**again, "wall_s": 0, "samples_per_second": 0} == {**result, "wall_s": 0, "samples_per_second": 0}
+    assert len(valid_losses(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("step", [6, 8])
+def test_killed_on_the_way_it_ends_at_the_same_step(tmp_path: Path, step: int) -> None:
+    whole = trained(tmp_path / "whole", **NEVER_IMPROVES)
+    with pytest.raises(ValueError, match="on purpose"):
+        trained(tmp_path / "cut", handlers=[dies_after(step)], **NEVER_IMPROVES)
+    result = trained(tmp_path / "cut", **NEVER_IMPROVES)
+    for name in ("status", "step", "stopped", "params_sha256", "metrics"):
+        assert result[name] == whole[name]
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("early_stop", [{"monitor": None}, {"monitor": "loss", "patience": 4, "min_delta": 100.0}])
+def test_with_more_patience_or_none_it_goes_on_to_the_bits_of_a_run_that_had_it_from_the_start(
+    tmp_path: Path, early_stop: dict[str, Any]
+) -> None:
+    whole = trained(tmp_path / "whole", **NEVER_IMPROVES | {"early_stop": early_stop})
+    assert whole["step"] == (20 if early_stop["monitor"] is None else 15)
+    trained(tmp_path / "cut", **NEVER_IMPROVES)
+    result = trained(tmp_path / "cut", **NEVER_IMPROVES | {"early_stop": early_stop})
+    assert result["params_sha256"] == whole["params_sha256"]
+    assert (result["step"], result.get("stopped")) == (whole["step"], whole.get("stopped"))
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_the_evaluation_after_the_last_step_does_not_count_unless_it_is_due(tmp_path: Path) -> None:
+    whole = trained(tmp_path / "whole", **NEVER_IMPROVES | {"max_epochs": 3})
+    trained(tmp_path / "longer", **NEVER_IMPROVES | {"max_epochs": 2})  # evaluated after step 8 too
+    result = trained(tmp_path / "longer", **NEVER_IMPROVES | {"max_epochs": 3})
+    assert (result["step"], result["stopped"]) == (whole["step"], whole["stopped"]) == (9, whole["stopped"])
+
+
+def test_a_run_that_its_own_code_ends_in_the_same_step_stays_ended_with_more_patience(tmp_path: Path) -> None:
+    def stop(trainer: Engine, run: Run) -> None:
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=9), trainer.terminate)
+
+    for patience in (2, 9):
+        early_stop = {"monitor": "loss", "patience": patience, "min_delta": 100.0}
+        result = trained(tmp_path, handlers=[stop], **NEVER_IMPROVES | {"early_stop": early_stop})
+        assert (result["step"], "terminated" in result, "stopped" in result) == (9, True, patience == 2)
+
+
+def test_another_rule_gives_a_warning(tmp_path: Path) -> None:
+    trained(tmp_path, **NEVER_IMPROVES)
+    to = console()
+    trained(tmp_path, to, **NEVER_IMPROVES | {"early_stop": {"monitor": "loss"}})
+    assert "WARNING: early_stop counts anew from here: until now it had monitor='loss'" in printed(to)

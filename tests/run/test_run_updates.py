@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from disttrain.engine import Engine, Events
+from disttrain.errors import ConfigError
 from disttrain.parallel import ReplicatedLayout
 from disttrain.run.updates import Updates
 
@@ -84,6 +85,23 @@ def test_a_schedule_whose_step_needs_a_value_steps_after_evaluations_alone() -> 
     following.evaluated({"loss": 3.0, "accuracy": 0.5})
     following.evaluated({"loss": 2.0, "accuracy": 0.75})
     assert schedule.values == [0.5, 0.75]
+
+
+def test_a_schedule_goes_on_with_the_result_that_it_has_followed() -> None:
+    following = updates(model_with_gradient(1.0), schedule=Plateau(), monitor="loss")
+    following.follow(None, None)  # a new run
+    assert following.monitor == "loss"
+    following.follow("accuracy", None)
+    following.follow("accuracy", "accuracy")
+    assert following.monitor == "accuracy"
+    with pytest.raises(ConfigError, match="schedule_monitor: expected 'accuracy', which the schedule has followed"):
+        following.follow("accuracy", "loss")
+
+
+def test_a_schedule_cannot_follow_a_list() -> None:
+    following = updates(model_with_gradient(1.0), schedule=Plateau(), monitor="by_class")
+    with pytest.raises(ConfigError, match=r"schedule_monitor='by_class': expected a result that is one number"):
+        following.evaluated({"loss": 1.0, "by_class": [0.5, 0.25]})
 
 
 def test_other_schedules_do_not_step_after_an_evaluation() -> None:

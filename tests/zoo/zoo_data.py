@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, StackDataset, Subset, TensorDataset, random_split
 from zoo_lives import Fields, mlp, points
 
+from disttrain.config import EarlyStopConfig, ValidateConfig
+
 Sample = namedtuple("Sample", ["x", "y"])
 
 
@@ -212,6 +214,12 @@ VARIANTS: dict[str, Callable[[], Fields]] = {
     "four_slots_of_a_list": data(lambda: [tuple(sample) for sample in points(40)], num_slots=4),
     "stream": data(Stream, **STEPS),
     "stream_that_ends": data(lambda: Stream(40), **STEPS),
+    "stream_that_ends_early": data(
+        lambda: Stream(40),
+        validate=ValidateConfig(),
+        early_stop=EarlyStopConfig(monitor="loss", patience=1, min_delta=100.0),
+        **STEPS,
+    ),
     "stream_that_draws": data(lambda: Stream(40, shuffled=True), **STEPS),
     "stream_in_shards": data(Sharded, **STEPS),
     "stream_of_a_generator": data(lambda: (sample for sample in Stream(200)), **STEPS),

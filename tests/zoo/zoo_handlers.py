@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from zoo_lives import Fields, mlp
 from zoo_losses import LABELLED
 
-from disttrain import Events
+from disttrain import Events, RunEvents
 
 Handler = Callable[[Any, Any], None]
 
@@ -291,6 +291,24 @@ def changes_the_rate(trainer: Any, run: Any) -> None:
     trainer.add_event_handler(Events.ITERATION_COMPLETED, change)
 
 
+def changes_the_rate_after_evaluations(trainer: Any, run: Any) -> None:
+    """Every second evaluation halves the rate, more or less."""
+
+    def change() -> None:
+        run.optimizer.param_groups[0]["lr"] *= 0.5 + 0.1 * float(torch.rand(1))
+
+    trainer.add_event_handler(RunEvents.EVALUATED(every=2), change)
+
+
+def freezes_by_a_result(trainer: Any, run: Any) -> None:
+    """The newest evaluation decides in each step."""
+
+    def change(engine: Any) -> None:
+        run.model[0].requires_grad_(engine.state.metrics.get("valid/loss", 0.0) > 1.0)
+
+    trainer.add_event_handler(Events.ITERATION_STARTED, change)
+
+
 def resets_the_optimizer(trainer: Any, run: Any) -> None:
     trainer.add_event_handler(Events.ITERATION_COMPLETED(every=4), lambda: run.optimizer.state.clear())
 
@@ -339,6 +357,19 @@ VARIANTS: dict[str, Callable[[], Fields]] = {
     "average_by_torch": handled(averaged_by_torch),
     "average_with_buffers": handled(averaged_by_torch, model=deep),
     "average_written_back": handled(pulled_back),
+    "ema": handled(ema={"decay": 0.8}),
+    "ema_of_buffers_and_dropout": handled(
+        model=deep,
+        ema={"decay": 0.8, "every_steps": 2},
+        early_stop={"monitor": "loss", "patience": 1, "min_delta": 9.0},
+    ),
+    "ema_thawed_after_step_3": handled(
+        freeze(Events.ITERATION_COMPLETED(once=3), frozen=False), model=first_frozen, ema={"decay": 0.8}
+    ),
+    "ema_gathered_by_module": handled(
+        ema={"decay": 0.8}, fsdp_gather="module", num_slots=3, checkpoint={"asynchronous": True, "every_steps": 2}
+    ),
+    "ema_of_clamped_weights": handled(clamps, ema={"decay": 0.8, "evaluate": False}),
     "counter": handled(counted),
     "frozen_from_epoch_2": handled(freeze(Events.EPOCH_STARTED(once=2), frozen=True)),
     "frozen_after_step_4": handled(freeze(Events.ITERATION_COMPLETED(once=4), frozen=True)),
@@ -374,11 +405,21 @@ VARIANTS: dict[str, Callable[[], Fields]] = {
     "teacher_in_the_forward": model(Teacher),
     "teacher_by_a_handler": handled(moves_teacher, model=lambda: Teacher(moved=False)),
     "rate_changed": handled(changes_the_rate),
+    "rate_changed_after_evaluations": handled(changes_the_rate_after_evaluations),
+    "frozen_by_a_result": handled(freezes_by_a_result),
     "optimizer_reset": handled(resets_the_optimizer),
     "clipped_by_value": handled(clips_by_value),
     "noise_on_the_weights": handled(perturbs),
     "weights_clamped": handled(clamps),
     "terminated": handled(stops),
+    "ended_early": handled(early_stop={"monitor": "loss", "patience": 1, "min_delta": 100.0}),
+    "ended_early_by_a_metric": handled(
+        metrics={"accuracy": partial(MulticlassAccuracy, 3)},
+        early_stop={"monitor": "accuracy", "patience": 1, "min_delta": 0.9},
+        schedule=lambda o, n: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=0.5),
+        loss=nn.CrossEntropyLoss(),
+        **LABELLED,
+    ),
     "user_keys": handled(remembers),
     "metric_of_classes": handled(
         metrics={"accuracy": partial(MulticlassAccuracy, 3)}, loss=nn.CrossEntropyLoss(), **LABELLED

@@ -152,11 +152,16 @@ def live(backend: Backend, variant: Variant, life: Life, folder: str) -> Outcome
 def live_plainly(backend: Backend, variant: Variant) -> list[list[str]] | None:
     """Return the slots' losses by the plain loop; None for a variant that is more than a loop."""
     config = config_of(variant)
-    if isinstance(variant, str) and variant.endswith("Plateau"):
+    if isinstance(variant, str) and "plateau" in variant.lower():
         return None  # its schedule follows the evaluations
     if config.global_loss is not None:
         return None  # it runs each slot twice; test_run_global_loss.py compares it with a loop over whole batches
-    if config.handlers or config.precision not in ("fp32", "bf16") or config.on_nan != "stop":
+    if (
+        config.early_stop.monitor is not None
+        or config.handlers
+        or config.precision not in ("fp32", "bf16")
+        or config.on_nan != "stop"
+    ):
         return None
     return plain_losses(config, backend, None if isinstance(variant, str) else variant.step_begins)
 
@@ -194,7 +199,8 @@ def ended(outcome: Err | Died) -> Outcome:
 def evidence(folder: Path) -> Mapping[str, Any]:
     """Return the traces of a whole run: each step's hashes and losses, the curves, the results, the best step."""
     result = json.loads((folder / "result.json").read_text())
-    same = ("status", "step", "epoch", "metrics", "train", "params_sha256", "best", "skipped_steps", "rollbacks")
+    same = ("status", "step", "epoch", "metrics", "train", "params_sha256", "best", "stopped", "skipped_steps")
+    same += ("rollbacks",)
     found: dict[str, Any] = {key: result.get(key) for key in same}
     for file in ("ledger.jsonl", "metrics/train.jsonl", "metrics/valid.jsonl"):
         path = folder / file

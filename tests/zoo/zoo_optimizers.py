@@ -293,6 +293,7 @@ VARIANTS: dict[str, Callable[[], Fields]] = {
     "radam_double": double(optim.RAdam, lr=1e-2),
     "nadam_bfloat16": brain(optim.NAdam, lr=1e-2),
     "adam_bfloat16": brain(optim.Adam, lr=1e-2),
+    "adam_bfloat16_with_ema": lambda: brain(optim.Adam, lr=1e-2)() | {"ema": {"decay": 0.9}},
     "sgd_bfloat16": brain(optim.SGD, lr=1e-2, momentum=0.9),
     "sgd_half_precision_masters": brain(Masters),
     "adam_in_groups": lambda: {"optimizer": in_groups},

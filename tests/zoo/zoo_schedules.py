@@ -6,9 +6,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from torch import optim
+from torch import nn, optim
 from torch.optim import lr_scheduler as rates
+from torchmetrics.classification import MulticlassAccuracy
 from zoo_lives import Fields
+from zoo_losses import LABELLED
 from zoo_optimizers import in_groups
 
 
@@ -111,6 +113,17 @@ VARIANTS: dict[str, Callable[[], Fields]] = {
         "schedule": lambda o, n: rates.LambdaLR(o, [lambda k: 0.9**k, lambda k: 0.8**k]),
     },
     "rate_of_numpy": lambda: {"schedule": rate_of_numpy},
+    "plateau_of_a_metric": lambda: {
+        "schedule": lambda o, n: rates.ReduceLROnPlateau(o, mode="max", patience=0, threshold=0.3),
+        "schedule_monitor": "accuracy",
+        "metrics": {"accuracy": partial(MulticlassAccuracy, 3)},
+        "loss": nn.CrossEntropyLoss(),
+        **LABELLED,
+    },
+    "plateau_in_groups": lambda: {
+        "optimizer": in_groups,
+        "schedule": lambda o, n: rates.ReduceLROnPlateau(o, patience=0, threshold=0.5, cooldown=1, min_lr=[1e-4, 1e-3]),
+    },
     "own_warmup": lambda: {"schedule": lambda o, n: Warmup(o)},
     "own_forgetful": lambda: {"schedule": lambda o, n: Forgetful(o)},
     "own_weight_decay": lambda: {"schedule": lambda o, n: WeightDecay(o)},
