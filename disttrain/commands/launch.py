@@ -44,7 +44,7 @@ from disttrain.launching.end_with_launcher import end_with_launcher
 from disttrain.launching.torchrun import report_exit_code
 from disttrain.process import set_process_variables
 from disttrain.run.directory import RunDirectory
-from disttrain.run.state import run_length
+from disttrain.run.length import run_length
 from disttrain.run.train import train
 from disttrain.version import __version__
 

@@ -1,6 +1,7 @@
 """A run, from a Config to result.json.
 
 state              `Run`: the parts of a run, complete, built once
+length             the length that a config asks for, and its steps
 assemble           makes a `Run` of a Config and a Backend
 factories          calls the factories of a Config
 builders           builds the model, the optimizer and the schedule by them

@@ -46,10 +46,11 @@ from disttrain.run.freezing import Freezing
 from disttrain.run.frozen_weights import FrozenWeights
 from disttrain.run.global_loss import GlobalStep, evaluate_together, minimize_together
 from disttrain.run.initial_weights import InitialWeights
+from disttrain.run.length import total_steps
 from disttrain.run.module_settings import ModuleSettings
 from disttrain.run.monitors import build_best, build_early_stop
 from disttrain.run.slot_results import SlotResults
-from disttrain.run.state import Run, total_steps
+from disttrain.run.state import Run
 from disttrain.run.updates import Updates
 from disttrain.run.validation_sets import evaluations_of
 

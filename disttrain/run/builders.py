@@ -122,10 +122,11 @@ def build_schedule(config: Config, optimizer: torch.optim.Optimizer, num_steps: 
             f"schedule: {type(schedule).__name__}.step needs metrics: a run gives it the monitored value after each "
             "evaluation, but there is no valid_data; set it, or use a schedule that depends on the step alone"
         )
-    if needed == ["metrics"] and isinstance(config.valid_data, Mapping) and config.checkpoint.monitor is None:
+    monitor = config.schedule_monitor or config.checkpoint.monitor
+    if needed == ["metrics"] and isinstance(config.valid_data, Mapping) and monitor is None:
         raise ConfigError(
             f"schedule: {type(schedule).__name__}.step needs the value of one of several validation sets; name it, "
-            f"such as checkpoint.monitor={next(iter(config.valid_data))}/loss"
+            f"such as schedule_monitor={next(iter(config.valid_data))}/loss"
         )
     if needed and needed != ["metrics"]:
         raise ConfigError(

@@ -28,6 +28,7 @@ from disttrain.run.evaluation import Evaluation
 from disttrain.run.freezing import Freezing
 from disttrain.run.frozen_weights import FrozenWeights
 from disttrain.run.initial_weights import Taken, modules_of
+from disttrain.run.length import run_length, total_steps
 from disttrain.run.module_settings import ModuleSettings
 from disttrain.run.slot_results import SlotResults
 from disttrain.run.updates import Updates
@@ -286,16 +287,3 @@ class Run:
             config_sha256=config_hash(self.config),
             config=binding_fields(describe(self.config)),
         )
-
-
-def run_length(config: Config) -> dict[str, Any]:
-    """Return the fields of a config that say how long its run is."""
-    return {"max_epochs": config.max_epochs, "max_steps": config.max_steps}
-
-
-def total_steps(config: Config, data: Mapping[str, Any]) -> int:
-    """Return the steps of the whole run; `data` is what identifies the training data."""
-    if config.max_steps is not None:
-        return config.max_steps
-    positions: int = data.get("order_length", data["dataset_length"])
-    return (config.max_epochs or 0) * (positions // config.global_batch_size)

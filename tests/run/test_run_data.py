@@ -14,7 +14,7 @@ from disttrain.data import Mixture, Sequential, SlotLoader, StreamLoader, Weight
 from disttrain.errors import ConfigError, DataError
 from disttrain.parallel import Slots
 from disttrain.run.data import build_data
-from disttrain.run.state import total_steps
+from disttrain.run.length import total_steps
 
 
 class Stream(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):

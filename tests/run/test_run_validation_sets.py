@@ -100,7 +100,7 @@ def test_a_schedule_that_follows_values_needs_the_name_of_one(tmp_path: Path) ->
     def plateau(optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
         return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=10.0)
 
-    with pytest.raises(ConfigError, match=r"name it, such as checkpoint\.monitor=clean/loss"):
+    with pytest.raises(ConfigError, match=r"name it, such as schedule_monitor=clean/loss"):
         small_run(tmp_path, valid_data=SETS, schedule=plateau)
     changes = {"valid_data": SETS, "schedule": plateau, "max_epochs": 3}
     trained(tmp_path / "whole", **changes, checkpoint={"monitor": "noisy/loss"})

@@ -17,7 +17,7 @@ from disttrain.backend import Backend
 from disttrain.config import replace
 from disttrain.parallel import Slots
 from disttrain.run.data import loader_of
-from disttrain.run.state import total_steps
+from disttrain.run.length import total_steps
 from disttrain.seeding import manual_seed, seed_for, seed_position
 
 Gradient = list[Tensor]
