@@ -16,10 +16,10 @@ that it touches. At most `MOST_OPEN` files are open at a time.
 import glob
 import hashlib
 import os
+import stat
 import weakref
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -157,16 +157,20 @@ def found_files(paths: Paths) -> list[str]:
 def _described(path: str, raw: "np.dtype[Any] | None", header_bytes: int) -> _TokenFile:
     """Return the description of one file, whose type is `raw` unless it is a .npy file."""
     try:
-        if not Path(path).is_file():
-            kind = "a folder" if Path(path).is_dir() else "something else" if Path(path).exists() else "nothing"
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "something else"
             raise DataError(
                 f"{path}: expected a token file, got {kind}; give the path of a file, or a pattern of files"
             )
-        size = os.stat(path).st_size
+        size = status.st_size
         if path.endswith(".npy") and (described := _described_npy(path, size, raw)):
             return described
     except OSError as error:
-        raise DataError(f"{path}: expected a token file that can be read, got {error.strerror or error}") from error
+        got = "nothing" if isinstance(error, FileNotFoundError) else error.strerror
+        raise DataError(
+            f"{path}: expected a token file, got {got}; give the path of a file that can be read"
+        ) from error
     if raw is None:
         what = "a file of numpy.save, got one without its header" if path.endswith(".npy") else "a dtype, got none"
         raise DataError(f"{path}: expected {what}; say how its tokens are stored, for example by dtype='uint16'")
