@@ -93,17 +93,12 @@ def assemble(
     updates = build_updates(config, step_function, layout, schedule, gradients, left_out)
     slot_results = SlotResults()
     trainer = build_trainer(config, gradients, updates, optimizer, precision, layout, backend, slot_results)
-    updates.attach(trainer)
-    slot_results.attach(trainer)
     with backend.agree("building the average of the weights"):
         ema = build_ema(config, step_function, optimizer, updates, backend)
     with backend.agree("building the metrics"):
-        evaluation = best = early_stop = None
-        if data.valid is not None:
-            parts = (step_function, optimizer, ema, slots, layout, precision, backend)
-            evaluation = evaluations_of(data.valid, lambda each, field: build_evaluation(config, each, *parts, field))
-            best = build_best(config, evaluation, backend)
-            early_stop = build_early_stop(config, evaluation)
+        parts = (step_function, optimizer, ema, slots, layout, precision, backend)
+        evaluation = evaluations_of(data.valid, lambda each, field: build_evaluation(config, each, *parts, field))
+        best, early_stop = build_best(config, evaluation, backend), build_early_stop(config, evaluation)
     run = Run(
         config=config,
         backend=backend,
@@ -122,23 +117,27 @@ def assemble(
         trainer=trainer,
         evaluation=evaluation,
         best=best,
-        ema=ema,
         early_stop=early_stop,
+        ema=ema,
         bad_steps=None if config.on_nan == "skip" else BadSteps(config.spike_factor),
         data=data.identity,
         valid_data=data.valid,
         taken=taken,
-        begin=None if taken is None else taken.begin,
     )
-    run.evaluated.is_followed = evaluation is not None and (
-        bool(config.handlers) or updates.follows_values or early_stop is not None
-    )
-    if ema is not None:
-        run.keep(EMA, ema)
-    call_handlers(run)
-    run.settings = ModuleSettings(step_function)
-    run.frozen = FrozenWeights(run.parts, layout, backend, leaves_out=config.checkpoint.leave_out_frozen)
+    complete(run)
     return run
+
+
+def complete(run: Run) -> None:
+    """Call the config's handlers with the assembled run, and note what they have not changed yet."""
+    follows = bool(run.config.handlers) or run.updates.follows_values or run.early_stop is not None
+    run.begin = None if run.taken is None else run.taken.begin
+    run.evaluated.is_followed = run.evaluation is not None and follows
+    if run.ema is not None:
+        run.keep(EMA, run.ema)
+    call_handlers(run)
+    run.settings = ModuleSettings(run.step_function)
+    run.frozen = FrozenWeights(run.parts, run.layout, run.backend, leaves_out=run.config.checkpoint.leave_out_frozen)
 
 
 def build_updates(
@@ -185,6 +184,8 @@ def build_trainer(
         backend=backend,
     )
     trainer.register_events(RunEvents.EVALUATED, event_to_attr={RunEvents.EVALUATED: "evaluations"})
+    updates.attach(trainer)
+    slot_results.attach(trainer)
     return trainer
 
 

@@ -34,8 +34,13 @@ class ValidationSets:
         return values
 
 
-def evaluations_of(data: Any, build: Callable[[Any, str], Evaluation]) -> Evaluation | ValidationSets:
-    """Return the evaluation of the validation data, or those of its sets; `build(dataset, field)` makes one."""
+def evaluations_of(data: Any, build: Callable[[Any, str], Evaluation]) -> Evaluation | ValidationSets | None:
+    """Return the evaluation of the validation data, or those of its sets; None without data.
+
+    `build(dataset, field)` makes one.
+    """
+    if data is None:
+        return None
     if isinstance(data, NamedSets):
         return ValidationSets({name: build(dataset, f"valid_data.{name}") for name, dataset in data.items()})
     return build(data, "valid_data")
