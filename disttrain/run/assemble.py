@@ -93,9 +93,8 @@ def assemble(
     updates = build_updates(config, step_function, layout, schedule, gradients, left_out)
     slot_results = SlotResults()
     trainer = build_trainer(config, gradients, updates, optimizer, precision, layout, backend, slot_results)
-    with backend.agree("building the average of the weights"):
+    with backend.agree("building the average of the weights and the metrics"):
         ema = build_ema(config, step_function, optimizer, updates, backend)
-    with backend.agree("building the metrics"):
         parts = (step_function, optimizer, ema, slots, layout, precision, backend)
         evaluation = evaluations_of(data.valid, lambda each, field: build_evaluation(config, each, *parts, field))
         best, early_stop = build_best(config, evaluation, backend), build_early_stop(config, evaluation)
