@@ -11,6 +11,7 @@ attacks      gives each life other settings of its process, for `verify`
 causes       finds the setting because of which a scenario differs or cannot be run, for `verify`
 lost_state   finds the state of handlers that a kill loses, for `verify`
 compare      finds the first difference of two runs
+runs         lists the runs of a folder, what differs in their configs, and their results
 checkpoint   lists, shows, verifies, prunes and exports checkpoints
 doctor       prints the versions and devices of this machine
 closed_output  drops what nobody reads any more

@@ -13,7 +13,7 @@ from disttrain.commands.closed_output import output_may_close
 from disttrain.process import begin_process
 from disttrain.version import __version__
 
-_OWN_PARSERS = ("launch", "verify", "checkpoint")
+_OWN_PARSERS = ("launch", "verify", "checkpoint", "runs")
 """The commands that parse their own words."""
 _TRAINS = ("launch", "verify")
 
@@ -49,6 +49,7 @@ def run_words(words: Sequence[str]) -> int:
     commands.add_parser(
         "checkpoint", add_help=False, help="list, show, verify, prune or export the checkpoints of a run"
     )
+    commands.add_parser("runs", add_help=False, help="list the runs of a folder, what differs in them, and results")
     compare = commands.add_parser(
         "compare",
         help="find the first step at which two runs differ",

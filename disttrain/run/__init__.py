@@ -42,6 +42,7 @@ handler_state      state that handlers hold and no checkpoint holds
 directory          the run directory: its files and its lock
 opening            locks the run directory before anything is built, and opens it afterwards
 result             reads result.json
+past_runs          reads what the run directories of a folder say of their runs
 note_launch        keeps each launch, and says what has changed since
 launches           the launches that a run directory keeps
 source_files       the cfg.py and the modules of a launch, versions, the git commit

@@ -23,6 +23,8 @@ import fcntl
 import json
 import logging
 import os
+import struct
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -123,6 +125,18 @@ class RunDirectory:
             return os.path.samestat(os.fstat(lock.fileno()), os.stat(self.path / ".lock"))
         except (FileNotFoundError, NotADirectoryError):
             return False
+
+    def is_in_use(self) -> bool:
+        """Return whether another process holds the lock; the lock is not touched. False where Linux is not there."""
+        if sys.platform != "linux":
+            return False
+        try:
+            with (self.path / ".lock").open("rb") as lock:
+                # struct flock: type, whence, start, length, process; the kernel writes F_UNLCK if nobody holds it.
+                asked = struct.pack("hhqqi", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+                return bool(struct.unpack("hhqqi", fcntl.fcntl(lock, fcntl.F_GETLK, asked))[0] != fcntl.F_UNLCK)
+        except OSError:
+            return False  # no lock, as in a copy of a run directory
 
     def was_begun_by(self, launch_id: str) -> bool:
         """Return whether the launch of this id was the last that had this run open."""
