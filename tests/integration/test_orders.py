@@ -132,7 +132,11 @@ def test_a_mixture_has_the_bits_of_one_run_on_any_ranks_and_workers(ranks: Ranks
 
 
 def shift_of_rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 2
+    return torch.distributed.get_rank()
+
+
+def number_of_ranks() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def test_orders_that_differ_between_ranks_or_launches_are_refused(ranks: Ranks, tmp_path: Path) -> None:
@@ -141,9 +145,9 @@ def test_orders_that_differ_between_ranks_or_launches_are_refused(ranks: Ranks, 
     assert all(isinstance(each.error, DataError) or "rank 0 failed" in str(each.error) for each in outcomes)
     assert "the ranks have different training data: rank 0 has {" in str(outcomes[0].error)
     assert "'order_fingerprint'" in str(outcomes[0].error)
-    ranks(2, lives, str(tmp_path / "b"), plain | {"order": Reversed})
-    changed = plain | {"order": partial(Reversed, shift=shift_of_rank), "max_epochs": 2}
-    (outcome,) = ranks.outcomes(1, lives, str(tmp_path / "b"), changed)
+    by_ranks = partial(Reversed, shift=number_of_ranks)
+    ranks(2, lives, str(tmp_path / "b"), plain | {"order": by_ranks})
+    (outcome,) = ranks.outcomes(1, lives, str(tmp_path / "b"), plain | {"order": by_ranks, "max_epochs": 2})
     assert isinstance(outcome.error, DataError)
     assert "the order of the training data has changed since the run began" in str(outcome.error)
 
