@@ -121,14 +121,13 @@ def test_a_mixture_has_the_bits_of_one_run_on_any_ranks_and_workers(ranks: Ranks
     whole, ledger, _ = run(1, "whole")
     assert whole["step"] == 9  # 19 samples are 3 whole steps of 6 in each epoch
     assert whole["metrics"]["loss"] == pytest.approx(by_hand(), rel=1e-9)
-    for strategy, workers in (("ddp", 1), ("fsdp", 0)):
-        kept: dict[str, Any] = {"max_epochs": None, "strategy": strategy}
-        run(3, strategy, max_steps=4, **kept)
-        run(1, strategy, max_steps=5, num_workers=workers, **kept)
-        resumed, its_ledger, _ = run(2, strategy, max_steps=9, **kept)
-        assert resumed["params_sha256"] == whole["params_sha256"]
-        assert resumed["metrics"] == whole["metrics"]
-        assert its_ledger == ledger
+    kept: dict[str, Any] = {"max_epochs": None}
+    run(3, "cut", max_steps=4, **kept)
+    run(1, "cut", max_steps=5, num_workers=1, **kept)
+    resumed, its_ledger, _ = run(2, "cut", max_steps=9, strategy="fsdp", **kept)
+    assert resumed["params_sha256"] == whole["params_sha256"]
+    assert resumed["metrics"] == whole["metrics"]
+    assert its_ledger == ledger
 
 
 def shift_of_rank() -> int:
