@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -186,7 +187,16 @@ def _exception_message(source: _Source, error: BaseException) -> str:
     line = f"\n    {cfg_frames[-1].line}" if cfg_frames and cfg_frames[-1].line else ""
     is_deeper = cfg_frames and frames[-1] is not cfg_frames[-1]
     deeper = f"\n(raised in {frames[-1].filename}:{frames[-1].lineno})" if is_deeper else ""
-    return f"{place}: {type(error).__name__}: {error}{line}{deeper}"
+    return f"{place}: {type(error).__name__}: {error}{_advice(error)}{line}{deeper}"
+
+
+def _advice(error: BaseException) -> str:
+    """Return the advice for a class that was called where the Config takes it: `AdamW(lr=1e-3)` lacks parameters."""
+    lacks = re.match(r"(\w+)\.__init__\(\) missing \d+ required positional argument", str(error))
+    if not isinstance(error, TypeError) or lacks is None:
+        return ""
+    name = lacks[1]
+    return f"; if a field of the Config is to build it during the run, write partial({name}, KEYWORD=...) there"
 
 
 def _config_of(source: _Source, module: ModuleType) -> Config:

@@ -10,7 +10,7 @@ turns that are given to the open window that closes first (EDF) meet all of them
 among those that leave the rest possible. Else a source could always have the same places of a global batch, and a slot
 always samples of the same source. Turns are computed in blocks, each by itself:
 
-- Shares with a small common denominator (0.7 and 0.3: 10): a block is one or several periods, and at its ends each
+- Shares with a common denominator up to 256 (0.7 and 0.3: 10): a block is one or several periods, and at its ends each
   source has exactly its share. 512 blocks are drawn, when they are first needed; a hash of a block's number chooses.
 - Other shares: the counts at the ends of a block are those to which EDF leads from one block earlier. It starts there
   from a state that needs no history: the windows that have closed are over, and of the open ones those that close
@@ -20,15 +20,17 @@ always samples of the same source. Turns are computed in blocks, each by itself:
 
 *Errors*: AssertionError if a block were not possible, which would be a defect here.
 
-*Cost*: some 3 microseconds for each turn of a block that is computed, and 0.2 for each that is known. A block of the
-second kind has 32 turns, or as many as the smallest share needs to have one, and costs three times as much. Of the
-first kind at most 512 blocks are computed, and kept: at most 16 MB.
+*Cost*: some 3 microseconds for each turn of a new block, and 0.2 for each of a known one. Of the first kind at most
+512 blocks are computed, of at most 256 turns, and kept. A block of the second kind has 32 turns, or as many as the
+smallest share needs to have one; it is always new, and costs 5 microseconds a turn. With a hundred sources both cost
+some 25.
 
 *Source*: Baruah, Cohen, Plaxton and Varvel, "Proportionate Progress: A Notion of Fairness in Resource Allocation"
 (Algorithmica 1996), for the windows; Tijdeman, "The chairman assignment problem" (1980).
 """
 
 import hashlib
+import heapq
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -40,7 +42,7 @@ import numpy.typing as npt
 from disttrain.data.permutation import Indices, split_mix
 
 SHORTEST_BLOCK, SHORTEST_PERIODS = 32, 64
-LONGEST_PERIOD = 4096
+LONGEST_PERIOD = 256
 NUM_DRAWN = 512
 """The number of blocks that are drawn for shares with a period."""
 SMALLEST_SHARE = Fraction(1, 2**16)
@@ -139,12 +141,8 @@ class FairTurns:
         clipped = [Windows(each.opens, close) for each, close in zip(windows, closes, strict=True)]
         words = hashlib.shake_256(f"FairTurns/{self._key}/{name}".encode()).digest(8 * self._length)
         draws = (np.frombuffer(words, dtype="<u8") >> np.uint64(11)).astype(np.float64) * 2.0**-53
-        sources = np.array(_drawn_turns(clipped, draws.tolist()), dtype=np.int32)
-        earlier = np.empty_like(sources)
-        for source in range(len(counts)):
-            here = sources == source
-            earlier[here] = np.arange(np.count_nonzero(here))
-        return Block(sources, earlier)
+        turns = _drawn_turns(clipped, draws.tolist())
+        return Block(*np.array(turns, dtype=np.int32).T)
 
     def _windows(self, start: int, counts: list[int], ends: list[int]) -> list[Windows]:
         """Return the windows of each source's turns from number `counts` to number `ends`."""
@@ -160,57 +158,66 @@ class FairTurns:
 def _first_closing(windows: Sequence[Windows], length: int) -> list[int]:
     """Return the source of each turn, if each turn is given to the open window that closes first."""
     given, turns = [0] * len(windows), []
+    waiting = [(each.opens[0], source) for source, each in enumerate(windows) if each.opens]
+    heapq.heapify(waiting)
+    ready: list[tuple[int, int]] = []
     for now in range(length):
-        open_now = [
-            (each.closes[n], source)
-            for source, (each, n) in enumerate(zip(windows, given, strict=True))
-            if n < len(each.opens) and each.opens[n] <= now
-        ]
-        _, source = min(open_now)
-        given[source] += 1
+        while waiting and waiting[0][0] <= now:
+            _, source = heapq.heappop(waiting)
+            heapq.heappush(ready, (windows[source].closes[given[source]], source))
+        _, source = heapq.heappop(ready)
         turns.append(source)
+        given[source] += 1
+        if given[source] < len(windows[source].opens):
+            heapq.heappush(waiting, (windows[source].opens[given[source]], source))
     return turns
 
 
-def _drawn_turns(windows: Sequence[Windows], draws: Sequence[float]) -> list[int]:
-    """Return the source of each turn, drawn among the windows that may have it and leave the rest possible.
+def _drawn_turns(windows: Sequence[Windows], draws: Sequence[float]) -> list[tuple[int, int]]:
+    """Return (source, turns it had before) of each turn, drawn among the windows that leave the rest possible.
 
     A window that closes after n turns has this one with a chance of 1/n; the one that closes first has the rest. So the
     turn of a small share may be anywhere in its long window. `slack[t]` is the number of turns before t that need not
     be given to a window that closes by then; where it is 0, the next turn must be given to one of these.
     """
-    length = len(draws)
-    slack = list(range(length + 1))
-    for each in windows:
-        for close in each.closes:
-            slack[close] -= 1
-    needed = 0
-    for t in range(length + 1):
-        needed += t - slack[t]
-        slack[t] = t - needed
-    assert min(slack) >= 0, "every window has room"
+    slack = _slack(windows, len(draws))
     given, turns, tight = [0] * len(windows), [], 0
+    never = len(draws) + 1
+    opens = [each.opens[0] if each.opens else never for each in windows]
+    closes = [each.closes[0] if each.closes else never for each in windows]
     for now, draw in enumerate(draws):
         if tight <= now:
             tight = slack.index(0, now + 1)
-        may = [
-            (each.closes[n], source)
-            for source, (each, n) in enumerate(zip(windows, given, strict=True))
-            if n < len(each.opens) and each.opens[n] <= now and each.closes[n] <= tight
-        ]
-        chances = [1 / (close - now) for close, _ in may]
-        soonest = chances.index(max(chances))
-        chances[soonest] = max(chances[soonest], 1 - sum(chances) + chances[soonest])
-        left = draw * sum(chances)
-        chosen = 0
-        while chosen < len(may) - 1 and left >= chances[chosen]:
-            left -= chances[chosen]
-            chosen += 1
-        close, source = may[chosen]
-        for t in range(now + 1, close):
+        may = [source for source, opening in enumerate(opens) if opening <= now and closes[source] <= tight]
+        source = first = min(may, key=closes.__getitem__)
+        left = draw
+        for other in may:
+            left -= 1 / (closes[other] - now) if other != first else 0
+            if left < 0:
+                source = other
+                break
+        for t in range(now + 1, closes[source]):
             slack[t] -= 1
             if slack[t] == 0 and t < tight:
                 tight = t
+        turns.append((source, given[source]))
         given[source] += 1
-        turns.append(source)
+        more = given[source] < len(windows[source].opens)
+        opens[source] = windows[source].opens[given[source]] if more else never
+        closes[source] = windows[source].closes[given[source]] if more else never
     return turns
+
+
+def _slack(windows: Sequence[Windows], length: int) -> list[int]:
+    """Return for each t up to `length` the turns before t that no window needs that closes by then."""
+    slack = list(range(length + 1))
+    closing = [0] * (length + 1)
+    for each in windows:
+        for close in each.closes:
+            closing[close] += 1
+    needed = 0
+    for t in range(length + 1):
+        needed += closing[t]
+        slack[t] -= needed
+    assert min(slack) >= 0, "every window has room"
+    return slack

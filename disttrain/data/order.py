@@ -24,7 +24,7 @@ from disttrain.seeding import seed_for
 
 
 class Order(Protocol):
-    """The order of the samples: which one is at which position of an epoch.
+    """The sample at each position of an epoch.
 
     An order may have a `fingerprint`, an attribute or a method, of what decides about it, as a dataset may. A resumed
     run is refused if it differs.

@@ -25,8 +25,8 @@ from disttrain.data.permutation import Indices
 from disttrain.errors import ConfigError, DataError
 from disttrain.seeding import seed_for
 
-INDICES_AT_A_TIME = 8192
-"""The number of indices that a sampler computes at once, about; each call costs some 60 microseconds."""
+POSITIONS_AT_A_TIME = 8192
+"""The number of positions for which a sampler asks its order at once, about; each call costs some 60 microseconds."""
 
 
 class SeededBatch(list[int]):
@@ -162,9 +162,11 @@ class SlotBatchSampler(BatchSampler):
             yield from self._rest_of(later, 0)
 
     def _rest_of(self, epoch: int, first_step: int) -> Iterator[Microbatch]:
-        steps_at_a_time = max(1, INDICES_AT_A_TIME // (len(self.slots) * self.batch_size))
-        for start in range(first_step, self.num_steps, steps_at_a_time):
-            steps = range(start, min(start + steps_at_a_time, self.num_steps))
+        # All ranks' positions count, because some orders compute them too. The first step waits for itself alone.
+        most, steps = max(1, POSITIONS_AT_A_TIME // self.global_batch_size), range(first_step, first_step)
+        while steps.stop < self.num_steps:
+            size = min(2 * len(steps) or 1, most)
+            steps = range(steps.stop, min(steps.stop + size, self.num_steps))
             owned = itertools.product(steps, self.slots)
             for (step, slot), indices in zip(owned, self._indices(epoch, steps, self.slots), strict=True):
                 yield self._microbatch(indices, epoch, step, slot)
@@ -203,9 +205,10 @@ def check_sizes(num_samples: int, global_batch_size: int, num_slots: int, name: 
     if num_samples < global_batch_size:
         largest = num_samples - num_samples % num_slots
         fit = f"a global_batch_size of at most {largest}" if largest else f"a num_slots of at most {num_samples}"
+        more = "more data" if name == "a dataset" else "more num_samples"
         raise DataError(
             f"expected at least global_batch_size={global_batch_size} samples (one step), got {name} of "
-            f"{num_samples}; use {fit}, or more data"
+            f"{num_samples}; use {fit}, or {more}"
         )
 
 

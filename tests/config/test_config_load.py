@@ -195,6 +195,15 @@ def test_an_exception_shows_the_line_of_the_cfg(tmp_path: Path) -> None:
     assert "decoder.py" in deeper
 
 
+def test_a_class_that_is_called_where_a_partial_belongs(tmp_path: Path) -> None:
+    for call, name in (("Mixture({'web': 1})", "Mixture"), ("Weighted(weights=[1])", "Weighted")):
+        message = refused(write_cfg(tmp_path, text=f"from disttrain.data import *\norder = {call}\n"))
+        assert f"line 2: TypeError: {name}.__init__() missing" in message
+        assert (
+            f"; if a field of the Config is to build it during the run, write partial({name}, KEYWORD=...)" in message
+        )
+
+
 def test_a_missing_module_and_an_exit(tmp_path: Path) -> None:
     missing = refused(write_cfg(tmp_path, text="import no_such_thing\n"))
     assert "line 1: ModuleNotFoundError: No module named 'no_such_thing'" in missing
