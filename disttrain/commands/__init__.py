@@ -12,6 +12,7 @@ causes       finds the setting because of which a scenario differs or cannot be 
 lost_state   finds the state of handlers that a kill loses, for `verify`
 compare      finds the first difference of two runs
 checkpoint   lists, shows, verifies, prunes and exports checkpoints
+evaluate     evaluates a checkpoint of a run on its validation data
 doctor       prints the versions and devices of this machine
 closed_output  drops what nobody reads any more
 failures     reports the error that ended a run, once for all ranks
