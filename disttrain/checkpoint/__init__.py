@@ -60,7 +60,7 @@ from disttrain.checkpoint.listing import (
     tensors_of,
 )
 from disttrain.checkpoint.manifest import MANIFEST, CheckpointInfo, FileRecord, Manifest
-from disttrain.checkpoint.read import Loaded, load, load_newest, load_newest_of
+from disttrain.checkpoint.read import Loaded, load, load_from, load_newest, load_newest_of
 from disttrain.checkpoint.remote_store import is_url
 from disttrain.checkpoint.storage import checkpoint_name, clean, committed, step_in, step_of
 from disttrain.checkpoint.store import (
@@ -107,6 +107,7 @@ __all__ = [
     "is_url",
     "load",
     "load_file",
+    "load_from",
     "load_newest",
     "load_newest_of",
     "marked_place",

@@ -116,6 +116,21 @@ def load_newest_of(
     )
 
 
+def load_from(
+    store: CheckpointStore,
+    name: str,
+    backend: CheckpointRanks | None = None,
+    sharded: DTensorPlan | None = None,
+    accept: Accept | None = None,
+) -> Loaded:
+    """Load the checkpoint of this name, with the same result or the same error on every rank; nothing is changed."""
+    try:
+        state, manifest = _load(store, name, backend, sharded, accept)
+    except DamagedError as error:
+        raise DamagedError(f"the checkpoint {store.path(name)} is damaged: {error}") from error
+    return Loaded(state, manifest, [], str(store))
+
+
 def _load(
     store: CheckpointStore,
     name: str,

@@ -13,6 +13,7 @@ lost_state   finds the state of handlers that a kill loses, for `verify`
 compare      finds the first difference of two runs
 runs         lists the runs of a folder, what differs in their configs, and their results
 checkpoint   lists, shows, verifies, prunes and exports checkpoints
+evaluate     evaluates a checkpoint of a run on its validation data
 doctor       prints the versions and devices of this machine
 closed_output  drops what nobody reads any more
 failures     reports the error that ended a run, once for all ranks

@@ -103,12 +103,7 @@ def run_command(options: argparse.Namespace, handlers: Handlers, preemption: Pre
     if mistake_before():
         return USAGE
     try:
-        end_with_launcher()
-        set_process_variables()  # for the loader's workers, if another program called this
-        set_default("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACES[0])  # before connecting starts CUDA
-        timeout_s = config.timeout_s if config else 60.0
-        collectives_s = timeout_s + max(LEAST_SLACK_S, SLACK * timeout_s)
-        backend = connect(config.backend if config else "auto", timeout_s=collectives_s, spmd=asks_spmd(config))
+        backend = connect_ranks(config)
     except DisttrainError as error:
         return print_error(config_error or error, options)
     with backend:
@@ -121,6 +116,16 @@ def run_command(options: argparse.Namespace, handlers: Handlers, preemption: Pre
             return check_and_train(config, options, backend, preemption)
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - nothing above this can report it
             return report_failure(error, config, backend, options)
+
+
+def connect_ranks(config: Config | None) -> Backend:
+    """Connect this rank as the config says, or by default where the config cannot be loaded."""
+    end_with_launcher()
+    set_process_variables()  # for the loader's workers, if another program called this
+    set_default("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACES[0])  # before connecting starts CUDA
+    timeout_s = config.timeout_s if config else 60.0
+    collectives_s = timeout_s + max(LEAST_SLACK_S, SLACK * timeout_s)
+    return connect(config.backend if config else "auto", timeout_s=collectives_s, spmd=asks_spmd(config))
 
 
 def asks_spmd(config: Config | None) -> bool | None:

@@ -13,9 +13,9 @@ from disttrain.commands.closed_output import output_may_close
 from disttrain.process import begin_process
 from disttrain.version import __version__
 
-_OWN_PARSERS = ("launch", "verify", "checkpoint", "runs")
+_OWN_PARSERS = ("launch", "verify", "checkpoint", "evaluate", "runs")
 """The commands that parse their own words."""
-_TRAINS = ("launch", "verify")
+_TRAINS = ("launch", "verify", "evaluate")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,6 +50,7 @@ def run_words(words: Sequence[str]) -> int:
         "checkpoint", add_help=False, help="list, show, verify, prune or export the checkpoints of a run"
     )
     commands.add_parser("runs", add_help=False, help="list the runs of a folder, what differs in them, and results")
+    commands.add_parser("evaluate", add_help=False, help="evaluate a checkpoint of a run on its validation data")
     compare = commands.add_parser(
         "compare",
         help="find the first step at which two runs differ",

@@ -1,10 +1,11 @@
 """`disttrain launch --ranks N cfg.py`: start the ranks of a run by torchrun, with the settings that a run needs."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from disttrain.config import load_config
-from disttrain.environment import grace_s
+from disttrain.config import Config, load_config
+from disttrain.environment import grace_s as grace_of_launcher
 from disttrain.errors import ConfigError
 from disttrain.launching.pet_variables import hosts_as_set
 from disttrain.launching.torchrun import run_torchrun, torchrun_words
@@ -64,7 +65,7 @@ def start_ranks(options: argparse.Namespace) -> int:
             f"expected --nodes and --rdzv together, got --nodes {nodes} and --rdzv {options.rdzv}; "
             "one host needs neither, several need both"
         )
-    grace_s(in_agent=True)  # refuse an unreadable variable here; torchrun would fail with a traceback
+    grace_of_launcher(in_agent=True)  # refuse an unreadable variable here; torchrun would fail with a traceback
     config = load_config(Path(options.config), options.overrides)  # report a mistake once, and not on every rank
     words = torchrun_words(
         options.ranks,
@@ -76,7 +77,14 @@ def start_ranks(options: argparse.Namespace) -> int:
     )
     arguments = [options.config, *options.overrides, "--runs", str(options.runs)]
     arguments += ["--fresh"] * options.fresh + ["--traceback"] * options.traceback
+    return run_ranks(words, "disttrain.launch", arguments, config, grace_s=options.grace)
+
+
+def run_ranks(
+    words: Sequence[str], module: str, arguments: Sequence[str], config: Config, *, grace_s: int | None = None
+) -> int:
+    """Run `main(arguments)` of a module on the ranks that torchrun's `words` start; return their exit code."""
     set_process_variables()  # the ranks get them from the process off which they are forked
     variables = {"OMP_NUM_THREADS": SETTINGS["OMP_NUM_THREADS"], "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     preload = [*PRELOAD, *["torchmetrics"] * bool(config.metrics)]
-    return run_torchrun(words, "disttrain.launch", arguments, variables, preload, grace_s=options.grace)
+    return run_torchrun(words, module, arguments, variables, preload, grace_s=grace_s)

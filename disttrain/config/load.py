@@ -44,12 +44,17 @@ class _Source(NamedTuple):
     overrides: list[str]
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: Path | str, overrides: Sequence[str] = (), *, kept: tuple[Path, Sequence[str]] | None = None
+) -> Config:
     """Return the Config of a cfg.py or a run directory, with overrides applied.
 
-    A run directory has overrides of its own; the given ones are applied after them.
+    A run directory has overrides of its own; the given ones are applied after them. `kept`: the cfg.py and the
+    overrides of one of its launches, in the place of those of the newest.
     """
     source = _find(Path(path))
+    if kept is not None:
+        source = source._replace(shown=kept[0], file=kept[0].resolve(), overrides=list(kept[1]))
     texts = [*source.overrides, *overrides]
     modules_before = frozenset(sys.modules)
     with _importable(source) as module:

@@ -27,6 +27,7 @@ train              the way of a run: assemble, restore, attach, train, result
 resume             the state that a checkpoint holds of a run, and how a run resumes from one
 checkpoint_places  the places of a run's checkpoints
 saving             when and where a checkpoint is saved, also when little time is left
+checkpoint_values  the values of one checkpoint on the validation data
 samples            compares a few samples between the ranks, and with the run's own
 restored           checks that what was restored is what was saved
 rollback           going back to a checkpoint after a bad step

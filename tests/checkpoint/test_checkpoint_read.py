@@ -12,7 +12,17 @@ from checkpoint_children import fork, wait
 from checkpoint_states import flip, mark_of, marked
 from checkpoint_strangers import rewrite
 
-from disttrain.checkpoint import DamagedError, clean, committed, load, load_newest, save, verify
+from disttrain.checkpoint import (
+    DamagedError,
+    clean,
+    committed,
+    load,
+    load_from,
+    load_newest,
+    save,
+    store_at,
+    verify,
+)
 from disttrain.checkpoint.manifest import MANIFEST, SUMS, TENSORS
 from disttrain.errors import CheckpointError
 
@@ -171,3 +181,15 @@ def test_loading_a_checkpoint_of_a_stranger_imports_and_runs_nothing(tmp_path: P
     rewrite(path, state=state)
     with pytest.raises(DamagedError, match="no release writes such an object"):
         load(path)
+
+
+def test_one_checkpoint_of_a_store_is_loaded_by_its_name(root: Path) -> None:
+    names = committed(root)
+    for name in names:
+        found = load_from(store_at(root), name)
+        assert (found.name, found.place) == (name, str(root))
+        assert mark_of(found.state) == found.manifest.step
+    flip(root / names[0] / TENSORS, -1)
+    with pytest.raises(DamagedError, match=rf"the checkpoint {root}/{names[0]} is damaged: {TENSORS} does not have"):
+        load_from(store_at(root), names[0])
+    assert committed(root) == names  # it is not set aside

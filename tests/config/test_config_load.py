@@ -155,6 +155,18 @@ def test_no_such_file_names_the_nearest(tmp_path: Path) -> None:
     assert "no such file; expected a cfg.py or a run directory." in refused(tmp_path / "nowhere" / "x.py")
 
 
+def test_the_cfg_and_the_overrides_of_an_older_launch_take_the_place_of_the_newest(tmp_path: Path) -> None:
+    run = run_directory(tmp_path, write_cfg(tmp_path), "seed=8")
+    kept = tmp_path / "launches" / "cfg.py"
+    kept.parent.mkdir()
+    kept.write_text(CFG.replace("seed=7", "seed=7, max_steps=11, max_epochs=None").replace("max_epochs=20,", ""))
+    config = load_config(run, ["num_workers=2"], kept=(kept, ["global_batch_size=64"]))
+    assert (config.seed, config.max_steps, config.global_batch_size, config.num_workers) == (7, 11, 64, 2)
+    assert config.name == load_config(run).name
+    assert config.origin is not None
+    assert (config.origin.file, config.origin.text) == (kept.resolve(), kept.read_bytes())
+
+
 def test_a_directory_that_is_no_run_directory(tmp_path: Path) -> None:
     write_cfg(tmp_path)
     message = refused(tmp_path)
