@@ -153,7 +153,8 @@ class Config(Declaration):
     loss: Annotated[Loss | None, FieldNote(takes="(y_pred, y) -> scalar Tensor")] = None
     """Computes the mean loss of a microbatch, from the output of the model and the target. None if `forward` is set."""
     forward: Annotated[Forward | None, FieldNote(takes="(model, batch) -> (loss, outputs)")] = None
-    """Computes the loss and the outputs of a microbatch that is not a pair (x, y), in place of loss(model(x), y)."""
+    """Computes the loss and the outputs of a microbatch that is not a pair (x, y), in place of loss(model(x), y). With
+    `global_loss`: its embeddings."""
     global_loss: Annotated[LossOfEmbeddings | None, FieldNote(takes="(embeddings) -> scalar Tensor")] = None
     """Computes the loss of a whole global batch, for losses that compare its samples with each other (contrastive
     ones). `forward` then returns a microbatch's embeddings: a tensor, or a dict or tuple of tensors, with one row for

@@ -33,7 +33,6 @@ from disttrain.parallel.user_collectives import without_collectives
 ROUNDING = 0.1
 """The largest part of the embeddings' norm by which two runs of one slot may differ: more than bfloat16 rounds."""
 ROWS_ADVICE = "give every sample one row, padded if need be, in every slot; a mask may be one of the tensors"
-
 GATHERED = "global_loss gets the embeddings of all slots of all ranks, and the gradients meet by themselves"
 
 
@@ -76,7 +75,7 @@ class GlobalLoss:
         self._value = torch.zeros(())
 
     def begin(self) -> None:
-        """Begin a step; drop what a failed one has left."""
+        """Drop what the previous step has left, even if it failed."""
         self._mine, self._whole, self._gradients, self._own = [], [], [], []
 
     def look_at(self, microbatch: Any) -> None:
@@ -185,9 +184,9 @@ class GlobalLoss:
             if not _is_float(leaf):
                 continue
             there = self._by_slot(whole)[self.slot]
-            wide = torch.complex128 if leaf.is_complex() else torch.float64
-            distance, norm = ((x.to(wide)).norm() for x in (leaf.detach() - there, there))
-            if distance > ROUNDING * norm:
+            wide = torch.complex64 if leaf.is_complex() else torch.float32
+            here, there = leaf.detach().to(wide), there.to(wide)
+            if (here - there).norm() > ROUNDING * there.norm():
                 raise ConfigError(
                     f"forward: with global_loss each slot runs twice, first without gradients, but slot {self.slot} "
                     "gives other embeddings in the second run. Expected embeddings that depend on weights, buffers, "

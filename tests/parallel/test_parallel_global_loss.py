@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ranks import Err, Ranks
 from slot_models import NEEDS_FSDP, slots_of
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torch.nn import functional as F
 
 from disttrain.backend.base import Backend
 from disttrain.errors import ConfigError
-from disttrain.parallel import GlobalLoss, Slots, World, strategy_for
+from disttrain.parallel import GlobalLoss, SlotGradients, Slots, World, strategy_for
 
 STEPS = 3
 
@@ -117,6 +119,31 @@ def test_the_gradient_is_that_of_one_loss_over_the_whole_batch(ranks: Ranks, num
     assert len(its_losses) == STEPS * num_slots + 1  # the first slot is rehearsed
     assert its_losses[1::num_slots] == [pytest.approx(each, rel=1e-12) for each in losses]
     assert its_losses[-num_slots:] == [its_losses[-1]] * num_slots
+
+
+def spread(rows: Tensor) -> Tensor:
+    """Return a loss in which every row meets every other, several times (as in VICReg)."""
+    centred = rows - rows.mean(0)
+    covariance = centred.T @ centred / len(rows)
+    return covariance.pow(2).sum() + (1 - covariance.diagonal().clamp(min=1e-3).sqrt()).relu().mean()
+
+
+@given(num_slots=st.integers(1, 7), num_rows=st.integers(1, 4), width=st.integers(1, 5), seed=st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_the_slots_gradients_add_up_to_that_of_the_whole(num_slots: int, num_rows: int, width: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, width)).double()
+    x = torch.randn(num_slots * num_rows, 3, dtype=torch.float64)
+    expected = torch.autograd.grad(spread(net(x)), list(net.parameters()))
+    gradients = SlotGradients(net, Slots(num_slots), seed=seed)
+    whole = GlobalLoss(
+        Slots(num_slots), None, embed=net, loss=spread, backward=torch.autograd.backward, parameters=net.parameters
+    )
+    gradients.minimize(whole, rehearses=False)
+    for rows in gradients.microbatches(x.chunk(num_slots), 1):
+        whole.slot_loss(net(rows)).backward()
+    for parameter, gradient in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12)
 
 
 @NEEDS_FSDP
