@@ -99,7 +99,8 @@ class Config(Declaration):
     """Computes the mean loss of a microbatch, from the output of the model and the target. None if `forward` is set."""
     forward: Annotated[Forward | None, FieldNote(takes="(model, batch) -> (loss, outputs[, values])")] = None
     """Computes the loss and the outputs of a microbatch that is not a pair (x, y), in place of loss(model(x), y). It
-    may also return values for the curves, a dict of name: number (docs/metrics.md)."""
+    may also return values for the curves, a dict of name: number (docs/metrics.md). With `global_loss`: its
+    embeddings."""
     global_loss: Annotated[LossOfEmbeddings | None, FieldNote(takes="(embeddings) -> scalar Tensor")] = None
     """Computes the loss of a whole global batch, for losses that compare its samples with each other (contrastive
     ones). `forward` then returns a microbatch's embeddings: a tensor, or a dict or tuple of tensors, with one row for

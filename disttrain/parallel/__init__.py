@@ -24,6 +24,7 @@
     slot_checks         refuses forwards that change parameters, and loops that are left before their end
     shard_checks        refuses forwards that cannot run module by module under FSDP2
     rehearsal           runs the first slot twice, and refuses a forward whose gradients then differ
+    user_collectives    refuses collectives in the user's code
     fingerprints        numbers that tell whether a tensor has changed
     buffers             makes BatchNorm's statistics independent of the number of ranks
     recomputation       activation checkpointing: chosen modules run again in the backward

@@ -63,6 +63,7 @@ class FsdpModuleGradients(GradientsOverSlots):
     """
 
     progress: GradientProgress
+    calls_ranks_in_slots = True
 
     def __init__(
         self,

@@ -15,8 +15,7 @@ computes the loss over them. For each tensor of the embeddings one all-gather.
 *Source*: GradCache (Gao et al., 2021, arXiv:2101.06983).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,10 +28,12 @@ from disttrain.errors import ConfigError
 from disttrain.parallel.fingerprints import fingerprints_by_place
 from disttrain.parallel.slot_checks import CHECKED_STEPS
 from disttrain.parallel.slots import Slots
+from disttrain.parallel.user_collectives import without_collectives
 
 ROUNDING = 0.1
 """The largest part of the embeddings' norm by which two runs of one slot may differ: more than bfloat16 rounds."""
 ROWS_ADVICE = "give every sample one row, padded if need be, in every slot; a mask may be one of the tensors"
+GATHERED = "global_loss gets the embeddings of all slots of all ranks, and the gradients meet by themselves"
 
 
 class GlobalLoss:
@@ -74,12 +75,12 @@ class GlobalLoss:
         self._value = torch.zeros(())
 
     def begin(self) -> None:
-        """Begin a step; drop what a failed one has left."""
+        """Drop what the previous step has left, even if it failed."""
         self._mine, self._whole, self._gradients, self._own = [], [], [], []
 
     def look_at(self, microbatch: Any) -> None:
         """Run one slot of the first pass; call it for this rank's slots in their order."""
-        with self._without_collectives("forward"), torch.no_grad():
+        with without_collectives(self._group, "forward", GATHERED), torch.no_grad():
             embeddings = self._leaves(self._embed(microbatch))
         self._mine.append([each.detach().clone() for each in embeddings])
 
@@ -94,7 +95,7 @@ class GlobalLoss:
         leaves = [each.detach().requires_grad_(_is_float(each)) for each in self._whole]
         # Not the leaves themselves, which no loss could change in place.
         given = tree_unflatten([each.clone() for each in leaves], self._structure)
-        with self._without_collectives("global_loss"):
+        with without_collectives(self._group, "global_loss", GATHERED):
             loss = self._loss(given)
         if loss.requires_grad:
             self._backward(loss)
@@ -183,34 +184,14 @@ class GlobalLoss:
             if not _is_float(leaf):
                 continue
             there = self._by_slot(whole)[self.slot]
-            wide = torch.complex128 if leaf.is_complex() else torch.float64
-            distance, norm = ((x.to(wide)).norm() for x in (leaf.detach() - there, there))
-            if distance > ROUNDING * norm:
+            wide = torch.complex64 if leaf.is_complex() else torch.float32
+            here, there = leaf.detach().to(wide), there.to(wide)
+            if (here - there).norm() > ROUNDING * there.norm():
                 raise ConfigError(
                     f"forward: with global_loss each slot runs twice, first without gradients, but slot {self.slot} "
                     "gives other embeddings in the second run. Expected embeddings that depend on weights, buffers, "
                     "batch and seed alone, and not on whether gradients are on"
                 )
-
-    @contextmanager
-    def _without_collectives(self, field: str) -> Iterator[None]:
-        """Raise ConfigError if the body called a collective of the ranks' common process group."""
-        before = self._num_collectives()
-        yield
-        if (num := self._num_collectives() - before) > 0:
-            raise ConfigError(
-                f"{field}: expected no call of torch.distributed, got {num}; leave it out: global_loss gets the "
-                "embeddings of all slots of all ranks, and the gradients meet by themselves"
-            )
-
-    def _num_collectives(self) -> int:
-        group: Any = self._group
-        if group is None:
-            return 0
-        try:
-            return int(group._get_sequence_number_for_group())
-        except RuntimeError:  # a process group that does not count
-            return 0
 
 
 class _Known(torch.autograd.Function):

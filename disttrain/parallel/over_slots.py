@@ -14,7 +14,7 @@ what shows only in a forward, in the first steps (`slot_checks.py`). ValueError 
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,8 +30,14 @@ from disttrain.parallel.rehearsal import Rehearsal, deep_copy
 from disttrain.parallel.slot_checks import SlotChecks
 from disttrain.parallel.slots import Slots
 from disttrain.parallel.trained_parameters import TrainedParameters
+from disttrain.parallel.user_collectives import without_collectives
 from disttrain.parallel.weights import SlotWeights, WeightOf
 from disttrain.seeding import seed_for, seed_torch
+
+ALONE = (
+    "a slot may not depend on the ranks, and the gradients meet by themselves; a loss that compares the samples of all "
+    "slots is global_loss (docs/contrastive.md)"
+)
 
 
 class GradientsOverSlots(ABC):
@@ -42,6 +48,8 @@ class GradientsOverSlots(ABC):
 
     several = True
     divisor = 1
+    calls_ranks_in_slots = False
+    """Whether the forward or the backward of a slot calls the other ranks even if its gradients are not sent."""
     progress: GradientProgress | None = None
     _buffers: SlotBuffers
     _checks: SlotChecks
@@ -62,6 +70,7 @@ class GradientsOverSlots(ABC):
         self.slots = slots
         self.module = model
         self._seed = seed
+        self._process_group = process_group
         self._trained = TrainedParameters(model, process_group)
         self._unused: set[int] = set()
         self.weights = SlotWeights(slots, process_group, weight_of, self._trained.tensors[0].device)
@@ -134,7 +143,7 @@ class GradientsOverSlots(ABC):
             self._checks.slot_starts()
             if self._global_loss is not None:
                 self._global_loss.slot = slot
-            with self._rehearsal.runs(slot_seed):
+            with self._rehearsal.runs(slot_seed), self._no_collectives():
                 self._seed_generators(slot_seed)
                 yield slot, copied
             self._checks.slot_ends()
@@ -151,6 +160,12 @@ class GradientsOverSlots(ABC):
         if self._global_loss is not None:
             self._global_loss.end()
         self._checks.step_ends()
+
+    def _no_collectives(self) -> AbstractContextManager[None]:
+        """Refuse collectives in the rehearsal, which sends nothing itself."""
+        if self.calls_ranks_in_slots:
+            return nullcontext()
+        return without_collectives(self._process_group, "the forward", ALONE)
 
     def _look_ahead(self, global_loss: GlobalLoss, batch: Sequence[Any], iteration: int) -> None:
         """Run this rank's slots without gradients, and compute the loss over those of all ranks.

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ranks import Err, Ranks
 from slot_models import NEEDS_FSDP, slots_of
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torch.nn import functional as F
 
 from disttrain.backend.base import Backend
 from disttrain.errors import ConfigError
-from disttrain.parallel import GlobalLoss, Slots, World, strategy_for
+from disttrain.parallel import GlobalLoss, SlotGradients, Slots, World, strategy_for
 
 STEPS = 3
 
@@ -119,6 +121,31 @@ def test_the_gradient_is_that_of_one_loss_over_the_whole_batch(ranks: Ranks, num
     assert its_losses[-num_slots:] == [its_losses[-1]] * num_slots
 
 
+def spread(rows: Tensor) -> Tensor:
+    """Return a loss in which every row meets every other, several times (as in VICReg)."""
+    centred = rows - rows.mean(0)
+    covariance = centred.T @ centred / len(rows)
+    return covariance.pow(2).sum() + (1 - covariance.diagonal().clamp(min=1e-3).sqrt()).relu().mean()
+
+
+@given(num_slots=st.integers(1, 7), num_rows=st.integers(1, 4), width=st.integers(1, 5), seed=st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_the_slots_gradients_add_up_to_that_of_the_whole(num_slots: int, num_rows: int, width: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, width)).double()
+    x = torch.randn(num_slots * num_rows, 3, dtype=torch.float64)
+    expected = torch.autograd.grad(spread(net(x)), list(net.parameters()))
+    gradients = SlotGradients(net, Slots(num_slots), seed=seed)
+    whole = GlobalLoss(
+        Slots(num_slots), None, embed=net, loss=spread, backward=torch.autograd.backward, parameters=net.parameters
+    )
+    gradients.minimize(whole, rehearses=False)
+    for rows in gradients.microbatches(x.chunk(num_slots), 1):
+        whole.slot_loss(net(rows)).backward()
+    for parameter, gradient in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12)
+
+
 @NEEDS_FSDP
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_any_number_of_ranks_has_the_same_bits(ranks: Ranks, strategy: str) -> None:
@@ -132,6 +159,39 @@ def test_any_number_of_ranks_has_the_same_bits(ranks: Ranks, strategy: str) -> N
 def test_a_scaled_loss_has_the_gradient_once_scaled(ranks: Ranks) -> None:
     (plain, *_), (scaled, *_) = (ranks(1, trained, 3, "ddp", 0.0, Towers.embed, Towers.loss, s)[0] for s in (1.0, 64.0))
     assert scaled == plain
+
+
+class Saved:
+    """A tensor that autograd has saved, and the bytes of all that are saved at a time."""
+
+    now = most = 0
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        Saved.now += tensor.nbytes
+        Saved.most = max(Saved.most, Saved.now)
+
+    def __del__(self) -> None:
+        Saved.now -= self.tensor.nbytes
+
+
+def most_saved(num_slots: int) -> int:
+    """Return the most bytes that autograd holds in a step of 512 samples."""
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+    whole = GlobalLoss(
+        Slots(num_slots), None, embed=net, loss=spread, backward=torch.autograd.backward, parameters=net.parameters
+    )
+    gradients = SlotGradients(net, Slots(num_slots), seed=0)
+    gradients.minimize(whole, rehearses=False)
+    Saved.now = Saved.most = 0
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):  # type: ignore[no-untyped-call]
+        for rows in gradients.microbatches(torch.ones(512, 4).chunk(num_slots), 1):
+            whole.slot_loss(net(rows)).backward()
+    return Saved.most
+
+
+def test_only_one_slot_has_activations_at_a_time() -> None:
+    assert most_saved(16) < most_saved(1) / 3  # what is left is that of the loss over all rows
 
 
 def with_scale(net: Towers, x: Tensor) -> Any:
@@ -213,8 +273,8 @@ def queueing_loss(net: Towers, embeddings: Any) -> Tensor:
         (1, other_name_in_a_later_slot, Towers.loss, r"and .*\['extra'\] torch.float64 \[3, 4\]; give every sample"),
         (1, without_gradient, constant, "has no gradient by any of them"),
         (1, by_mode, Towers.loss, "slot 0 gives other embeddings in the second run"),
-        (2, gathers, Towers.loss, "forward: expected no call of torch.distributed, got 1"),
-        (2, Towers.embed, gathering_loss, "global_loss: expected no call of torch.distributed, got 1"),
+        (2, gathers, Towers.loss, "forward: expected no call of torch.distributed, got a collective"),
+        (2, Towers.embed, gathering_loss, "global_loss: expected no call of torch.distributed, got a collective"),
         (1, Towers.embed, moving_loss, "changes its parameter scale"),
         (1, Towers.embed, queueing_loss, r"the embeddings \(by global_loss\) and .* changes when"),
     ],
