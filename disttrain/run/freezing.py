@@ -39,6 +39,7 @@ class Freezing:
         members = {id(each) for group in optimizer.param_groups for each in group["params"]}
         # The config's own choice: an optimizer over a part of the parameters.
         self._left_out = {n for n, each in self._named.items() if each.requires_grad and id(each) not in members}
+        self._held: dict[str, bool] = {}
         self._checked: tuple[list[bool], list[int]] | None = None
         self._begin()
 
@@ -103,9 +104,14 @@ class Freezing:
         for parameters in groups[len(present) :]:
             self._optimizer.add_param_group({**options, "params": parameters})
 
+    def evaluated(self) -> None:
+        """Let what is frozen now stay so: a resumed run may evaluate before the events that `hold` waits for."""
+        self._held = self._flags()
+
     def hold(self, trainer: Engine, warn: Callable[[str], None], *, inside_epoch: bool) -> None:
         """Keep what `load` has set while events fire that fired before the checkpoint; the run is about to go on."""
-        flags, optimizer = self._flags(), self._optimizer
+        self.evaluated()
+        optimizer = self._optimizer
         own, add = vars(optimizer).get("add_param_group"), optimizer.add_param_group
 
         def add_if_new(param_group: dict[str, Any]) -> None:
@@ -120,8 +126,8 @@ class Freezing:
                 del optimizer.add_param_group
             else:
                 optimizer.add_param_group = own  # type: ignore[method-assign]
-            changed = [name for name, flag in self._flags().items() if flag != flags[name]]
-            self._set_flags(flags)
+            changed = [name for name, flag in self._flags().items() if flag != self._held[name]]
+            self._set_flags(self._held)
             if changed:
                 warn(
                     f"handlers of STARTED or EPOCH_STARTED, which fire again when a run resumes, changed requires_grad "

@@ -128,6 +128,39 @@ def test_an_interrupted_evaluation_is_followed_once_at_its_own_step(tmp_path: Pa
     assert traces(tmp_path / "cut") == traces(tmp_path / "whole")
 
 
+def freezes_after_two(trainer: Engine, run: Run) -> None:
+    @trainer.on(Events.STARTED)
+    def prepare(engine: Engine) -> None:
+        engine.state.layer = 0
+
+    @trainer.on(RunEvents.EVALUATED(once=2))
+    def freeze(engine: Engine) -> None:
+        run.model[engine.state.layer].requires_grad_(False)
+        run.model[1].momentum = 0.5
+
+
+def test_layers_that_are_frozen_after_an_interrupted_evaluation_stay_frozen(tmp_path: Path) -> None:
+    """STARTED comes before the evaluation that a resumed run does first, and EPOCH_STARTED after it."""
+    fields: dict[str, Any] = {**OFTEN, "valid_data": Interruptible}
+    trained(tmp_path / "whole", handlers=[freezes_after_two], **fields)
+    first = trained(tmp_path / "cut", handlers=[freezes_after_two, interrupted_after(6)], **fields)
+    assert (first["status"], first["step"]) == ("interrupted", 6)
+    trained(tmp_path / "cut", handlers=[freezes_after_two], **fields)
+    assert traces(tmp_path / "cut") == traces(tmp_path / "whole")
+
+
+def prepares(trainer: Engine, run: Run) -> None:
+    trainer.add_event_handler(Events.STARTED, lambda: setattr(trainer.state, "layer", 0))
+    trainer.add_event_handler(RunEvents.EVALUATED, lambda: trainer.state.layer + 1)
+
+
+def test_handlers_are_prepared_for_the_last_evaluation_too(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {**OFTEN, "valid_data": Interruptible}
+    first = trained(tmp_path, handlers=[prepares, interrupted_after(20)], **fields)
+    assert (first["status"], first["step"]) == ("interrupted", 20)
+    assert trained(tmp_path, handlers=[prepares], **fields)["status"] == "completed"
+
+
 def ends_after_two(trainer: Engine, run: Run) -> None:
     trainer.add_event_handler(RunEvents.EVALUATED(once=2), trainer.terminate)
 
