@@ -7,7 +7,7 @@ evaluation so far is saved too, whatever its number. The evaluations that are du
 of the run, decide whether it ends early.
 
 A signal interrupts an evaluation. The step is saved all the same, as one whose evaluation is still due. The resumed run
-calls `catch_up` before its next step, so its curves are those of a run that was not interrupted.
+calls `catch_up` at STARTED, so its curves are those of a run that was not interrupted.
 """
 
 import math
@@ -107,10 +107,12 @@ class StepEnd:
             engine.interrupt()
 
     def catch_up(self, engine: Engine) -> None:
-        """Evaluate at the step from which the run resumes, if it was saved before its evaluation was complete."""
+        """Evaluate at the step from which the run resumes, which was saved before its evaluation was complete."""
         self.interrupted = not self._evaluate(engine)
         if self._best_unsaved:
             self._save_once(engine)
+        if self.interrupted:
+            engine.interrupt()
 
     def finish(self, engine: Engine, *, anew: bool = False) -> None:
         """Do what is left of the last step; called once, after all steps. `anew`: save even what is saved already."""

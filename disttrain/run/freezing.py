@@ -41,6 +41,7 @@ class Freezing:
         # A factory that gets parameters leaves some out by its own choice; one that gets the model may forget them.
         self._left_out = lost if may_leave_out else set()
         self._forgotten = set() if may_leave_out else lost
+        self._held: dict[str, bool] = {}
         self._checked: tuple[list[bool], list[int]] | None = None
         self._begin()
 
@@ -125,9 +126,14 @@ class Freezing:
         for parameters in groups[len(present) :]:
             self._optimizer.add_param_group({**options, "params": parameters})
 
+    def evaluated(self) -> None:
+        """Let what is frozen now stay so: a resumed run may evaluate before the events that `hold` waits for."""
+        self._held = self._flags()
+
     def hold(self, trainer: Engine, warn: Callable[[str], None], *, inside_epoch: bool) -> None:
         """Keep what `load` has set while events fire that fired before the checkpoint; the run is about to go on."""
-        flags, optimizer = self._flags(), self._optimizer
+        self.evaluated()
+        optimizer = self._optimizer
         own, add = vars(optimizer).get("add_param_group"), optimizer.add_param_group
 
         def add_if_new(param_group: dict[str, Any]) -> None:
@@ -142,8 +148,8 @@ class Freezing:
                 del optimizer.add_param_group
             else:
                 optimizer.add_param_group = own  # type: ignore[method-assign]
-            changed = [name for name, flag in self._flags().items() if flag != flags[name]]
-            self._set_flags(flags)
+            changed = [name for name, flag in self._flags().items() if flag != self._held[name]]
+            self._set_flags(self._held)
             if changed:
                 warn(
                     f"handlers of STARTED or EPOCH_STARTED, which fire again when a run resumes, changed requires_grad "

@@ -17,6 +17,7 @@ from rich.console import Console
 from disttrain.backend import Backend, make_deterministic, refused_operations_named, set_tf32
 from disttrain.config import Config
 from disttrain.data import SlotLoader
+from disttrain.engine import Events
 from disttrain.errors import NonFiniteError
 from disttrain.evidence import Ledger
 from disttrain.handlers.compilations import Compilations
@@ -103,11 +104,13 @@ def attempt(
         attempts.begin(step)
         preemption.begin(backend, save_every_s=config.checkpoint.every_s)
         try:
-            is_over, ends = run.terminated == run.length or run.stopped is not None, False
-            if run.evaluation_due:
-                end.catch_up(run.trainer)
-                ends = run.trainer.should_terminate  # by a handler of EVALUATED, or early
-            if step < run.total_steps and not (end.interrupted or is_over or ends):
+            is_over = run.terminated == run.length or run.stopped is not None
+            goes_on = step < run.total_steps and not is_over
+            if run.evaluation_due and goes_on:
+                run.trainer.add_event_handler(Events.STARTED, end.catch_up)  # after all others, which prepare for it
+            elif run.evaluation_due:
+                run.trainer.fire_event(Events.STARTED)
+            if goes_on:
                 run.trainer.run(run.loader, **run.maximum, epoch_length=run.epoch_length)
             if not end.interrupted:
                 run.note_end()

@@ -68,6 +68,7 @@ class Validation:
         with random_state_kept():
             seed_position(seed_for(run.config.seed, "evaluated", state.iteration))
             engine.fire_event(RunEvents.EVALUATED)
+        run.freezing.evaluated()
         state.epoch = epoch
 
 

@@ -89,7 +89,7 @@ def plain_net() -> nn.Module:
     return nn.Linear(3, 1)
 
 
-@pytest.mark.parametrize("on_nan", ["skip", "rollback"])
+@pytest.mark.parametrize("on_nan", ["skip", pytest.param("rollback", marks=pytest.mark.slow)])
 def test_every_so_many_steps_of_the_optimizer_and_those_left_out_do_not_count(tmp_path: Path, on_nan: Any) -> None:
     recorder = Recorder()
     fields: dict[str, Any] = {**OFTEN, "model": plain_net, "train_data": WithNan, "on_nan": on_nan}

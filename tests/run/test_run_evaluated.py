@@ -2,6 +2,8 @@
 
 import json
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torchmetrics import MeanAbsoluteError
 
 from disttrain.engine import Engine, Events, RunEvents, State
 from disttrain.errors import ConfigError
+from disttrain.handlers.step_end import StepEnd
 from disttrain.run.evaluated import Evaluated
 from disttrain.run.state import Run
 
@@ -71,7 +74,7 @@ def traces(folder: Path) -> list[str]:
     return [(folder / "small" / name).read_text() for name in ("ledger.jsonl", "metrics/train.jsonl")]
 
 
-@pytest.mark.parametrize("dies_after", [7, 13])
+@pytest.mark.parametrize("dies_after", [7, pytest.param(13, marks=pytest.mark.slow)])
 def test_handlers_of_evaluations_have_the_same_effect_after_a_kill(tmp_path: Path, dies_after: int) -> None:
     whole, dying, resumed = Halving(), Halving(dies_after), Halving()
     expected = trained(tmp_path / "whole", handlers=[whole], **OFTEN)
@@ -87,23 +90,29 @@ def test_handlers_of_evaluations_have_the_same_effect_after_a_kill(tmp_path: Pat
 
 
 class Interruptible(Dataset[Any]):
-    """Validation data that sends SIGTERM when it is read the next time, if it is armed."""
+    """Validation data that sends SIGTERM when it is read the next time, and waits until the run knows of it."""
 
-    armed = False
+    asked: Callable[[], bool] | None = None
 
     def __len__(self) -> int:
         return 12
 
     def __getitem__(self, index: int) -> Any:
-        if Interruptible.armed:
-            Interruptible.armed = False
+        if (asked := Interruptible.asked) is not None:
+            Interruptible.asked = None
             signal.raise_signal(signal.SIGTERM)
+            while not asked():
+                time.sleep(0.001)
         return points(12)[index]
 
 
 def interrupted_after(step: int) -> Any:
     def interrupting(trainer: Engine, run: Run) -> None:
-        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=step), setattr, Interruptible, "armed", True)
+        @trainer.on(Events.ITERATION_COMPLETED(once=step))
+        def arm() -> None:
+            owners = (getattr(each.function, "__self__", None) for each in trainer.registrations())
+            end = next(owner for owner in owners if isinstance(owner, StepEnd))
+            Interruptible.asked = end.preemption.asked
 
     return interrupting
 
@@ -117,6 +126,39 @@ def test_an_interrupted_evaluation_is_followed_once_at_its_own_step(tmp_path: Pa
     trained(tmp_path / "cut", handlers=[resumed], **fields)
     assert interrupted.seen + resumed.seen == whole.seen
     assert traces(tmp_path / "cut") == traces(tmp_path / "whole")
+
+
+def freezes_after_two(trainer: Engine, run: Run) -> None:
+    @trainer.on(Events.STARTED)
+    def prepare(engine: Engine) -> None:
+        engine.state.layer = 0
+
+    @trainer.on(RunEvents.EVALUATED(once=2))
+    def freeze(engine: Engine) -> None:
+        run.model[engine.state.layer].requires_grad_(False)
+        run.model[1].momentum = 0.5
+
+
+def test_layers_that_are_frozen_after_an_interrupted_evaluation_stay_frozen(tmp_path: Path) -> None:
+    """STARTED comes before the evaluation that a resumed run does first, and EPOCH_STARTED after it."""
+    fields: dict[str, Any] = {**OFTEN, "valid_data": Interruptible}
+    trained(tmp_path / "whole", handlers=[freezes_after_two], **fields)
+    first = trained(tmp_path / "cut", handlers=[freezes_after_two, interrupted_after(6)], **fields)
+    assert (first["status"], first["step"]) == ("interrupted", 6)
+    trained(tmp_path / "cut", handlers=[freezes_after_two], **fields)
+    assert traces(tmp_path / "cut") == traces(tmp_path / "whole")
+
+
+def prepares(trainer: Engine, run: Run) -> None:
+    trainer.add_event_handler(Events.STARTED, lambda: setattr(trainer.state, "layer", 0))
+    trainer.add_event_handler(RunEvents.EVALUATED, lambda: trainer.state.layer + 1)
+
+
+def test_handlers_are_prepared_for_the_last_evaluation_too(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {**OFTEN, "valid_data": Interruptible}
+    first = trained(tmp_path, handlers=[prepares, interrupted_after(20)], **fields)
+    assert (first["status"], first["step"]) == ("interrupted", 20)
+    assert trained(tmp_path, handlers=[prepares], **fields)["status"] == "completed"
 
 
 def ends_after_two(trainer: Engine, run: Run) -> None:
