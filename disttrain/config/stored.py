@@ -7,6 +7,7 @@ The length of the run may change unless a schedule depends on it.
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,7 +97,7 @@ def blocking_differences(old: Description, new: Description) -> list[FieldDiffer
     changeable = {leaf.name for leaf in leaves(Config) if leaf.note.may_change}
     if old.get("schedule") is None and new.get("schedule") is None:
         changeable |= {"max_epochs", "max_steps"}
-    return [difference for difference in differences(old, new) if difference.field not in changeable]
+    return [difference for difference in differences(old, new) if not _is_of(difference.field, changeable)]
 
 
 def binding_fields(description: Description) -> Description:
@@ -107,7 +108,12 @@ def binding_fields(description: Description) -> Description:
     changeable = {leaf.name for leaf in leaves(Config) if leaf.note.may_change} | {"name"}
     if description.get("schedule") is None:
         changeable |= {"max_epochs", "max_steps"}
-    return {key: _shortened(value) for key, value in description.items() if key not in changeable}
+    return {key: _shortened(value) for key, value in description.items() if not _is_of(key, changeable)}
+
+
+def _is_of(key: str, fields: Collection[str]) -> bool:
+    """Return whether a key of a description is one of these fields, or a part of one, as train_metrics.accuracy is."""
+    return key in fields or any(key.startswith(f"{field}.") for field in fields)
 
 
 def _shortened(value: JSON) -> JSON:
@@ -118,7 +124,7 @@ def _shortened(value: JSON) -> JSON:
 def differences_that_matter(old: Description, new: Description) -> list[FieldDifference]:
     """Return the differences that may change the result of a step."""
     harmless = {leaf.name for leaf in leaves(Config) if leaf.note.harmless}
-    return [difference for difference in differences(old, new) if difference.field not in harmless]
+    return [difference for difference in differences(old, new) if not _is_of(difference.field, harmless)]
 
 
 def read_overrides(file: Path) -> list[str]:

@@ -6,6 +6,7 @@ factories          calls the factories of a Config
 step_checks        checks what the functions of a config give to each other in a step
 value_checks       checks the values that a forward returns beside the loss
 slot_results       the results that the step body takes from each slot of a step
+train_metrics      metrics of the training data, over the steps from one log point to the next
 field_places       the line of a field's value in the user's files
 code_errors        explains an exception of the user's code in one line
 data               training data with its loader and identity, and validation data

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from disttrain.backend import Backend, set_cpu_threads
-from disttrain.config import Config, check_devices
+from disttrain.config import Config, check_devices, describe
 from disttrain.config.wording import got
 from disttrain.data import check_dataset, evaluation_loader
 from disttrain.data.weighted import WeightedBatch, weight_of, without_weight
@@ -44,6 +44,7 @@ from disttrain.run.freezing import Freezing
 from disttrain.run.module_settings import ModuleSettings
 from disttrain.run.slot_results import SlotResults
 from disttrain.run.state import Run, total_steps
+from disttrain.run.train_metrics import TrainMetrics
 from disttrain.run.updates import Updates
 
 
@@ -70,7 +71,8 @@ def assemble(config: Config, backend: Backend, directory: RunDirectory, left_out
     # Not inside `agree`: making the gradients talks to the other ranks itself.
     gradients = strategy.gradients(step_function, seed=config.seed)
     updates = build_updates(config, step_function, layout, schedule, gradients, left_out)
-    slot_results = SlotResults()
+    with backend.agree("building the metrics of the training data"):
+        slot_results = SlotResults(build_train_metrics(config, slots, layout, backend))
     trainer = build_trainer(config, gradients, updates, optimizer, precision, layout, backend, slot_results)
     updates.attach(trainer)
     slot_results.attach(trainer)
@@ -233,6 +235,19 @@ def build_evaluation(
         backend=backend,
         optimizer=optimizer,
         gathered=layout.gathered,
+    )
+
+
+def build_train_metrics(config: Config, slots: Slots, layout: Layout, backend: Backend) -> TrainMetrics | None:
+    """Build the metrics of the training data; None without any."""
+    if not config.train_metrics:
+        return None
+    return TrainMetrics(
+        {name: build_metric(name, make).to(backend.metrics_device) for name, make in config.train_metrics.items()},
+        slots,
+        backend,
+        described={key: value for key, value in describe(config).items() if key.startswith("train_metrics.")},
+        bring_together=layout.bring_together,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, StackDataset, Subset, TensorDataset, random_split
+from torchmetrics import MeanSquaredError
 from zoo_lives import Fields, mlp, points
 
 Sample = namedtuple("Sample", ["x", "y"])
@@ -212,6 +213,7 @@ VARIANTS: dict[str, Callable[[], Fields]] = {
     "four_slots_of_a_list": data(lambda: [tuple(sample) for sample in points(40)], num_slots=4),
     "stream": data(Stream, **STEPS),
     "stream_that_ends": data(lambda: Stream(40), **STEPS),
+    "stream_that_ends_measured": data(lambda: Stream(40), **STEPS, train_metrics={"error": MeanSquaredError}),
     "stream_that_draws": data(lambda: Stream(40, shuffled=True), **STEPS),
     "stream_in_shards": data(Sharded, **STEPS),
     "stream_of_a_generator": data(lambda: (sample for sample in Stream(200)), **STEPS),
