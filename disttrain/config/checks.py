@@ -5,7 +5,7 @@
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,10 @@ from disttrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from disttrain.config.fields import Config
+
+
+OF_EVERY_LINE = ("step", "epoch", "loss", "grad_norm", "learning_rate", "left_out", "samples_per_second")
+"""The names that the training curves of every run have."""
 
 
 def value_of(config: "Config", name: str) -> Any:
@@ -51,7 +55,8 @@ def problems(config: "Config") -> Iterator[str]:
     for leaf in leaves(type(config)):
         if leaf.note.asks:
             yield from _parts_that_are_not_there(config, leaf)
-    yield from _metric_names(config.metrics)
+    yield from _metric_names("metrics", config.metrics)
+    yield from _metric_names("train_metrics", config.train_metrics, OF_EVERY_LINE)
     yield from _valid_sets(config.valid_data)
     yield from _monitor(config)
     yield from _schedule_monitor(config)
@@ -164,10 +169,12 @@ def _with_fsdp(config: "Config") -> Iterator[str]:
         )
 
 
-def _metric_names(names: Any) -> Iterator[str]:
+def _metric_names(field: str, names: Iterable[Any], taken: Collection[str] = ()) -> Iterator[str]:
     for name in names:
         if not PLAIN_KEY.fullmatch(name):
-            yield f"metrics: expected names without '.', '=' and spaces, such as 'accuracy', got {got(name)}"
+            yield f"{field}: expected names without '.', '=' and spaces, such as 'accuracy', got {got(name)}"
+        elif name in taken:
+            yield f"{field}: expected names of their own, got {got(name)}, which is a part of every line of the curves"
 
 
 def _valid_sets(valid_data: Any) -> Iterator[str]:

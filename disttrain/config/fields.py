@@ -127,6 +127,12 @@ class Config(Declaration):
         default_factory=dict
     )
     """The metrics of the validation data: for each name a function that builds one, such as a class of torchmetrics."""
+    train_metrics: Annotated[
+        Mapping[str, MetricFactory],
+        FieldNote(takes="() -> Metric", within="dict of name: ", may_change=True, harmless=True),
+    ] = Field(default_factory=dict)
+    """The metrics of the training data, of the same form as `metrics`. They are computed every `log.every_steps` steps
+    and at the end of each epoch, over the outputs of all slots since the last time (docs/metrics.md)."""
     global_batch_size: Annotated[Positive, FieldNote("samples")]
     """The number of samples in one step, over all ranks."""
     num_slots: Annotated[Positive | None, FieldNote("slots")] = None

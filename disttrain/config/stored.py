@@ -8,7 +8,7 @@ compiled: the compiler rounds otherwise when it recomputes.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,21 +97,17 @@ def differences(old: Description, new: Description) -> list[FieldDifference]:
 
 def blocking_differences(old: Description, new: Description) -> list[FieldDifference]:
     """Return the differences that prevent a resume."""
-    may_change, before = _may_change(new), _may_change(old)
-    return [each for each in differences(old, new) if not (may_change(each.field) and before(each.field))]
+    changeable = _changeable(old) & _changeable(new)
+    return [difference for difference in differences(old, new) if not _is_of(difference.field, changeable)]
 
 
-def _may_change(description: Description) -> Callable[[str], bool]:
-    """Return whether a resumed run may have another value under a key of its description.
+def binding_fields(description: Description) -> Description:
+    """Return the fields that a resumed run must have too, for the manifest of a checkpoint; a long value as its hash.
 
-    A dict such as `init_from.rename` has a key for each of its parts.
+    Left out is the name, which a run gets with its directory.
     """
-    names = {leaf.name for leaf in leaves(Config) if leaf.note.may_change}
-    if description.get("schedule") is None:
-        names |= {"max_epochs", "max_steps"}
-    if description.get("compile"):
-        names -= {RECOMPUTES}
-    return lambda key: key in names or any(key.startswith(f"{name}.") for name in names)
+    changeable = _changeable(description) | {"name"}
+    return {key: _shortened(value) for key, value in description.items() if not _is_of(key, changeable)}
 
 
 def _changeable(description: Description) -> set[str]:
@@ -124,13 +120,9 @@ def _changeable(description: Description) -> set[str]:
     return changeable
 
 
-def binding_fields(description: Description) -> Description:
-    """Return the fields that a resumed run must have too, for the manifest of a checkpoint; a long value as its hash.
-
-    Left out is the name, which a run gets with its directory.
-    """
-    may_change = _may_change(description)
-    return {key: _shortened(value) for key, value in description.items() if key != "name" and not may_change(key)}
+def _is_of(key: str, fields: Collection[str]) -> bool:
+    """Return whether a key of a description is one of these fields, or a part of one, as init_from.rename.a is."""
+    return key in fields or any(key.startswith(f"{field}.") for field in fields)
 
 
 def _shortened(value: JSON) -> JSON:
@@ -143,7 +135,7 @@ def differences_that_matter(old: Description, new: Description) -> list[FieldDif
     harmless = {leaf.name for leaf in leaves(Config) if leaf.note.harmless}
     if old.get("compile") or new.get("compile"):
         harmless -= {RECOMPUTES}
-    return [difference for difference in differences(old, new) if difference.field not in harmless]
+    return [difference for difference in differences(old, new) if not _is_of(difference.field, harmless)]
 
 
 def read_overrides(file: Path) -> list[str]:

@@ -20,7 +20,8 @@ compilations       counts the programs that an XLA device compiles
 watchdog           stops a rank that makes no progress, and reports it
 stragglers         reports ranks that are slower than the others
 
-line       the results of one step: its number, epoch, loss, gradient norm and learning rate
+line       the results of one step: its number, epoch, loss, gradient norm, learning rate and values
+window     the steps from one log point to the next, over which metrics of the training data are computed
 value      a number of a slot or a step beside its loss, which the config's forward returns
 update     the gradient norm of a step, and the reason if its update was left out
 pace       the newest step, and the samples per second

@@ -40,6 +40,19 @@ class Passenger(Protocol):
         """Take the data of all ranks; called on every rank."""
 
 
+class WindowMetrics(Protocol):
+    """Metrics over the steps of a window; their states travel with the losses."""
+
+    def states(self) -> list[Any]:
+        """Return the states of this rank's slots, as plain values and tensors on the host."""
+
+    def values(self, of_slots: list[Any], /) -> Mapping[str, Any]:
+        """Return the values over all slots by name, from their states in slot order; called on every rank."""
+
+    def begin_window(self) -> None:
+        """Begin a new window."""
+
+
 @dataclass(frozen=True)
 class Pace:
     """The last step of a fetch, and the samples per second since the fetch before."""
@@ -61,7 +74,8 @@ class LossLog:
     The output of a step is the list of this rank's slot losses, 0-dimensional tensors. On a step that was left out
     whole, it is an empty list on every rank. `update()` returns the update of the newest step, the same on every rank.
     `weights()` returns how often each of those losses counts; None: once each. `values()` returns what was kept of the
-    values of this rank's slots, one for each loss; an empty list if there are none.
+    values of this rank's slots, one for each loss; an empty list if there are none. `metrics` have values at log points
+    and at the last step; they are in the line of that step.
     After each fetch, every rank calls `fetched` with a line for each step and the pace; then `bad_steps` checks the
     lines.
     """
@@ -75,6 +89,7 @@ class LossLog:
         update: Callable[[], Update] = lambda: (None, None),
         weights: Callable[[], Sequence[int] | None] = lambda: None,
         values: Callable[[], list[KeptValues]] = list,
+        metrics: WindowMetrics | None = None,
         bad_steps: BadSteps | None = None,
         fetched: Callable[[list[dict[str, Any]], Pace], None],
         passenger: Passenger | None = None,
@@ -85,6 +100,7 @@ class LossLog:
         self.update = update
         self.weights = weights
         self.values = values
+        self.metrics = metrics
         self.bad_steps = bad_steps
         self.fetched = fetched
         self.passenger = passenger
@@ -113,17 +129,22 @@ class LossLog:
         self._values.append(self.values())
         self._updates.append(self.update())
 
-    def fetch(self, engine: Engine) -> None:
-        """Gather the losses since the last fetch and pass them on; NonFiniteError if a step is bad."""
+    def fetch(self, engine: Engine, *, log_point: bool = False, is_last: bool = False) -> None:
+        """Gather the losses since the last fetch and pass them on; NonFiniteError if a step is bad.
+
+        `log_point` and `is_last` are functions of the step alone; a window of the metrics ends at a log point.
+        """
         if self._losses:
-            lines, pace = self._gather(engine.state.iteration, engine.state.epoch)
+            lines, pace = self._gather(engine.state.iteration, engine.state.epoch, measures=log_point or is_last)
+            if log_point and self.metrics is not None:
+                self.metrics.begin_window()
             self.fetched(lines, pace)
         else:
             lines = []
         if self.bad_steps is not None:
             self.bad_steps.check(lines)
 
-    def _gather(self, step: int, epoch: int) -> tuple[list[dict[str, Any]], Pace]:
+    def _gather(self, step: int, epoch: int, *, measures: bool) -> tuple[list[dict[str, Any]], Pace]:
         """Return a line for each collected step, the last of which is `step`, and the pace."""
         norms = [norm for norm, _ in self._updates if norm is not None]
         numbers = iter(self.backend.fetch([*(loss for losses in self._losses for loss in losses), *norms]))
@@ -135,7 +156,10 @@ class LossLog:
         local_weights = self._weights
         self._losses, self._weights, self._values, self._updates, self._learning_rates = [], [], [], [], []
         payload = None if self.passenger is None else self.passenger.payload()
-        by_rank = self.backend.all_gather((local_losses, local_norms, payload, local_weights, local_values))
+        metrics = self.metrics if measures else None
+        states = [] if metrics is None else metrics.states()
+        gathered = self.backend.all_gather((local_losses, local_norms, payload, local_weights, local_values, states))
+        by_rank = [of_rank[:-1] for of_rank in gathered]
         if self.passenger is not None:
             self.passenger.receive([payload for _, _, payload, _, _ in by_rank])
 
@@ -154,6 +178,8 @@ class LossLog:
             line = {"step": number, "epoch": epoch, "loss": mean_over_slots(losses, counts)}
             line |= {"grad_norm": norm, "learning_rate": rate} | self._folded(values, counts, number)
             lines.append(line if reason is None else line | {"left_out": reason})
+        if metrics is not None:
+            lines[-1] |= metrics.values([state for *_, of_rank in gathered for state in of_rank])
         newest_loss = next((line["loss"] for line in reversed(lines) if line["loss"] is not None), math.nan)
         newest_values = {name: value for name, value in lines[-1].items() if name not in _OF_EVERY_LINE}
         norm = lines[-1]["grad_norm"]

@@ -90,8 +90,9 @@ class StepEnd:
     def _act(self, engine: Engine, *, epoch_ends: bool) -> None:
         step = engine.state.iteration
         is_last = step >= self.total_steps
-        if epoch_ends or is_last or step % self.log_every_steps == 0:
-            self.losses.fetch(engine)
+        log_point = epoch_ends or step % self.log_every_steps == 0
+        if log_point or is_last:
+            self.losses.fetch(engine, log_point=log_point, is_last=is_last)
         evaluates = due(self.validate_every_steps, step, epoch_ends) or is_last
         is_evaluated = not evaluates or self._evaluate(engine)
         request = self.preemption.agreed(anew=evaluates)

@@ -7,47 +7,49 @@ factories          calls the factories of a Config
 builders           builds the model, the optimizer and the schedule by them
 optimizer_checks   refuses an optimizer that a run cannot step, save or shard
 step_checks        checks what the functions of a config give to each other in a step
-global_loss        training and evaluation with a loss over the samples of a whole global batch
 value_checks       checks the values that a forward returns beside the loss
-slot_results       the results that the step body takes from each slot of a step
-field_places       the line of a field's value in the user's files
-code_errors        explains an exception of the user's code in one line
+global_loss        training and evaluation with a loss over the samples of a whole global batch
 data               training data with its loader and identity, and validation data
-updates            around each update: gradient norm, clipping, schedule, updates that are left out
-evaluation_point   the parameters of an optimizer that evaluates at another point than it trains at
-module_settings    plain attributes of modules that handlers change
+samples            compares a few samples between the ranks, and with the run's own
 beginning          whether a run begins anew, and the file that says with which weights
 initial_weights    takes the weights of `init_from` into the model
 weight_names       pairs the names of stored weights with those of a model
 weight_source      finds and reads the weights that `init_from` names
-checkpoint_target  finds the checkpoints that a person names
-ema                the moving average of the weights
+updates            around each update: gradient norm, clipping, schedule, updates that are left out
 freezing           the parameters that are trained, and the groups of the optimizer, while both change
+frozen_weights     frozen weights that checkpoints leave out
+module_settings    plain attributes of modules that handlers change
+ema                the moving average of the weights
+evaluation_point   the parameters of an optimizer that evaluates at another point than it trains at
 train              the way of a run: assemble, restore, attach, train, result
-resume             the state that a checkpoint holds of a run, and how a run resumes from one
-checkpoint_places  the places of a run's checkpoints
-saving             when and where a checkpoint is saved, also when little time is left
-checkpoint_values  the values of one checkpoint on the validation data
-samples            compares a few samples between the ranks, and with the run's own
-restored           checks that what was restored is what was saved
-rollback           going back to a checkpoint after a bad step
+slot_results       the results that the step body takes from each slot of a step
+train_metrics      metrics of the training data, over the steps from one log point to the next
+measures           builds the evaluations, and the metrics of the training and validation data
+evaluation         the model over the validation data, on all ranks
 validation_sets    several sets of validation data, evaluated as one
-outcome            the content of result.json
+validation         the evaluation that a run does after a step
 monitors           builds the memory of the best evaluation, and the rule that ends a run early
 evaluated          the newest evaluation, for what follows evaluations
-evaluation         the model over the validation data, on all ranks
-validation         the evaluation that a run does after a step
 reporter           ledger, curves and display, fed together
-frozen_weights     frozen weights that checkpoints leave out
+outcome            the content of result.json
+result             reads result.json
+resume             the state that a checkpoint holds of a run, and how a run resumes from one
+restored           checks that what was restored is what was saved
+built_values       new values of optimizer and schedule, which a checkpoint's replace
 handler_state      state that handlers hold and no checkpoint holds
+rollback           going back to a checkpoint after a bad step
+saving             when and where a checkpoint is saved, also when little time is left
+checkpoint_places  the places of a run's checkpoints
+checkpoint_target  finds the checkpoints that a person names
+checkpoint_values  the values of one checkpoint on the validation data
 directory          the run directory: its files and its lock
 opening            locks the run directory before anything is built, and opens it afterwards
-result             reads result.json
 past_runs          reads what the run directories of a folder say of their runs
 note_launch        keeps each launch, and says what has changed since
 launches           the launches that a run directory keeps
 source_files       the cfg.py and the modules of a launch, versions, the git commit
 launch_changes     the differences between two launches
-built_values       new values of optimizer and schedule, which a checkpoint's replace
 rank_log           the log file of a rank
+field_places       the line of a field's value in the user's files
+code_errors        explains an exception of the user's code in one line
 """

@@ -12,41 +12,34 @@ are called last, with the complete run.
 *Errors*: ConfigError, with the file and line, for anything that a factory of the config raises.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
 from disttrain.backend import Backend, set_cpu_threads
 from disttrain.config import Config, check_devices
-from disttrain.config.wording import got
-from disttrain.data import check_dataset, evaluation_loader
-from disttrain.data.weighted import WeightedBatch, weight_of, without_weight
+from disttrain.data.weighted import weight_of
 from disttrain.devices import device_row
 from disttrain.engine import Engine, RunEvents, create_supervised_trainer
-from disttrain.engine.step_defaults import to_device
-from disttrain.engine.supervised import StepFunction, StepResult
 from disttrain.errors import ConfigError
 from disttrain.handlers.bad_steps import BadSteps
 from disttrain.parallel import Layout, Slots, World, strategy_for
 from disttrain.parallel.leaving_out import LeavingOut
 from disttrain.precision import Precision, choose_precision
 from disttrain.run.builders import asks_for_parts, build_model, build_optimizer, build_schedule, build_step_function
-from disttrain.run.data import build_data, collate_of
+from disttrain.run.data import build_data
 from disttrain.run.directory import RunDirectory
-from disttrain.run.ema import EMA, Ema, build_ema
-from disttrain.run.evaluation import Evaluation
+from disttrain.run.ema import EMA, build_ema
 from disttrain.run.evaluation_point import begin_training
 from disttrain.run.factories import build
 from disttrain.run.freezing import Freezing
 from disttrain.run.frozen_weights import FrozenWeights
-from disttrain.run.global_loss import GlobalStep, evaluate_together, minimize_together
+from disttrain.run.global_loss import GlobalStep, minimize_together
 from disttrain.run.initial_weights import InitialWeights
 from disttrain.run.length import total_steps
+from disttrain.run.measures import build_evaluation, build_train_metrics, moved_to
 from disttrain.run.module_settings import ModuleSettings
 from disttrain.run.monitors import build_best, build_early_stop
 from disttrain.run.slot_results import SlotResults
@@ -91,13 +84,13 @@ def assemble(
         move = partial(moved_to, backend.device, layout)
         minimize_together(config, step_function, slots, gradients, optimizer, precision, backend.process_group, move)
     updates = build_updates(config, step_function, layout, schedule, gradients, left_out)
-    slot_results = SlotResults()
-    trainer = build_trainer(config, gradients, updates, optimizer, precision, layout, backend, slot_results)
     with backend.agree("building the average of the weights and the metrics"):
+        slot_results = SlotResults(build_train_metrics(config, slots, layout, backend))
         ema = build_ema(config, step_function, optimizer, updates, backend)
         parts = (step_function, optimizer, ema, slots, layout, precision, backend)
         evaluation = evaluations_of(data.valid, lambda each, field: build_evaluation(config, each, *parts, field))
         best, early_stop = build_best(config, evaluation, backend), build_early_stop(config, evaluation)
+    trainer = build_trainer(config, gradients, updates, optimizer, precision, layout, backend, slot_results)
     run = Run(
         config=config,
         backend=backend,
@@ -216,75 +209,3 @@ def world_of(config: Config, slots: Slots, backend: Backend) -> World:
         weight_of=None if config.weight is None else weight_of,
         rehearses=config.deterministic and config.precision != "apex",  # apex moves its loss scale in a backward
     )
-
-
-def compute_of(device: torch.device, layout: Layout) -> Callable[[nn.Module, Any], StepResult]:
-    """Return (step function, batch) -> (loss, outputs, values) for the validation data; metrics take the outputs."""
-
-    def compute(step_function: nn.Module, batch: Any) -> StepResult:
-        result: StepResult = layout.bring_together(step_function(moved_to(device, layout, batch)))
-        return result
-
-    return compute
-
-
-def moved_to(device: torch.device, layout: Layout, batch: Any, non_blocking: bool = False) -> Any:
-    """Return a batch without its weight, on the device, cut over the devices of this rank."""
-    return layout.cut(to_device(without_weight(batch), device, non_blocking))
-
-
-def build_evaluation(
-    config: Config,
-    dataset: Dataset[Any],
-    step_function: StepFunction,
-    optimizer: torch.optim.Optimizer,
-    ema: Ema | None,
-    slots: Slots,
-    layout: Layout,
-    precision: Precision,
-    backend: Backend,
-    field: str = "valid_data",
-) -> Evaluation:
-    """Build the evaluation of one set; its batches have one size on any number of ranks, by default a slot's."""
-    num_samples = check_dataset(dataset, field)["dataset_length"]
-    batch_size = config.validate.batch_size or config.global_batch_size // slots.num_slots
-    num_together = 1 if config.global_loss is None else config.global_batch_size // batch_size
-    metrics = {name: build_metric(name, make).to(backend.metrics_device) for name, make in config.metrics.items()}
-    evaluation = Evaluation(
-        step_function,
-        lambda: evaluation_loader(
-            dataset,
-            batch_size,
-            rank=backend.rank,
-            world_size=backend.world_size,
-            seed=config.seed,
-            num_workers=config.num_workers,
-            collate_fn=collate_of(config),
-            pin_memory=device_row(backend.device).copies_ahead,
-            num_together=num_together,
-        ),
-        compute_of(backend.device, layout),
-        metrics,
-        count=lambda number, batch: (
-            batch.weight if isinstance(batch, WeightedBatch) else min(batch_size, num_samples - number * batch_size)
-        ),
-        seed=config.seed,
-        precision=precision,
-        backend=backend,
-        optimizer=optimizer,
-        gathered=layout.gathered,
-        averaged=ema.applied if ema is not None and config.ema.evaluate else nullcontext,
-    )
-    if isinstance(step_function, GlobalStep):
-        evaluate_together(evaluation, step_function, num_together, partial(moved_to, backend.device, layout))
-    return evaluation
-
-
-def build_metric(name: str, make: Callable[[], Any]) -> Any:
-    """Build a metric; ConfigError for anything else than one of torchmetrics."""
-    from torchmetrics import Metric, MetricCollection  # slow to import, and needed only where metrics are
-
-    metric = build(f"metric {name}", make)
-    if not isinstance(metric, Metric | MetricCollection):
-        raise ConfigError(f"metric {name}: expected a function that returns a torchmetrics.Metric, got {got(metric)}")
-    return metric

@@ -32,7 +32,7 @@ from disttrain.run.samples import compare_samples
 from disttrain.run.state import Run
 
 OPTIMIZER, TRAINER, PRECISION, SCHEDULE, DATA, KEPT = "optimizer", "trainer", "precision", "schedule", "data", "kept"
-EVALUATED = "evaluated"
+EVALUATED, TRAIN_METRICS = "evaluated", "train_metrics"
 """The parts of a checkpoint's state, by name, beside those of `Run.parts`."""
 
 
@@ -50,6 +50,8 @@ def to_save(run: Run) -> dict[str, Any]:
         parts[DATA] = run.loader
     if run.evaluated.is_followed:
         parts[EVALUATED] = run.evaluated
+    if run.slot_results.metrics is not None:
+        parts[TRAIN_METRICS] = run.slot_results.metrics
     if run.kept:
         parts[KEPT] = {name: run.layout.stateful(kept_object) for name, kept_object in run.kept.items()}
     return parts
@@ -140,6 +142,8 @@ def load_parts(run: Run, saved: Mapping[str, Any], position: Mapping[str, Any], 
         parts.pop(DATA, None)  # other data, which is accepted: the run began over samples with indices
     if EVALUATED not in state:
         parts.pop(EVALUATED, None)  # nothing followed the evaluations when the checkpoint was saved
+    if TRAIN_METRICS not in state:
+        parts.pop(TRAIN_METRICS, None)  # they are new
     modules = [name for name in run.parts if name in state]
     for name in sorted(set(run.parts) - set(modules)):
         parts.pop(name)

@@ -3,7 +3,7 @@
 *Contract*: the step body calls the object once for each slot of a step, in slot order; not for a rehearsal. `take`
 returns what the slots of the newest step gave, once. What a step that failed has left is dropped.
 
-*Cost*: an append for each slot; see `handlers/values.py`.
+*Cost*: an append for each slot; see `handlers/values.py` and `train_metrics.py`.
 """
 
 from typing import Any
@@ -13,14 +13,16 @@ from torch import Tensor
 from disttrain.engine import Engine, Events
 from disttrain.engine.supervised import StepResult
 from disttrain.handlers.values import KeptValues, keep
+from disttrain.run.train_metrics import TrainMetrics
 
 _NO_VALUES = KeptValues()
 
 
 class SlotResults:
-    """The results of this rank's slots in the newest step."""
+    """The results of this rank's slots in the newest step; `metrics` are updated with the outputs of each slot."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: TrainMetrics | None = None) -> None:
+        self.metrics = metrics
         self._values: list[KeptValues] = []
 
     def attach(self, engine: Engine) -> None:
@@ -28,7 +30,9 @@ class SlotResults:
 
     def __call__(self, x: Any, y: Any, result: StepResult, loss: Tensor) -> Tensor:
         """Take the result of a slot; return the loss as the step's output, without its graph."""
-        _, _, values = result
+        _, outputs, values = result
+        if self.metrics is not None:
+            self.metrics.update(len(self._values), outputs)
         self._values.append(keep(values) if values else _NO_VALUES)
         return loss.detach()
 

@@ -61,7 +61,7 @@ class Run:
     updates: Updates
     """Gradient norm, clipping, and updates that are left out."""
     slot_results: SlotResults
-    """What the forward returned beside the losses."""
+    """What the forward returned beside the losses, and the metrics of the training data."""
     freezing: Freezing
     """The parameters that are trained, and the groups of the optimizer; handlers may change both."""
     loader: SlotLoader | StreamLoader

@@ -179,6 +179,7 @@ def attach(run: Run, preemption: Preemption, console: Console, step: int, stack:
         update=run.updates.take,
         weights=lambda: run.weights,
         values=run.slot_results.take,
+        metrics=run.slot_results.metrics,
         bad_steps=run.bad_steps,
         fetched=reporter.fetched,
         passenger=stragglers,

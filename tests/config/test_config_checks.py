@@ -61,6 +61,9 @@ def test_functions_can_be_called_as_they_will_be() -> None:
 
 def test_metric_names_can_be_part_of_a_dotted_key() -> None:
     assert "metrics: expected names without '.'" in refused(metrics={"top.5": lambda: None})
+    assert "train_metrics: expected names without '.'" in refused(train_metrics={"top.5": lambda: None})
+    taken = "train_metrics: expected names of their own, got 'loss', which is a part of every line of the curves"
+    assert taken in refused(train_metrics={"loss": lambda: None})
     assert list(sample(metrics={"top-5/all": lambda: None}).metrics) == ["top-5/all"]
 
 

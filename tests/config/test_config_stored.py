@@ -101,6 +101,7 @@ def test_a_field_that_an_older_release_did_not_know_is_none_at_its_default() -> 
         {"on_nan": "skip"},
         {"accept_other_data": True},
         {"handlers": [lambda trainer, run: None]},
+        {"train_metrics": {"accuracy": partial(data, num_classes=3)}},
         {"checkpoint": {"keep": 9, "every_steps": 5}},
         {"log": {"every_s": 1.0, "tensorboard": False}},
         {"validate": {"every_steps": 3}},

@@ -133,6 +133,57 @@ def test_a_slot_without_its_value_stops_all_ranks_with_one_message(ranks: Ranks)
     assert expected in messages.pop()
 
 
+class SlotSums:
+    """A metric for the window: the sum of the steps' numbers in each of this rank's slots."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.sums = [0] * num_slots
+        self.num_windows = 0
+
+    def add(self, engine: Engine) -> None:
+        self.sums = [total + engine.state.iteration for total in self.sums]
+
+    def states(self) -> list[int]:
+        return list(self.sums)
+
+    def values(self, of_slots: list[int]) -> dict[str, Any]:
+        return {"sums": of_slots}
+
+    def begin_window(self) -> None:
+        self.sums, self.num_windows = [0] * len(self.sums), self.num_windows + 1
+
+
+def run_with_metrics(backend: Backend) -> tuple[list[Any], list[Any], int]:
+    """Train 5 steps: log points at steps 2 and 4, a save at step 3, step 5 the last; return lines, paces, windows."""
+    metrics = SlotSums(6 // backend.world_size)
+    lines: list[dict[str, Any]] = []
+    paces: list[Pace] = []
+    log = LossLog(
+        backend,
+        torch.optim.SGD([torch.zeros(1)], lr=1.0),
+        samples_per_step=12,
+        metrics=metrics,
+        fetched=lambda new, pace: (lines.extend(new), paces.append(pace)),
+    )
+    trainer = Engine(lambda engine, i: [torch.ones(())] * (6 // backend.world_size))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, metrics.add)
+    log.attach(trainer)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(every=2), log.fetch, log_point=True)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=3), log.fetch)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=5), log.fetch, is_last=True)
+    trainer.run(range(5), max_epochs=1)
+    return [line.get("sums") for line in lines], [dict(pace.values) for pace in paces], metrics.num_windows
+
+
+def test_metrics_are_in_the_lines_of_log_points_and_a_save_ends_no_window(ranks: Ranks) -> None:
+    of_steps = [None, [1 + 2] * 6, None, [3 + 4] * 6, [5] * 6]
+    for world_size in (1, 3):
+        for lines, values, num_windows in ranks(world_size, run_with_metrics):
+            assert lines == of_steps
+            assert values == [{"sums": of_steps[1]}, {}, {"sums": of_steps[3]}, {"sums": of_steps[4]}]
+            assert num_windows == 2  # the last step ends none
+
+
 def test_the_lines_are_the_same_on_any_number_of_ranks(ranks: Ranks) -> None:
     expected = [
         {"step": i + 1, "epoch": 1, "loss": loss, "grad_norm": None, "learning_rate": 0.5**i}

@@ -1,10 +1,13 @@
 """Values beside the loss: copied when they are kept, folded like losses, and the same names in every slot."""
 
+import itertools
 import math
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from ranks import Ranks
 
 from disttrain.backend import Backend, connect
@@ -59,6 +62,23 @@ def test_means_count_like_the_loss_and_pairs_by_their_own_weight() -> None:
     folded = fold_values(slots, [1, 0, 2], ["a", "b", "c"])
     assert folded == {"ce": (1.0 + 2 * 4.0) / 3, "hits": (3.0 + 1.0) / 5, "nothing": None}
     assert math.isnan(fold_values(slots, [1, 1, 1], ["a", "b", "c"])["ce"])  # type: ignore[arg-type]
+
+
+@given(
+    targets=st.lists(st.integers(-(2**20), 2**20), min_size=1, max_size=30),
+    cuts=st.lists(st.integers(0, 30), max_size=6),
+)
+def test_however_targets_lie_in_slots_their_mean_is_the_same(targets: list[int], cuts: list[int]) -> None:
+    ends = [0, *sorted(min(cut, len(targets)) for cut in cuts), len(targets)]
+    parts = [targets[first:end] for first, end in itertools.pairwise(ends)]
+    weights, places = [len(part) for part in parts], [str(i) for i in range(len(parts))]
+    slots: list[SlotValues] = [
+        {"pair": (float(sum(part)), float(len(part)))} | ({} if not part else {"total": (float(sum(part)), None)})
+        for part in parts
+    ]
+    folded = fold_values(slots, weights, places)
+    assert folded["pair"] == sum(targets) / len(targets)
+    assert folded["total"] == sum(sum(part) * len(part) for part in parts) / len(targets)
 
 
 def test_a_slot_that_counts_for_nothing_may_leave_values_out() -> None:

@@ -13,10 +13,12 @@ from ranks import Ranks
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
+from torchmetrics import MeanAbsoluteError, MeanSquaredError, MetricCollection, R2Score
 
-from disttrain import Config
+from disttrain import Config, Events
 from disttrain.backend.base import Backend
 from disttrain.data import IndexShuffle
+from disttrain.errors import ConfigError
 from disttrain.handlers.preemption import Preemption
 from disttrain.run.directory import RunDirectory
 from disttrain.run.train import train
@@ -165,3 +167,71 @@ def test_ranks_kills_and_fsdp_change_no_bit(ranks: Ranks, tmp_path: Path) -> Non
         resumed, its_curves, _ = ranks(2, lives, place, {"strategy": strategy})[0]
         assert resumed["params_sha256"] == whole["params_sha256"]
         assert its_curves["train.jsonl"] == curves["train.jsonl"]
+
+
+class Killed(Exception):
+    """Ends a life as SIGKILL would."""
+
+
+def killed_at_6(trainer: Any, run: Any) -> None:
+    @trainer.on(Events.ITERATION_COMPLETED(once=6))
+    def kill() -> None:
+        raise Killed
+
+
+def several() -> MetricCollection:
+    return MetricCollection([MeanAbsoluteError(), R2Score()])
+
+
+OTHER: dict[str, Any] = {"train_metrics": {"largest": MeanAbsoluteError}}
+MEASURED: dict[str, Any] = {
+    "train_metrics": {"error": MeanSquaredError, "all": several},
+    "checkpoint": {"every_steps": 1},
+    "valid_data": None,
+}
+
+
+def test_train_metrics_are_over_the_steps_of_a_window(ranks: Ranks, tmp_path: Path) -> None:
+    result, curves, _ = ranks(1, lives, str(tmp_path / "one"), MEASURED)[0]
+    lines = [json.loads(line) for line in curves["train.jsonl"].splitlines()]
+    mse = [line["mse"] for line in lines]
+    windows = {3: mse[:3], 4: mse[3:4], 6: mse[4:6], 7: mse[6:]}  # an epoch has 4 steps, and the run 7
+    found = {line["step"]: line["error"] for line in lines if "error" in line}
+    assert found == {step: pytest.approx(sum(of) / len(of), rel=1e-6) for step, of in windows.items()}
+    assert set(lines[2]["all"]) == {"MeanAbsoluteError", "R2Score"}
+    assert result["train"]["error"] == found[7]
+
+
+def test_train_metrics_have_the_same_bits_whatever_kills_and_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    whole, curves, _ = ranks(1, lives, str(tmp_path / "whole"), MEASURED)[0]
+    for strategy in ("ddp", "fsdp"):
+        place, changes = str(tmp_path / strategy), MEASURED | {"strategy": strategy}
+        killed = ranks.outcomes(3, lives, place, changes | {"handlers": [killed_at_6]})
+        assert all("Killed" in outcome.text for outcome in killed)
+        resumed, its_curves, _ = ranks(2, lives, place, changes)[0]
+        assert its_curves == curves
+        assert resumed["params_sha256"] == whole["params_sha256"]
+        assert resumed["train"] == whole["train"]
+
+
+def test_metrics_may_be_added_taken_away_and_changed_between_launches(ranks: Ranks, tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = []
+    for max_steps, changes in ((2, {}), (5, MEASURED), (6, MEASURED | OTHER), (7, {})):
+        _, curves, _ = ranks(1, lives, str(tmp_path / "one"), changes | {"max_steps": max_steps, "valid_data": None})[0]
+        lines = [json.loads(line) for line in curves["train.jsonl"].splitlines()]
+    assert [sorted({"error", "largest"} & line.keys()) for line in lines] == [
+        [],
+        [],
+        ["error"],
+        ["error"],
+        ["error"],
+        ["largest"],
+        [],
+    ]
+    assert lines[2]["error"] == pytest.approx(lines[2]["mse"])  # of the steps since they were added
+
+
+def test_outputs_of_none_are_refused_where_metrics_need_them(ranks: Ranks, tmp_path: Path) -> None:
+    (outcome,) = ranks.outcomes(1, lives, str(tmp_path / "none"), MEASURED | {"forward": without_parameters})
+    assert isinstance(outcome.error, ConfigError)
+    assert "train_metrics: expected outputs of the forward" in str(outcome.error)

@@ -18,7 +18,7 @@ def forward(model: nn.Module, batch: Any) -> Any:
     return loss, None, {"mse": loss}
 
 
-CONFIG = small_config(loss=None, forward=forward, metrics={"accuracy": lambda: None})
+CONFIG = small_config(loss=None, forward=forward, metrics={"accuracy": lambda: None}, train_metrics={"error": list})
 
 
 def test_numbers_and_pairs_pass_without_their_graphs() -> None:
@@ -50,6 +50,7 @@ def test_numbers_and_pairs_pass_without_their_graphs() -> None:
         ({"loss": 1.0}, "names of their own, got 'loss', which is that of a part of every line"),
         ({"grad_norm": 1.0}, "names of their own, got 'grad_norm', which is that of a part of every line"),
         ({"accuracy": 1.0}, "names of their own, got 'accuracy', which is that of a metric"),
+        ({"error": 1.0}, "names of their own, got 'error', which is that of a metric"),
     ],
 )
 def test_what_is_no_value_is_named(values: Any, words: str) -> None:

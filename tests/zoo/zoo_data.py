@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, StackDataset, Subset, TensorDataset, random_split
+from torchmetrics import MeanSquaredError
 from zoo_lives import Fields, mlp, points
 
 from disttrain.config import EarlyStopConfig, ValidateConfig
@@ -220,6 +221,7 @@ VARIANTS: dict[str, Callable[[], Fields]] = {
         early_stop=EarlyStopConfig(monitor="loss", patience=1, min_delta=100.0),
         **STEPS,
     ),
+    "stream_that_ends_measured": data(lambda: Stream(40), **STEPS, train_metrics={"error": MeanSquaredError}),
     "stream_that_draws": data(lambda: Stream(40, shuffled=True), **STEPS),
     "stream_in_shards": data(Sharded, **STEPS),
     "stream_of_a_generator": data(lambda: (sample for sample in Stream(200)), **STEPS),
