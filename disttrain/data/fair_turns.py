@@ -13,10 +13,13 @@ always samples of the same source. Turns are computed in blocks, each by itself:
 - Shares with a common denominator up to 256 (0.7 and 0.3: 10): a block is one or several periods, and at its ends each
   source has exactly its share. 512 blocks are drawn, when they are first needed; a hash of a block's number chooses.
 - Other shares: the counts at the ends of a block are those to which EDF leads from one block earlier. It starts there
-  from a state that needs no history: the windows that have closed are over, and of the open ones those that close
-  first. EDF can go on from this state, as it can from the usual one: if a window that is not over closes before t,
-  so do all that were over too early, and then no source is ahead. So the counts at a block's start can be gone on
-  from, those at its end can be reached, and the two do not restrict the same turns: the block between them exists.
+  from a state that needs no history: the windows that have closed are over, and so many of the open ones, those that
+  close first, that the counts add up. EDF can go on from this state. For take any later t. If a window that was not
+  over has closed by t, so have all that were over early, because they close sooner; then no source is ahead of its
+  share at t, and the turns that are needed by t are at most those that there are. If none has, only sources that
+  were over early need turns by t, and each at most its share of them. So the counts at a block's start can be gone on
+  from, and those at its end can be reached. The one restricts the turns of windows that close in the block, the other
+  those that open in it; a window that does both is an ordinary one. So the block between them exists.
 
 *Errors*: AssertionError if a block were not possible, which would be a defect here.
 

@@ -31,7 +31,7 @@ class LengthBuckets:
         self._batch = global_batch_size
         self._window = count("window", window, "global batches") * global_batch_size
         self._num_sorted = len(self._lengths) // global_batch_size * global_batch_size
-        self._latest: tuple[tuple[int, int], Indices] | None = None
+        self._recent: dict[tuple[int, int], Indices] = {}
         self.fingerprint = hashlib.blake2b(self._lengths.tobytes(), digest_size=8).hexdigest()
 
     def __len__(self) -> int:
@@ -54,7 +54,9 @@ class LengthBuckets:
 
     def _sorted(self, epoch: int, window: int) -> Indices:
         """Return the indices of one window: its batches, each sorted, in their random order."""
-        if self._latest is None or self._latest[0] != (epoch, window):
+        if (epoch, window) not in self._recent:
+            if len(self._recent) > 1:  # one for the next steps, one for those that the ledger describes
+                self._recent.pop(next(iter(self._recent)))
             first = window * self._window
             indices = self._shuffled(epoch).indices(first, min(first + self._window, self._num_sorted))
             indices = indices[np.argsort(self._lengths[indices], kind="stable")]
@@ -62,5 +64,5 @@ class LengthBuckets:
             batches = indices.reshape(-1, self._batch)[IndexShuffle(len(indices) // self._batch, key)[:]]
             reverse = split_mix(np.arange(len(batches), dtype=np.uint64), key) >> np.uint64(63) == 1
             batches[reverse] = batches[reverse, ::-1]
-            self._latest = (epoch, window), batches.reshape(-1)
-        return self._latest[1]
+            self._recent[epoch, window] = batches.reshape(-1)
+        return self._recent[epoch, window]

@@ -205,7 +205,7 @@ def check_sizes(num_samples: int, global_batch_size: int, num_slots: int, name: 
     if num_samples < global_batch_size:
         largest = num_samples - num_samples % num_slots
         fit = f"a global_batch_size of at most {largest}" if largest else f"a num_slots of at most {num_samples}"
-        more = "more data" if name == "a dataset" else "more num_samples"
+        more = "more data" if name == "a dataset" else "a longer order"
         raise DataError(
             f"expected at least global_batch_size={global_batch_size} samples (one step), got {name} of "
             f"{num_samples}; use {fit}, or {more}"

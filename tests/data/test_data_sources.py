@@ -4,9 +4,23 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, IterableDataset, TensorDataset
 
-from disttrain.data import Sources, fingerprint
+from disttrain.data import SlotBatchSampler, SlotLoader, Sources, fingerprint
 from disttrain.data.sources import is_sources
 from disttrain.errors import DataError
+
+
+class Together:
+    """A source that loads samples together, and has no other way."""
+
+    def __init__(self, size):
+        self.size, self.asked = size, []
+
+    def __len__(self):
+        return self.size
+
+    def __getitems__(self, indices):
+        self.asked.append(indices)
+        return list(indices)
 
 
 def test_the_samples_of_one_source_come_after_those_of_the_one_before():
@@ -14,6 +28,25 @@ def test_the_samples_of_one_source_come_after_those_of_the_one_before():
     assert [sources[i] for i in range(len(sources))] == ["w0", "w1", "w2", "c0", "c1"]
     assert sources.names == ("web", "code")
     assert isinstance(sources, ConcatDataset)
+
+
+def test_batches_are_loaded_together_where_a_source_can():
+    alone = Sources({"a": ["a0", "a1"], "b": Together(3)})
+    mixed = [4, 0, 2, 1, 3]
+    assert alone.__getitems__(mixed) == [2, "a0", 0, "a1", 1] == [alone[index] for index in mixed]
+    assert alone.datasets[1].asked[0] == [2, 0, 1]
+    assert Sources({"a": ["a0"], "b": ["b0"]}).__getitems__ is None
+    for index in (5, -6):
+        with pytest.raises(IndexError, match=f"expected an index below 5, got {index}"):
+            alone[index]
+    assert alone[-1] == 2
+
+
+def test_they_are_loaded_by_position():
+    sources = Sources({"a": ["a0", "a1", "a2"], "b": Together(3)})
+    loader = SlotLoader(sources, SlotBatchSampler(6, 6, 2, seed=1), collate_fn=list)
+    batches = next(iter(loader))
+    assert batches == [[sources[i] for i in loader.sampler.batch(0, 0, slot)] for slot in (0, 1)]
 
 
 def test_its_identity_is_that_of_its_parts():
