@@ -73,13 +73,14 @@ class FrozenWeights:
         named = self._named()
         present = {name: named[name] for name in expected if name in named}
         hashes = tensor_hashes(present, self._layout.whole)
-        for name, digest in expected.items():
-            if (here := hashes.get(name)) != digest:
-                num_others = sum(hashes.get(other) != expected[other] for other in expected) - 1
+        others = [name for name in expected if hashes.get(name) != expected[name]]
+        with self._backend.agree("comparing the frozen weights"):
+            if others:
+                name = others[0]
                 raise ConfigError(
                     f"the checkpoint leaves frozen weights out, and {name.removeprefix('model.')} is not the tensor "
-                    f"with which the run began (hash {digest}), but {here or 'missing'}"
-                    + (f", and so with {num_others} more" if num_others else "")
+                    f"with which the run began (hash {expected[name]}), but {hashes.get(name, 'missing')}"
+                    + (f", and so with {len(others) - 1} more" if others[1:] else "")
                     + ": the config's model, init_from and handlers must give the same weights; restore them, or start "
                     "anew with --fresh"
                 )

@@ -96,8 +96,8 @@ def attempt(
             console.print(note, soft_wrap=True)
         warn_of_unkept(run, console)
         step = restore(run, console)
-        if step == 0 and run.taken is not None and attempts.began is None:
-            note_beginning(run, run.taken, console)
+        if step == 0 and attempts.began is None:
+            note_beginning(run, console)
         run.training = True
         services = attach(run, preemption, console, step, stack)
         end, saver = services.step_end, services.saving.saver

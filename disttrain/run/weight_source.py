@@ -63,26 +63,32 @@ def read_source(path: str, before: Begin | None, modules: Collection[str], backe
     `before`: the weights with which this run has begun before; it takes the same checkpoint again.
     """
     before = before if before is not None and before.path == path else None
-    place, wish = split(path)
-    if before is not None and before.step is not None and wish != str(before.step):
+    place, wish = on_one_rank(backend, lambda: split(path))
+    if before is not None and before.step is not None:
         wish = str(before.step)
     if on_one_rank(backend, lambda: is_file(path, place)):
         source = _from_file(path, backend)
     else:
         source = _from_checkpoint(path, place, wish, modules, backend)
-    by_rank = backend.all_gather(source.weights.sha256)
-    for rank, sha256 in enumerate(by_rank):
-        if sha256 != by_rank[0]:
-            raise ConfigError(
-                f"init_from={path}: the ranks read different weights there: sha256 {by_rank[0][:12]} on rank 0, "
-                f"{sha256[:12]} on rank {rank}; expected the same on every host"
-            )
-    if before is not None and before.sha256 != by_rank[0]:
+    first = _same_on_all_ranks(path, source.weights.sha256, backend)
+    if before is not None and before.sha256 != first:
         source.notes.append(
-            f"init_from={path} has another content now: sha256 {by_rank[0][:12]}, and {before.sha256[:12]} when this "
-            "run began before"
+            f"init_from={path} has another content now: sha256 {first[:12]}, and {before.sha256[:12]} when this run "
+            "began before"
         )
     return source
+
+
+def _same_on_all_ranks(path: str, sha256: str, backend: Backend) -> str:
+    by_rank: list[str] = backend.all_gather(sha256)
+    with backend.agree("comparing the weights of init_from"):
+        for rank, other in enumerate(by_rank):
+            if other != by_rank[0]:
+                raise ConfigError(
+                    f"init_from={path}: the ranks read different weights there: sha256 {by_rank[0][:12]} on rank 0, "
+                    f"{other[:12]} on rank {rank}; expected the same on every host"
+                )
+    return by_rank[0]
 
 
 def split(path: str) -> tuple[str, str]:

@@ -116,7 +116,7 @@ def moves(trainer: Engine, run: Run) -> None:
     ("handler", "left_out"),
     [
         (thaws, {4: BACKBONE, 6: BACKBONE[2:], 12: BACKBONE[2:]}),
-        (freezes, {4: BACKBONE, 6: BACKBONE[2:], 12: BACKBONE[2:]}),
+        pytest.param(freezes, {4: BACKBONE, 6: BACKBONE[2:], 12: BACKBONE[2:]}, marks=pytest.mark.slow),
         (moves, {4: BACKBONE, 6: [BACKBONE[0], *BACKBONE[2:]], 12: [BACKBONE[0], *BACKBONE[2:]]}),
     ],
 )
