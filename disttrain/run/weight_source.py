@@ -22,10 +22,13 @@ from disttrain.checkpoint import (
     weights_of_checkpoint,
     weights_of_file,
 )
+from disttrain.checkpoint.weights import INDEX
 from disttrain.errors import CheckpointError, ConfigError, DamagedError
 from disttrain.run.checkpoint_target import find_target, other_place
 
 _WISH = re.compile(r"(.+)@(best|last|[0-9]{1,15})")
+WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin")
+"""The usual ends of the names of files with weights."""
 _MOST_TRIES = 8
 """A run under way may remove the chosen checkpoint as often as this before the reading is given up."""
 
@@ -102,7 +105,7 @@ def split(path: str) -> tuple[str, str]:
 def is_file(path: str, place: str) -> bool:
     """Return whether the place is a file, and not one of checkpoints; ConfigError if it is nothing."""
     if is_url(place):
-        if place.endswith((".safetensors", ".pt", ".pth", ".bin")):
+        if place.endswith((*WEIGHT_FILES, INDEX)):
             raise ConfigError(f"init_from={path}: expected a folder of checkpoints behind the URL; copy the file here")
         return False
     if Path(place).is_dir():
@@ -165,9 +168,17 @@ def _choose(path: str, place: str, wish: str, damaged: Collection[str]) -> tuple
         good = [each for each in store.committed() if each not in damaged]
         if not good:
             found = "only damaged ones" if damaged else "none"
-            raise ConfigError(f"init_from={path}: expected a checkpoint in {store}, found {found}")
+            hint = "" if is_url(place) else _files_in(Path(place))
+            raise ConfigError(f"init_from={path}: expected a checkpoint in {store}, found {found}{hint}")
         name = good[0]
     return str(store), name
+
+
+def _files_in(folder: Path) -> str:
+    """Return a hint at files of weights in a folder, such as one of the Hugging Face Hub; empty without."""
+    names = sorted(each.name for each in folder.iterdir() if each.name.endswith((*WEIGHT_FILES, INDEX)))
+    names.sort(key=lambda name: not name.endswith(INDEX))
+    return f"; name a file in it: init_from={folder / names[0]}" if names else ""
 
 
 def _elsewhere(path: str, place: str, other: str, wish: str) -> ConfigError:
