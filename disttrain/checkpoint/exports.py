@@ -29,7 +29,7 @@ EVALUATION_POINT = "evaluation_point"
 """The key of the model's parameters at the optimizer's evaluation point, in the state of a run that has one."""
 
 LEFT_OUT = "frozen_left_out"
-"""The key of a position: {name: hash} of the frozen parameters that the checkpoint does not hold, as `model.NAME`."""
+"""The key of a position: {name: sha256} of the frozen parameters that the checkpoint does not hold, as `model.NAME`."""
 
 
 ExportWeights = Literal["evaluated", "trained", "ema"]

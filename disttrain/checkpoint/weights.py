@@ -28,7 +28,10 @@ from disttrain.checkpoint.state_tree import restore_state
 from disttrain.checkpoint.store import CheckpointStore
 from disttrain.checkpoint.tensor_reader import TensorReader
 from disttrain.errors import CheckpointError, DamagedError
+from disttrain.files import read_json
 
+INDEX = ".safetensors.index.json"
+"""The end of the name of an index of several safetensors files, as the Hugging Face Hub has them."""
 MODEL = "model"
 """The key of the model in the state of a run."""
 _INSIDE = (MODEL, "state_dict")
@@ -41,7 +44,8 @@ class Weights(NamedTuple):
     modules: dict[str, Mapping[str, Any]]
     """{"model": state_dict, "loss": state_dict, ...}: tensors on the CPU, and what else a module's state holds."""
     sha256: str
-    """Of the file, or of the checkpoint's manifest, which lists the hashes of all its files."""
+    """Of the file; of the checkpoint's manifest, which lists the hashes of all its files; of the files of an index, as
+    sha256sum lists them."""
     manifest: Manifest | None = None
     """The manifest of the checkpoint; None for a file."""
 
@@ -72,16 +76,49 @@ def _read(directory: Path, manifest: Manifest, modules: Collection[str]) -> Weig
 
 
 def weights_of_file(path: Path) -> Weights:
-    """Read a safetensors file, or a file of `torch.save` that holds a state_dict, alone or as "model"."""
+    """Read a safetensors file, the index of several, or a file of `torch.save`.
+
+    The latter holds a state_dict, alone or as "model" or "state_dict".
+    """
+    if path.name.endswith(INDEX):
+        return _weights_of_index(path)
+    sha256 = _sha256_of(path)
+    if path.suffix == ".safetensors":
+        return Weights({MODEL: _tensors_of_file(path)}, sha256)
+    return Weights({MODEL: _state_of_model(load_file(path), str(path))}, sha256)
+
+
+def _weights_of_index(path: Path) -> Weights:
+    """Read the files that an index lists, `{"weight_map": {NAME: FILE}}`; they lie beside it."""
     try:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        by_name = read_json(path)["weight_map"]
+        files = sorted(set(by_name.values()))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    if path.suffix == ".safetensors":
-        with TensorReader(path.resolve()) as reader:  # a link is a usual form of a file that a hub keeps
-            return Weights({MODEL: reader.fetch_all()}, sha256)
-    return Weights({MODEL: _state_of_model(load_file(path), str(path))}, sha256)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamagedError(f"{path} is no index of safetensors files: {type(error).__name__} {error}") from error
+    if wrong := [file for file in files if not isinstance(file, str) or Path(file).name != file or not file.strip(".")]:
+        raise DamagedError(f"{path} lists {wrong[0]!r}, expected the plain name of a file beside it")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= _tensors_of_file(path.parent / file)
+    if missing := [name for name in by_name if name not in tensors]:
+        raise DamagedError(f"{path} lists {missing[0]}, which none of its files holds")
+    hashes = "".join(f"{_sha256_of(path.parent / file)}  {file}\n" for file in files)
+    return Weights({MODEL: tensors}, hashlib.sha256(hashes.encode()).hexdigest())
+
+
+def _tensors_of_file(path: Path) -> dict[str, Tensor]:
+    with TensorReader(path.resolve()) as reader:  # a link is a usual form of a file that a hub keeps
+        return reader.fetch_all()
+
+
+def _sha256_of(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _state_of_model(content: Any, place: str) -> Mapping[str, Any]:

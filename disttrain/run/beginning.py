@@ -20,7 +20,7 @@ from disttrain.handlers.progress import warn
 from disttrain.run.checkpoint_places import folder_of
 from disttrain.run.directory import RunDirectory
 from disttrain.run.frozen_weights import left_out_of
-from disttrain.run.initial_weights import InitialWeights, Taken
+from disttrain.run.initial_weights import InitialWeights
 from disttrain.run.state import Run
 from disttrain.run.weight_source import begin_of
 
@@ -52,15 +52,20 @@ def _look(config: Config, directory: RunDirectory) -> tuple[Any, bool] | None:
         return None, False
 
 
-def note_beginning(run: Run, taken: Taken, console: Console) -> None:
-    """Print what was taken, and write it into the run directory, on rank 0."""
-    for note in taken.notes:
-        warn(console, note)
-    console.print(taken.text(), soft_wrap=True)
+def note_beginning(run: Run, console: Console) -> None:
+    """Print the weights that a new run has taken, and write them into the run directory, on rank 0."""
+    taken, file = run.taken, run.directory.init_from_json
+    if taken is not None:
+        for note in taken.notes:
+            warn(console, note)
+        console.print(taken.text(), soft_wrap=True)
     with run.backend.agree("writing init_from.json"):
-        if run.backend.rank == 0:
+        if run.backend.rank == 0 and (taken is not None or file.exists()):
             run.directory.check_held()
-            write_text(run.directory.init_from_json, json_text(taken.record(), indent=1) + "\n")
+            if taken is None:  # a launch that saved nothing had begun with some
+                file.unlink()
+            else:
+                write_text(file, json_text(taken.record(), indent=1) + "\n")
 
 
 def warn_of_other_weights(run: Run, console: Console) -> None:

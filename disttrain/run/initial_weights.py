@@ -20,11 +20,10 @@ from disttrain.backend import Backend
 from disttrain.config import InitFromConfig
 from disttrain.engine.supervised import StepFunction
 from disttrain.errors import ConfigError
-from disttrain.evidence.hashes import tensor_hashes
 from disttrain.evidence.ledger import shortened
 from disttrain.handlers.stateful import bare
 from disttrain.run.factories import build
-from disttrain.run.frozen_weights import left_out_of
+from disttrain.run.frozen_weights import left_out_of, sha256_of
 from disttrain.run.weight_names import NamePairs, pair_names, renaming_that_fits
 from disttrain.run.weight_source import Begin, Source, read_source
 
@@ -112,7 +111,7 @@ class InitialWeights:
         # A file holds a model alone: a loss with a state is then no one's fault.
         wanted = [name for part in states for name in by_name({part: states[part]}) if part in source.weights.modules]
         pairs = pair_names(stored, wanted, self._wanted.rename, self._wanted.skip)
-        kinds = {here: _misfit(stored[there], here, present[here]) for here, there in pairs.taken.items()}
+        kinds = {here: _misfit(stored[there], present[here]) for here, there in pairs.taken.items()}
         misfits = {name: text for name, text in kinds.items() if text}
         taken = {here: stored[there] for here, there in pairs.taken.items() if here not in misfits}
         filled = {id(present[name]) for name in taken}
@@ -186,10 +185,10 @@ def _left_out_there(source: Source) -> dict[str, LeftOut]:
     return {name.removeprefix("model."): LeftOut(digest) for name, digest in left_out.items()}
 
 
-def _misfit(there: Any, name: str, here: Any) -> str:
-    """Return the reason why a stored value does not fit the value `here` of this name; empty if it does."""
+def _misfit(there: Any, here: Any) -> str:
+    """Return the reason why a stored value does not fit the value `here`; empty if it does."""
     if isinstance(there, LeftOut):
-        same = isinstance(here, Tensor) and tensor_hashes({name: here}) == {name: there.digest}
+        same = isinstance(here, Tensor) and sha256_of(here) == there.digest
         return "" if same else "is frozen there and not in its checkpoint, and another tensor here"
     if not (isinstance(there, Tensor) and isinstance(here, Tensor)):
         kinds = ["a tensor" if isinstance(value, Tensor) else "no tensor" for value in (there, here)]

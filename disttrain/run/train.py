@@ -95,8 +95,8 @@ def attempt(
         warn_of_unkept(run, console)
         run.freezing.say_what_is_left_out(partial(warn, console))
         step = restore(run, console)
-        if step == 0 and run.taken is not None and attempts.began is None:
-            note_beginning(run, run.taken, console)
+        if step == 0 and attempts.began is None:
+            note_beginning(run, console)
         warn_of_mode(run, console)
         run.training = True
         services = attach(run, preemption, console, step, stack)

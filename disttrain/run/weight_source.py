@@ -22,10 +22,13 @@ from disttrain.checkpoint import (
     weights_of_checkpoint,
     weights_of_file,
 )
+from disttrain.checkpoint.weights import INDEX
 from disttrain.errors import CheckpointError, ConfigError, DamagedError
 from disttrain.run.checkpoint_target import find_target, other_place
 
 _WISH = re.compile(r"(.+)@(best|last|[0-9]{1,15})")
+WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin")
+"""The usual ends of the names of files with weights."""
 _MOST_TRIES = 8
 """A run under way may remove the chosen checkpoint as often as this before the reading is given up."""
 
@@ -63,26 +66,32 @@ def read_source(path: str, before: Begin | None, modules: Collection[str], backe
     `before`: the weights with which this run has begun before; it takes the same checkpoint again.
     """
     before = before if before is not None and before.path == path else None
-    place, wish = split(path)
-    if before is not None and before.step is not None and wish != str(before.step):
+    place, wish = on_one_rank(backend, lambda: split(path))
+    if before is not None and before.step is not None:
         wish = str(before.step)
     if on_one_rank(backend, lambda: is_file(path, place)):
         source = _from_file(path, backend)
     else:
         source = _from_checkpoint(path, place, wish, modules, backend)
-    by_rank = backend.all_gather(source.weights.sha256)
-    for rank, sha256 in enumerate(by_rank):
-        if sha256 != by_rank[0]:
-            raise ConfigError(
-                f"init_from={path}: the ranks read different weights there: sha256 {by_rank[0][:12]} on rank 0, "
-                f"{sha256[:12]} on rank {rank}; expected the same on every host"
-            )
-    if before is not None and before.sha256 != by_rank[0]:
+    first = _same_on_all_ranks(path, source.weights.sha256, backend)
+    if before is not None and before.sha256 != first:
         source.notes.append(
-            f"init_from={path} has another content now: sha256 {by_rank[0][:12]}, and {before.sha256[:12]} when this "
-            "run began before"
+            f"init_from={path} has another content now: sha256 {first[:12]}, and {before.sha256[:12]} when this run "
+            "began before"
         )
     return source
+
+
+def _same_on_all_ranks(path: str, sha256: str, backend: Backend) -> str:
+    by_rank: list[str] = backend.all_gather(sha256)
+    with backend.agree("comparing the weights of init_from"):
+        for rank, other in enumerate(by_rank):
+            if other != by_rank[0]:
+                raise ConfigError(
+                    f"init_from={path}: the ranks read different weights there: sha256 {by_rank[0][:12]} on rank 0, "
+                    f"{other[:12]} on rank {rank}; expected the same on every host"
+                )
+    return by_rank[0]
 
 
 def split(path: str) -> tuple[str, str]:
@@ -96,7 +105,7 @@ def split(path: str) -> tuple[str, str]:
 def is_file(path: str, place: str) -> bool:
     """Return whether the place is a file, and not one of checkpoints; ConfigError if it is nothing."""
     if is_url(place):
-        if place.endswith((".safetensors", ".pt", ".pth", ".bin")):
+        if place.endswith((*WEIGHT_FILES, INDEX)):
             raise ConfigError(f"init_from={path}: expected a folder of checkpoints behind the URL; copy the file here")
         return False
     if Path(place).is_dir():
@@ -159,9 +168,17 @@ def _choose(path: str, place: str, wish: str, damaged: Collection[str]) -> tuple
         good = [each for each in store.committed() if each not in damaged]
         if not good:
             found = "only damaged ones" if damaged else "none"
-            raise ConfigError(f"init_from={path}: expected a checkpoint in {store}, found {found}")
+            hint = "" if is_url(place) else _files_in(Path(place))
+            raise ConfigError(f"init_from={path}: expected a checkpoint in {store}, found {found}{hint}")
         name = good[0]
     return str(store), name
+
+
+def _files_in(folder: Path) -> str:
+    """Return a hint at files of weights in a folder, such as one of the Hugging Face Hub; empty without."""
+    names = sorted(each.name for each in folder.iterdir() if each.name.endswith((*WEIGHT_FILES, INDEX)))
+    names.sort(key=lambda name: not name.endswith(INDEX))
+    return f"; name a file in it: init_from={folder / names[0]}" if names else ""
 
 
 def _elsewhere(path: str, place: str, other: str, wish: str) -> ConfigError:

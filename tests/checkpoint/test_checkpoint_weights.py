@@ -1,6 +1,7 @@
 """Weights are read from a checkpoint of any run and from files, and nothing else of them is."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,28 @@ def test_files_of_either_format(tmp_path: Path, suffix: str, linked: bool) -> No
     assert weights.modules["model"]["0.weight"].dtype == torch.float16
     assert weights.sha256 == hashlib.sha256(real.read_bytes()).hexdigest()
     assert weights.manifest is None
+
+
+def test_an_index_of_several_files(tmp_path: Path) -> None:
+    parts = {"model-1.safetensors": {"a": torch.ones(2)}, "model-2.safetensors": {"b": torch.zeros(3)}}
+    for name, tensors in parts.items():
+        safetensors.torch.save_file(tensors, tmp_path / name)
+    index = tmp_path / "model.safetensors.index.json"
+    by_name = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": by_name}))
+    weights = weights_of_file(index)
+    assert same(weights.modules["model"], {"a": torch.ones(2), "b": torch.zeros(3)})
+    lines = [f"{hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()}  {name}\n" for name in parts]
+    assert weights.sha256 == hashlib.sha256("".join(lines).encode()).hexdigest()
+    for text, message in (
+        ("[]", "is no index of safetensors files: TypeError"),
+        ('{"weight_map": {"a": "../model-1.safetensors"}}', "expected the plain name of a file beside it"),
+        ('{"weight_map": {"c": "model-1.safetensors"}}', "lists c, which none of its files holds"),
+        ('{"weight_map": {"a": "model-3.safetensors"}}', r"model-3\.safetensors is missing"),
+    ):
+        index.write_text(text)
+        with pytest.raises(DamagedError, match=message):
+            weights_of_file(index)
 
 
 @pytest.mark.parametrize("key", ["model", "state_dict"])

@@ -1,6 +1,7 @@
 """`disttrain evaluate RUN` evaluates a checkpoint by the cfg.py with which it was saved."""
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,18 +47,27 @@ def _torch_settings() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a run of two launches, of which the second has another cfg.py."""
+    path = tmp_path_factory.mktemp("folder")
+    (path / "scale.py").write_text("FACTOR = 1.0\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        patch.delitem(sys.modules, "scale", raising=False)
+        Path("small.py").write_text(CFG)
+        assert main(["launch", "small.py"]) == 0
+        Path("small.py").write_text(CFG.replace(".square()", ".square().add(10)"))
+        assert main(["launch", "small.py", "max_epochs=2"]) == 0
+    return path
+
+
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Path:
-    """Return a run of two launches, of which the second has another cfg.py."""
-    monkeypatch.chdir(tmp_path)
+def run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Path:
+    """Return a copy of the run directory, in a process that has not imported the run's module."""
     monkeypatch.delitem(sys.modules, "scale", raising=False)
-    Path("scale.py").write_text("FACTOR = 1.0\n")
-    Path("small.py").write_text(CFG)
-    assert main(["launch", "small.py"]) == 0
-    Path("small.py").write_text(CFG.replace(".square()", ".square().add(10)"))
-    assert main(["launch", "small.py", "max_epochs=2"]) == 0
     capfd.readouterr()
-    return tmp_path / "runs" / "small"
+    return Path(shutil.copytree(folder / "runs" / "small", tmp_path / "small"))
 
 
 def logged(run: Path) -> list[dict[str, Any]]:
@@ -97,11 +107,13 @@ def test_it_prints_the_values_and_one_set_alone(run: Path, capfd: pytest.Capture
 
 
 def test_a_module_that_has_changed_and_other_values_are_told(
-    run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    Path("scale.py").write_text("FACTOR = 1.5\n")
-    monkeypatch.delitem(sys.modules, "scale")  # as in a process of its own
-    assert main(["evaluate", str(run), "--data", "a"]) == 0
+    try:
+        (folder / "scale.py").write_text("FACTOR = 1.25\n")
+        assert main(["evaluate", str(run), "--data", "a"]) == 0
+    finally:
+        (folder / "scale.py").write_text("FACTOR = 1.0\n")
     out, err = capfd.readouterr()
     assert "WARNING: changed since launch 2, which saved the checkpoint: scale.py" in err
     assert f"other values than the run logged at this step: a/loss {logged(run)[1]['a/loss']}" in out

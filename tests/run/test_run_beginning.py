@@ -81,6 +81,14 @@ def test_killed_before_its_first_checkpoint_it_begins_with_the_same_weights(tmp_
     assert again["init_from"]["step"] == 12
 
 
+def test_a_launch_that_saved_nothing_leaves_no_trace_in_a_run_without_weights(tmp_path: Path, source: Path) -> None:
+    with pytest.raises(InterruptedError):
+        trained(tmp_path, max_epochs=1, init_from=source, handlers=[dies])
+    assert (tmp_path / "small" / "init_from.json").exists()
+    trained(tmp_path, max_epochs=1)
+    assert not (tmp_path / "small" / "init_from.json").exists()
+
+
 def test_handlers_see_the_weights(tmp_path: Path) -> None:
     torch.save({name: torch.ones_like(value) for name, value in net().state_dict().items()}, tmp_path / "ones.pt")
     seen = []

@@ -1,5 +1,6 @@
 """Checkpoints leave frozen weights out if a run can build them again; a resumed run has the same bits or is refused."""
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import RankFailure, Ranks
-from small_run import console, points, printed, small_config, trained
+from small_run import console, points, printed, small_config, small_run, trained
 from torch import nn
 
 from disttrain.backend import Backend
@@ -108,15 +109,15 @@ def freezes(trainer: Engine, run: Run) -> None:
 
 
 def moves(trainer: Engine, run: Run) -> None:
-    """Move a frozen weight behind autograd's back, as code for a momentum teacher does."""
-    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=5), lambda: run.model[0].bias.data.mul_(0.5))  # type: ignore[index]
+    """Move a frozen weight behind autograd's back, as code for a momentum teacher does; here only its signs."""
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=5), lambda: run.model[0].bias.data.neg_())  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
     ("handler", "left_out"),
     [
         (thaws, {4: BACKBONE, 6: BACKBONE[2:], 12: BACKBONE[2:]}),
-        (freezes, {4: BACKBONE, 6: BACKBONE[2:], 12: BACKBONE[2:]}),
+        pytest.param(freezes, {4: BACKBONE, 6: BACKBONE[2:], 12: BACKBONE[2:]}, marks=pytest.mark.slow),
         (moves, {4: BACKBONE, 6: [BACKBONE[0], *BACKBONE[2:]], 12: [BACKBONE[0], *BACKBONE[2:]]}),
     ],
 )
@@ -133,13 +134,14 @@ def test_what_has_changed_is_saved(tmp_path: Path, handler: Handler, left_out: d
 
 def test_other_frozen_weights_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained(tmp_path, **(CHANGES | {"max_epochs": 1}))
+    bias = small_run(tmp_path / "new", **CHANGES).model[0].bias.detach()  # type: ignore[index, union-attr, operator]
     monkeypatch.setitem(VARIANT, "shift", 1.0)
     with pytest.raises(ConfigError) as caught:
         trained(tmp_path, **CHANGES)
-    first = load(tmp_path / "small" / "checkpoints" / "step-00000004").manifest.position[LEFT_OUT]["model.0.bias"]  # type: ignore[index, call-overload]
+    first = hashlib.sha256(b"float32 [8]\n" + bias.numpy().tobytes()).hexdigest()
     assert str(caught.value).startswith(
-        "the checkpoint leaves frozen weights out, and 0.bias is not the tensor with which the run began (hash "
-        f"{first}), but "
+        "the checkpoint leaves frozen weights out, and 0.bias is not the tensor with which the run began (sha256 "
+        f"{first[:12]}), but "
     )
     assert "model, init_from and handlers must give the same weights" in str(caught.value)
     monkeypatch.setitem(VARIANT, "headless", True)

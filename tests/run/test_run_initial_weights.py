@@ -181,8 +181,8 @@ def test_a_schedule_free_source_gives_the_weights_that_were_evaluated(tmp_path: 
 CHANGES: dict[str, Any] = {
     "train_data": partial(points, 48),
     "optimizer": partial(torch.optim.AdamW, lr=0.01),
-    "global_batch_size": 12,
-    "num_slots": 6,
+    "global_batch_size": 16,
+    "num_slots": 8,
     "max_epochs": 1,
     "ledger": {"every_steps": 1},
 }
@@ -196,9 +196,11 @@ def begin(backend: Backend, folder: Path, source: str, strategy: str) -> str:
     return printed(to)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("world_size", "strategy"), [(3, "ddp"), (3, "fsdp"), pytest.param(8, "ddp", marks=pytest.mark.slow)]
+)
 def test_the_bits_are_those_of_a_model_that_holds_them_on_any_number_of_ranks(
-    tmp_path: Path, ranks: Ranks, strategy: str
+    tmp_path: Path, ranks: Ranks, world_size: int, strategy: str
 ) -> None:
     torch.manual_seed(99)
     weights = net().state_dict()
@@ -210,7 +212,7 @@ def test_the_bits_are_those_of_a_model_that_holds_them_on_any_number_of_ranks(
         return model
 
     trained(tmp_path / "whole", **CHANGES, model=holds_them)
-    shown = ranks(3, begin, tmp_path, str(tmp_path / "w.pt"), strategy, timeout_s=120)
+    shown = ranks(world_size, begin, tmp_path, str(tmp_path / "w.pt"), strategy, timeout_s=120)
     assert "9 tensors taken" in shown[0]
     ledger = (tmp_path / "small" / "ledger.jsonl").read_text()
     assert ledger == (tmp_path / "whole" / "small" / "ledger.jsonl").read_text()

@@ -81,6 +81,13 @@ def test_a_run_without_a_checkpoint_a_file_with_a_wish_and_a_file_behind_a_url(t
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"expected a checkpoint in .*, found none"):
         read(tmp_path / "run")
+    (tmp_path / "hub").mkdir()
+    for name in ("config.json.txt", "model-1.safetensors", "model.safetensors.index.json"):
+        (tmp_path / "hub" / name).touch()
+    with pytest.raises(
+        ConfigError, match=r"found none; name a file in it: init_from=.*/model\.safetensors\.index\.json$"
+    ):
+        read(tmp_path / "hub")
     torch.save({"weight": torch.ones(2)}, tmp_path / "w.pt")
     assert read(tmp_path / "w.pt").begin.step is None
     with pytest.raises(ConfigError, match="there is no directory"):
