@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -66,6 +66,17 @@ class Pace:
     """What the line of this step holds beside the loss, the norm and the rate, by name."""
     grad_norm: float | None = None
     """2-norm of the whole gradient before clipping; None if the step has none."""
+
+
+class _OfRank(NamedTuple):
+    """The data of one rank in a fetch; `losses`, `weights` and `values` are [steps, this rank's slots]."""
+
+    losses: list[list[float]]
+    norms: list[float | None]
+    weights: list[Sequence[int] | None]
+    values: list[list[SlotValues]]
+    states: list[Any]
+    payload: Any
 
 
 class LossLog:
@@ -152,34 +163,32 @@ class LossLog:
         local_norms = [None if norm is None else next(numbers) for norm, _ in self._updates]
         slot_values = iter(fetch_values(self.backend, [kept for of_step in self._values for kept in of_step]))
         local_values = [[next(slot_values) for _ in of_step] for of_step in self._values]
-        reasons, rates = [reason for _, reason in self._updates], self._learning_rates[: len(local_losses)]
-        local_weights = self._weights
-        self._losses, self._weights, self._values, self._updates, self._learning_rates = [], [], [], [], []
-        payload = None if self.passenger is None else self.passenger.payload()
         metrics = self.metrics if measures else None
         states = [] if metrics is None else metrics.states()
-        gathered = self.backend.all_gather((local_losses, local_norms, payload, local_weights, local_values, states))
-        by_rank = [of_rank[:-1] for of_rank in gathered]
+        payload = None if self.passenger is None else self.passenger.payload()
+        local = _OfRank(local_losses, local_norms, self._weights, local_values, states, payload)
+        reasons, rates = [reason for _, reason in self._updates], self._learning_rates[: len(local_losses)]
+        self._losses, self._weights, self._values, self._updates, self._learning_rates = [], [], [], [], []
+        by_rank: list[_OfRank] = self.backend.all_gather(local)
         if self.passenger is not None:
-            self.passenger.receive([payload for _, _, payload, _, _ in by_rank])
+            self.passenger.receive([of_rank.payload for of_rank in by_rank])
 
         now = time.perf_counter()
         samples_per_second = len(rates) * self.samples_per_step / max(now - self._last_fetch, 1e-9)
         self._last_fetch = now
-        # The norm is the same on every rank. All take rank 0's, so all find the same bad steps.
-        norms_rates_reasons = zip(by_rank[0][1], rates, reasons, strict=True)
         lines: list[dict[str, Any]] = []
-        for i, (norm, rate, reason) in enumerate(norms_rates_reasons):
-            losses = [loss for of_rank, *_ in by_rank for loss in of_rank[i]]
-            counts = [count for *_, of_rank, _ in by_rank for count in of_rank[i] or ()] or [1] * len(losses)
-            values = [of_slot for mine, *_, theirs in by_rank for of_slot in theirs[i] or [{}] * len(mine[i])]
+        # The norm is the same on every rank. All take rank 0's, so all find the same bad steps.
+        for i, (norm, rate, reason) in enumerate(zip(by_rank[0].norms, rates, reasons, strict=True)):
             number = step - len(rates) + i + 1
+            losses = [loss for of_rank in by_rank for loss in of_rank.losses[i]]
+            counts = [count for of_rank in by_rank for count in of_rank.weights[i] or ()] or [1] * len(losses)
+            values = [each for of_rank in by_rank for each in of_rank.values[i] or [{}] * len(of_rank.losses[i])]
             # The end of an epoch always fetches, so all collected steps are of this epoch.
             line = {"step": number, "epoch": epoch, "loss": mean_over_slots(losses, counts)}
             line |= {"grad_norm": norm, "learning_rate": rate} | self._folded(values, counts, number)
             lines.append(line if reason is None else line | {"left_out": reason})
         if metrics is not None:
-            lines[-1] |= metrics.values([state for *_, of_rank in gathered for state in of_rank])
+            lines[-1] |= metrics.values([state for of_rank in by_rank for state in of_rank.states])
         newest_loss = next((line["loss"] for line in reversed(lines) if line["loss"] is not None), math.nan)
         newest_values = {name: value for name, value in lines[-1].items() if name not in _OF_EVERY_LINE}
         norm = lines[-1]["grad_norm"]

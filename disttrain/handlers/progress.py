@@ -60,7 +60,7 @@ class ProgressDisplay:
     def pace(self, pace: Pace) -> None:
         """Store the newest loss, pace and values; a LossLog calls this after each fetch."""
         self._pace = pace
-        self._values.update({name: value for name, value in pace.values.items() if value is not None})
+        self._values.update({name: value for name, value in pace.values.items() if isinstance(value, int | float)})
 
     def show(self, engine: Engine) -> None:
         now = time.monotonic()

@@ -55,7 +55,7 @@ def test_values_are_shown_until_the_next_ones() -> None:
     display = ProgressDisplay(Console(file=out, width=200), total_steps=10, max_epochs=None, line_every_s=0.0)
     trainer = Engine(lambda engine, batch: None)
     display.attach(trainer)
-    for values in ({"ce": 0.125, "accuracy": 0.5}, {"ce": 0.25, "accuracy": None}):
+    for values in ({"ce": 0.125, "accuracy": 0.5, "per_class": [0.5, 0.25]}, {"ce": 0.25, "accuracy": None}):
         trainer.add_event_handler(
             Events.ITERATION_STARTED, lambda v: display.pace(replace(PACE, values=v, grad_norm=2.5)), values
         )

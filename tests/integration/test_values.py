@@ -204,8 +204,9 @@ def test_train_metrics_are_over_the_steps_of_a_window(ranks: Ranks, tmp_path: Pa
 
 def test_train_metrics_have_the_same_bits_whatever_kills_and_ranks(ranks: Ranks, tmp_path: Path) -> None:
     whole, curves, _ = ranks(1, lives, str(tmp_path / "whole"), MEASURED)[0]
-    for strategy in ("ddp", "fsdp"):
-        place, changes = str(tmp_path / strategy), MEASURED | {"strategy": strategy}
+    for strategy, asynchronous in (("ddp", False), ("fsdp", True)):
+        checkpoint = {"every_steps": 1, "asynchronous": asynchronous}
+        place, changes = str(tmp_path / strategy), MEASURED | {"strategy": strategy, "checkpoint": checkpoint}
         killed = ranks.outcomes(3, lives, place, changes | {"handlers": [killed_at_6]})
         assert all("Killed" in outcome.text for outcome in killed)
         resumed, its_curves, _ = ranks(2, lives, place, changes)[0]
