@@ -4,6 +4,7 @@ import copy
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from disttrain.engine import Engine, Events
 from disttrain.errors import ConfigError
 from disttrain.handlers.checkpoint import Checkpoint
 from disttrain.handlers.preemption import Preemption
+from disttrain.run.builders import build_model
 from disttrain.run.directory import RunDirectory
 from disttrain.run.freezing import names_by_group
 from disttrain.run.state import Run
@@ -56,6 +58,12 @@ def test_a_model_of_torchscript_is_refused_with_fsdp_alone(tmp_path: Path, make:
     assert small_run(tmp_path, **changes).optimizer is not None
     with pytest.raises(ConfigError, match=r"(the model|1) is compiled by torch.jit, which takes no hooks"):
         small_run(tmp_path, **changes, strategy="fsdp")
+
+
+def test_recomputation_is_refused_on_xla_devices(tmp_path: Path) -> None:
+    backend: Any = SimpleNamespace(device=torch.device("xla"), move=lambda model: model)
+    with pytest.raises(ConfigError, match="activation_checkpointing has not been built for XLA devices; leave it out"):
+        build_model(small_config(activation_checkpointing="Linear"), backend)
 
 
 def no_closure(parameters: Any) -> Any:
