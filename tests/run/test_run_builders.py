@@ -20,6 +20,7 @@ from disttrain.engine import Engine, Events
 from disttrain.errors import ConfigError
 from disttrain.handlers.checkpoint import Checkpoint
 from disttrain.handlers.preemption import Preemption
+from disttrain.precision import FP32
 from disttrain.run.builders import build_model
 from disttrain.run.directory import RunDirectory
 from disttrain.run.freezing import names_by_group
@@ -132,6 +133,20 @@ def keeps_the_rest(trainer: Engine, run: Run) -> None:
     run.keep("rest", torch.optim.SGD([*run.model[0].parameters(), *run.model[1].parameters()], lr=0.1))  # type: ignore[index]
 
 
+class Masters(FP32):
+    """Steps copies of its own."""
+
+    name = "masters"
+
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        for group in optimizer.param_groups:
+            group["params"] = [nn.Parameter(each.detach().clone()) for each in group["params"]]
+        return model, optimizer
+
+
 def exchanges(model: nn.Module) -> torch.optim.Optimizer:
     model.more = nn.Parameter(torch.ones(2))
     return of_model(model)
@@ -199,6 +214,10 @@ def plain_net() -> nn.Sequential:
     [
         ({"optimizer": of_model, "loss": Centre()}, "in a group, but loss.centre would get a gradient, count in its"),
         ({"optimizer": of_a_part}, "in a group, but model.0.weight, model.0.bias, model.1.weight and 1 more would"),
+        (
+            {"optimizer": of_a_part, "precision": Masters},
+            "in a group, but model.0.weight, model.0.bias, model.1.weight",
+        ),
         ({"optimizer": exchanges}, "leaves the model's parameters where they are, but it has added, removed or"),
         ({"optimizer": twice}, "SGD has the parameter model.0.weight twice, so it would be stepped twice"),
         (
@@ -223,6 +242,7 @@ def test_groups_that_would_train_something_wrong_are_refused(
 def test_a_factory_may_freeze_and_a_handler_may_step_the_rest(tmp_path: Path) -> None:
     run = small_run(tmp_path, optimizer=of_frozen)
     assert [name for name, each in run.model.named_parameters() if not each.requires_grad] == ["0.weight", "0.bias"]
+    assert small_run(tmp_path, optimizer=of_model, precision=Masters).precision.name == "masters"
     run = small_run(tmp_path, optimizer=of_a_part, handlers=[keeps_the_rest])
     assert list(run.kept) == ["rest"]
 
