@@ -22,7 +22,7 @@ from functools import partial, update_wrapper
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from disttrain.errors import ConfigError
@@ -124,29 +124,38 @@ def _watching(module: nn.Module) -> Iterator[None]:
 class _Again(AbstractContextManager[None]):
     """Puts the parameters and copies of the buffers of this moment into a module while it runs again.
 
-    The parameters may be others meanwhile, as after `functional_call`.
+    The parameters may be others meanwhile, as after `functional_call`. Those that FSDP2 has cut are left to it.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._parts = [(part, dict(part._parameters), dict(part._buffers)) for part in module.modules()]
-        self._parts = [each for each in self._parts if each[1] or each[2]]
-        self._at_start = _copies(buffer for _, _, buffers in self._parts for buffer in buffers.values())
-        self._present: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._parameters = _entries(module, "_parameters")
+        self._buffers = _entries(module, "_buffers")
+        self._at_start = {id(each): each.detach().clone() for _, _, each in self._buffers}  # modules may share one
+        self._present: list[_Entry] = []
 
     def __enter__(self) -> None:
-        self._present = [(dict(part._parameters), dict(part._buffers)) for part, _, _ in self._parts]
-        again = {key: copied.clone() for key, copied in self._at_start.items()}  # the run may change them
-        for part, parameters, buffers in self._parts:
-            part._parameters.update(parameters)
-            part._buffers.update({name: None if each is None else again[id(each)] for name, each in buffers.items()})
+        fresh = {key: copied.clone() for key, copied in self._at_start.items()}  # the run may change them
+        others = [(held, name, each) for held, name, each in self._parameters if _is_swapped(held.get(name), each)]
+        again = [*others, *((held, name, fresh[id(each)]) for held, name, each in self._buffers)]
+        self._present = [(held, name, held.get(name)) for held, name, _ in again]
+        for held, name, each in again:
+            held[name] = each
 
     def __exit__(self, *error: object) -> None:
-        for (part, _, _), (parameters, buffers) in zip(self._parts, self._present, strict=True):
-            part._parameters.update(parameters)
-            part._buffers.update(buffers)
+        for held, name, each in self._present:
+            held[name] = each
 
 
-def _copies(buffers: Iterable[Tensor | None]) -> dict[int, Tensor]:
-    """Return a copy of each buffer, by the id of the buffer; modules may share one."""
-    present = {id(each): each for each in buffers if each is not None}
-    return {key: each.detach().clone() for key, each in present.items()}
+_Entry = tuple[dict[str, Any], str, Any]
+"""The dict of a module in which a tensor is held, the tensor's name in it, and the tensor."""
+
+
+def _entries(module: nn.Module, kind: str) -> list[_Entry]:
+    """Return the entries of a module and the modules in it; `kind` is "_parameters" or "_buffers"."""
+    held = [getattr(part, kind) for part in module.modules()]
+    return [(each, name, tensor) for each in held for name, tensor in each.items() if tensor is not None]
+
+
+def _is_swapped(present: Any, then: Any) -> bool:
+    """Return whether another tensor has taken the place of a parameter, and not FSDP2, which cuts and gathers them."""
+    return present is not then and not hasattr(present, "placements") and not hasattr(then, "placements")

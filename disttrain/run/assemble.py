@@ -28,7 +28,13 @@ from disttrain.handlers.bad_steps import BadSteps
 from disttrain.parallel import Layout, Slots, World, strategy_for
 from disttrain.parallel.leaving_out import LeavingOut
 from disttrain.precision import Precision, choose_precision
-from disttrain.run.builders import asks_for_parts, build_model, build_optimizer, build_schedule, build_step_function
+from disttrain.run.builders import (
+    build_model,
+    build_optimizer,
+    build_schedule,
+    build_step_function,
+    forgotten_parameters,
+)
 from disttrain.run.data import build_data
 from disttrain.run.directory import RunDirectory
 from disttrain.run.ema import EMA, build_ema
@@ -75,6 +81,7 @@ def assemble(
         layout = strategy.layout
     with backend.agree("building the optimizer and the schedule"):
         optimizer = build_optimizer(config, step_function, layout)
+        forgotten = forgotten_parameters(config, optimizer, step_function)
         _, optimizer = precision.prepare(step_function.model, optimizer)
         begin_training(optimizer)
         schedule = build_schedule(config, optimizer, total_steps(config, data.identity))
@@ -104,7 +111,7 @@ def assemble(
         gradients=gradients,
         updates=updates,
         slot_results=slot_results,
-        freezing=Freezing(step_function, optimizer, layout, may_leave_out=not asks_for_parts(config)),
+        freezing=Freezing(step_function, optimizer, layout, forgotten=forgotten),
         loader=data.loader,
         trainer=trainer,
         evaluation=evaluation,

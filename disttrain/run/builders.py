@@ -101,9 +101,19 @@ def build_optimizer(config: Config, step_function: StepFunction, layout: Layout)
     return optimizer
 
 
-def asks_for_parts(config: Config) -> bool:
-    """Return whether the optimizer's factory makes the groups itself, of the model."""
-    return bool(asked(config.optimizer, OPTIMIZER_NOTE))
+def forgotten_parameters(
+    config: Config, optimizer: torch.optim.Optimizer, step_function: StepFunction
+) -> list[str] | None:
+    """Return the trained parameters that are in no group of a factory that asked for the model.
+
+    None for a factory that got the list of them, and leaves some out by its own choice. Call it before a precision
+    gives the optimizer parameters of its own.
+    """
+    if not asked(config.optimizer, OPTIMIZER_NOTE):
+        return None
+    names = {name for group in names_by_group(optimizer, dict(step_function.named_parameters())) for name in group}
+    trained = [name for name, parameter in step_function.named_parameters() if parameter.requires_grad]
+    return [name.replace("_orig_mod.", "") for name in trained if name not in names]
 
 
 def build_schedule(config: Config, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:

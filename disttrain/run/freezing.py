@@ -12,7 +12,7 @@ parameter of the optimizer that is not the model's, and for a checkpoint that na
 *Cost*: reads `requires_grad` of every parameter once a step.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn, tensor
@@ -30,7 +30,10 @@ FLAGS, GROUPS = "requires_grad", "param_groups"
 class Freezing:
     """The `requires_grad` of a run's parameters, and the groups of its optimizer, by the names in `model`."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, layout: Layout, *, may_leave_out: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, layout: Layout, *, forgotten: Collection[str] | None = None
+    ) -> None:
+        """`forgotten`: the trained parameters in no group, if that is a mistake; None if the config left them out."""
         self._named = {name.replace("_orig_mod.", ""): each for name, each in model.named_parameters()}
         """By their names without torch.compile, as in a checkpoint's state."""
         self._optimizer = optimizer
@@ -38,9 +41,8 @@ class Freezing:
         self._kept: Mapping[str, Any] = {}
         members = {id(each) for group in optimizer.param_groups for each in group["params"]}
         lost = {n for n, each in self._named.items() if each.requires_grad and id(each) not in members}
-        # A factory that gets parameters leaves some out by its own choice; one that gets the model may forget them.
-        self._left_out = lost if may_leave_out else set()
-        self._forgotten = set() if may_leave_out else lost
+        self._left_out = lost if forgotten is None else set()
+        self._forgotten = forgotten or ()
         self._held: dict[str, bool] = {}
         self._checked: tuple[list[bool], list[int]] | None = None
         self._begin()
@@ -61,7 +63,7 @@ class Freezing:
         """Take what there is now as the start: all handlers have been called. `kept` may hold further optimizers."""
         self._kept = kept
         self._begin()
-        if self._has_own and (forgotten := [name for name in self._without_optimizer() if name in self._forgotten]):
+        if forgotten := [name for name in self._without_optimizer() if name in self._forgotten]:
             raise ConfigError(
                 f"optimizer: expected every parameter with requires_grad in a group, but {shortened(forgotten)} would "
                 "get a gradient, count in its norm and never be trained; give it a group, or freeze it with "

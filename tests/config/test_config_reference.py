@@ -27,6 +27,11 @@ def test_rows_say_type_unit_and_default() -> None:
     assert rows["handlers"][1:4] == ("list of (trainer, run) -> None", "", "[]")
 
 
+def test_what_is_known_elsewhere_by_another_name_is_found() -> None:
+    meanings = {row.name: row.meaning for row in field_table()}
+    assert "gradient accumulation" in meanings["num_slots"]
+
+
 def test_names_with_a_unit_in_them_have_it_in_the_table() -> None:
     for row in field_table():
         if row.name.endswith("_s"):

@@ -4,6 +4,7 @@ import copy
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from disttrain.engine import Engine, Events
 from disttrain.errors import ConfigError
 from disttrain.handlers.checkpoint import Checkpoint
 from disttrain.handlers.preemption import Preemption
+from disttrain.precision import FP32
+from disttrain.run.builders import build_model
 from disttrain.run.directory import RunDirectory
 from disttrain.run.freezing import names_by_group
 from disttrain.run.state import Run
@@ -56,6 +59,12 @@ def test_a_model_of_torchscript_is_refused_with_fsdp_alone(tmp_path: Path, make:
     assert small_run(tmp_path, **changes).optimizer is not None
     with pytest.raises(ConfigError, match=r"(the model|1) is compiled by torch.jit, which takes no hooks"):
         small_run(tmp_path, **changes, strategy="fsdp")
+
+
+def test_recomputation_is_refused_on_xla_devices(tmp_path: Path) -> None:
+    backend: Any = SimpleNamespace(device=torch.device("xla"), move=lambda model: model)
+    with pytest.raises(ConfigError, match="activation_checkpointing has not been built for XLA devices; leave it out"):
+        build_model(small_config(activation_checkpointing="Linear"), backend)
 
 
 def no_closure(parameters: Any) -> Any:
@@ -122,6 +131,20 @@ def of_a_part(model: Any) -> torch.optim.Optimizer:
 
 def keeps_the_rest(trainer: Engine, run: Run) -> None:
     run.keep("rest", torch.optim.SGD([*run.model[0].parameters(), *run.model[1].parameters()], lr=0.1))  # type: ignore[index]
+
+
+class Masters(FP32):
+    """Steps copies of its own."""
+
+    name = "masters"
+
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        for group in optimizer.param_groups:
+            group["params"] = [nn.Parameter(each.detach().clone()) for each in group["params"]]
+        return model, optimizer
 
 
 def exchanges(model: nn.Module) -> torch.optim.Optimizer:
@@ -191,6 +214,10 @@ def plain_net() -> nn.Sequential:
     [
         ({"optimizer": of_model, "loss": Centre()}, "in a group, but loss.centre would get a gradient, count in its"),
         ({"optimizer": of_a_part}, "in a group, but model.0.weight, model.0.bias, model.1.weight and 1 more would"),
+        (
+            {"optimizer": of_a_part, "precision": Masters},
+            "in a group, but model.0.weight, model.0.bias, model.1.weight",
+        ),
         ({"optimizer": exchanges}, "leaves the model's parameters where they are, but it has added, removed or"),
         ({"optimizer": twice}, "SGD has the parameter model.0.weight twice, so it would be stepped twice"),
         (
@@ -215,6 +242,7 @@ def test_groups_that_would_train_something_wrong_are_refused(
 def test_a_factory_may_freeze_and_a_handler_may_step_the_rest(tmp_path: Path) -> None:
     run = small_run(tmp_path, optimizer=of_frozen)
     assert [name for name, each in run.model.named_parameters() if not each.requires_grad] == ["0.weight", "0.bias"]
+    assert small_run(tmp_path, optimizer=of_model, precision=Masters).precision.name == "masters"
     run = small_run(tmp_path, optimizer=of_a_part, handlers=[keeps_the_rest])
     assert list(run.kept) == ["rest"]
 
@@ -254,10 +282,10 @@ def thaws(trainer: Engine, run: Run) -> None:
 
 
 @pytest.mark.parametrize("first", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
-def test_killed_and_resumed_on_other_ranks_and_strategies_the_groups_are_the_same(
+def test_stopped_and_resumed_on_other_ranks_and_strategies_the_groups_are_the_same(
     ranks: Ranks, tmp_path: Path, first: str
 ) -> None:
-    (whole,) = ranks(1, live, tmp_path / "whole", "ddp", 6)
-    ranks(3, live, tmp_path, first, 4)
-    for result in ranks(2, live, tmp_path, "fsdp" if first == "ddp" else "ddp", 6):
-        assert (result["params_sha256"], result["step"]) == (whole["params_sha256"], 6)
+    (whole,) = ranks(1, live, tmp_path / "whole", "ddp", 7)
+    ranks(3, live, tmp_path, first, 5)  # of epochs of four steps; the first layer trains from the fourth step on
+    for result in ranks(2, live, tmp_path, "fsdp" if first == "ddp" else "ddp", 7):
+        assert (result["params_sha256"], result["step"]) == (whole["params_sha256"], 7)
