@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from disttrain import Config
+from disttrain import Config, parameter_groups
 from disttrain.data import TokenFiles
 
 LENGTH, VOCAB, WIDTH, HEADS, DEPTH = 64, 256, 128, 4, 2
@@ -83,13 +83,10 @@ def next_token(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def adamw(parameters, lr: float, weight_decay: float = 0.1) -> torch.optim.Optimizer:
+def adamw(model, lr: float, weight_decay: float = 0.1) -> torch.optim.Optimizer:
     """Return an AdamW that decays matrices, and neither biases nor norms."""
-    groups = {True: [], False: []}
-    for parameter in parameters:
-        groups[parameter.ndim > 1].append(parameter)
-    decays = [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
-    return torch.optim.AdamW(decays, lr=lr, betas=(0.9, 0.95))
+    groups = parameter_groups(model, weight_decay=weight_decay, decay=[nn.Embedding])
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
 
 
 def warm_up_and_cosine(optimizer, total_steps: int, warm_up: int = 20) -> torch.optim.lr_scheduler.LRScheduler:

@@ -65,10 +65,7 @@ def assemble(
 
     `left_out`: steps to leave out, and the reasons. `initial`: weights that the model takes before it is spread.
     """
-    if config.num_slots is None:
-        raise ConfigError("num_slots is not resolved; expected a number here, as disttrain.launch gives it")
-    slots = Slots(config.num_slots, backend.rank, backend.world_size)
-    check_devices(config.global_batch_size, config.num_slots, backend.num_devices, config.validate.batch_size)
+    slots = slots_of(config, backend)
     with backend.agree("choosing the precision"):
         precision: Precision = build("precision", choose_precision, config.precision, backend.device)
     with backend.agree("building the data"):
@@ -137,6 +134,14 @@ def complete(run: Run) -> None:
     call_handlers(run)
     run.settings = ModuleSettings(run.step_function)
     run.frozen = FrozenWeights(run.parts, run.layout, run.backend, leaves_out=run.config.checkpoint.leave_out_frozen)
+
+
+def slots_of(config: Config, backend: Backend) -> Slots:
+    """Return the slots of the run; ConfigError unless this rank's devices divide them."""
+    if config.num_slots is None:
+        raise ConfigError("num_slots is not resolved; expected a number here, as disttrain.launch gives it")
+    check_devices(config.global_batch_size, config.num_slots, backend.num_devices, config.validate.batch_size)
+    return Slots(config.num_slots, backend.rank, backend.world_size)
 
 
 def build_updates(
