@@ -68,3 +68,11 @@ def test_sharded_killed_and_resumed_whole_a_compiled_run_has_the_same_bits(ranks
     for result, its_ledger in ranks(2, live, tmp_path / "parts", {}, timeout_s=400):
         assert (result["params_sha256"], result["metrics"]) == (whole["params_sha256"], whole["metrics"])
         assert its_ledger == ledger
+
+
+def test_a_compiled_run_that_recomputes_has_the_same_bits_on_any_number_of_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    on = {"activation_checkpointing": True, "max_steps": 3}
+    ((alone, ledger),) = ranks(1, live, tmp_path / "alone", on, timeout_s=400)
+    for result, its_ledger in ranks(2, live, tmp_path / "two", {**on, "strategy": "fsdp"}, timeout_s=400):
+        assert result["params_sha256"] == alone["params_sha256"]
+        assert its_ledger == ledger
