@@ -230,7 +230,21 @@ def _result(name: str, config: "Config") -> Iterator[str]:
     if monitor is not None and config.valid_data is None:
         yield f"{name}: expected None without valid_data, got {got(monitor)}; set valid_data too"
     elif monitor is not None and monitor not in results:
+        yield from _value_of_forward(name, monitor, results, config)
+
+
+def _value_of_forward(name: str, monitor: str, results: Sequence[str], config: "Config") -> Iterator[str]:
+    """Yield a problem unless a result can be a value that `forward` returns, and somebody says which ones are good."""
+    of_a_set = not isinstance(config.valid_data, Mapping) or monitor.partition("/")[0] in config.valid_data
+    if config.forward is None or config.global_loss is not None or not of_a_set:
         yield f"{name}: expected {either(map(repr, results))}, got {got(monitor)}"
+        return
+    mode = name.replace("monitor", "mode")
+    if name != "schedule_monitor" and value_of(config, mode) == "auto":
+        yield (
+            f"{name}: expected {either(map(repr, results))}, got {got(monitor)}; if forward returns a value of that "
+            f"name, set {mode} to 'min' or 'max' too"
+        )
 
 
 def check_slots(global_batch_size: int, num_slots: int | None, world_size: int = 1) -> int:

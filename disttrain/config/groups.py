@@ -29,7 +29,8 @@ class CheckpointConfig(Declaration):
     """The number of newest checkpoints to keep."""
     monitor: Annotated[str | None, FieldNote(may_change=True, harmless=True)] = None
     """Also keep the checkpoint with the best result on the validation data. The result is "loss", or the name of a
-    metric; with several sets "clean/loss". None: keep no best checkpoint."""
+    metric, or with `mode` of a value that `forward` returns; with several sets "clean/loss". None: keep no best
+    checkpoint."""
     mode: Annotated[Literal["auto", "min", "max"], FieldNote(may_change=True, harmless=True)] = "auto"
     """Whether the smallest or the largest value of `monitor` is the best. "auto": the smallest loss; for a metric, its
     own `higher_is_better` decides."""
@@ -79,8 +80,8 @@ class EarlyStopConfig(Declaration):
 
     prefix: ClassVar[str] = "early_stop."
     monitor: Annotated[str | None, FieldNote(may_change=True)] = None
-    """End the run when this result on the validation data no longer improves: "loss", or the name of a metric. None:
-    the run goes on to its last step."""
+    """End the run when this result on the validation data no longer improves: "loss", the name of a metric, or with
+    `mode` of a value that `forward` returns. None: the run goes on to its last step."""
     patience: Annotated[Positive, FieldNote("evaluations", may_change=True)] = 3
     """The number of evaluations in a row without an improvement after which the run ends."""
     mode: Annotated[Literal["auto", "min", "max"], FieldNote(may_change=True)] = "auto"

@@ -37,7 +37,7 @@ class Best:
         *Errors*: ConfigError if the result is not a single number.
         """
         if self._backend is not None:
-            results = self._backend.broadcast({self.monitor: results[self.monitor]})
+            results = self._backend.broadcast(dict(results))
         value = number_in(results, self.monitor, "checkpoint.monitor")
         if not math.isfinite(value) or (self.found is not None and not self._is_better(value, self.found.value)):
             return False
@@ -74,7 +74,12 @@ class Best:
 
 
 def number_in(results: Mapping[str, Any], monitor: str, field: str) -> float:
-    """Return the result that a field of the config names; ConfigError unless it is a single number."""
+    """Return the result that a field of the config names; ConfigError unless there is one, a single number."""
+    if monitor not in results:
+        raise ConfigError(
+            f"{field}={monitor!r}: expected one of the results of the evaluation ({', '.join(results)}); name one of "
+            "these, or let forward return a value of that name"
+        )
     value = results[monitor]
     if not isinstance(value, int | float):
         raise ConfigError(

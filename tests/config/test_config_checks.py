@@ -75,6 +75,19 @@ def test_the_monitored_result_is_one_of_the_validation_data() -> None:
     assert sample(checkpoint={"monitor": "accuracy", "mode": "max"}, **there).checkpoint.monitor == "accuracy"
 
 
+def test_a_value_that_forward_returns_is_monitored_with_a_mode() -> None:
+    there: dict[str, Any] = {"valid_data": list, "loss": None, "forward": lambda model, batch: None, "metrics": {}}
+    hint = "expected 'loss', got 'ce'; if forward returns a value of that name, set checkpoint.mode to 'min' or 'max'"
+    assert hint in refused(checkpoint={"monitor": "ce"}, **there)
+    assert "set early_stop.mode to 'min' or 'max' too" in refused(early_stop={"monitor": "ce"}, **there)
+    assert sample(checkpoint={"monitor": "ce", "mode": "min"}, **there).checkpoint.monitor == "ce"
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+    assert sample(schedule_monitor="ce", schedule=plateau, **there).schedule_monitor == "ce"
+    sets = {**there, "valid_data": {"clean": list}}
+    assert sample(checkpoint={"monitor": "clean/ce", "mode": "min"}, **sets).checkpoint.mode == "min"
+    assert "expected 'clean/loss', got 'ce'." in refused(checkpoint={"monitor": "ce", "mode": "min"}, **sets)
+
+
 def test_the_result_that_a_schedule_follows_is_one_of_the_validation_data() -> None:
     there: dict[str, Any] = {"valid_data": list, "metrics": {"accuracy": lambda: None}}
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
