@@ -7,6 +7,7 @@
     annotations  the types of the fields, and the notes that a field carries beside its type
     asked        the parts of a run that a function asks for by the names of its arguments
     checks       the rules between fields: one length, one loss, slots that divide the global batch
+    monitors     the rules for the fields that follow a result of the evaluations
     load         makes a Config from a cfg.py or from a run directory
     overrides    applies `key=value` from the command line to a Config
     parse        reads the text after `key=` as a value

@@ -8,6 +8,7 @@ import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Lt
@@ -161,3 +162,8 @@ def alternatives(annotation: Any) -> list[Any]:
     if get_origin(annotation) in (Union, types.UnionType):
         return [plain for argument in get_args(annotation) for plain in alternatives(argument)]
     return [annotation]
+
+
+def value_of(config: Any, name: str) -> Any:
+    """Return the value of a field by its dotted name."""
+    return reduce(getattr, name.split("."), config)

@@ -22,8 +22,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from disttrain.config.annotations import PLAIN_KEY, leaves
-from disttrain.config.checks import value_of
+from disttrain.config.annotations import PLAIN_KEY, leaves, value_of
 from disttrain.config.fields import Config
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"

@@ -13,9 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from disttrain.config.annotations import PLAIN_KEY, FieldNote, Leaf, alternatives, is_group, leaves
+from disttrain.config.annotations import PLAIN_KEY, FieldNote, Leaf, alternatives, is_group, leaves, value_of
 from disttrain.config.asked import asked
-from disttrain.config.checks import value_of
 from disttrain.config.declaration import Declaration
 from disttrain.config.fields import Config, replace
 from disttrain.config.parse import Missing, parse, parse_keyword, plain_type
