@@ -59,7 +59,7 @@ def export(directory: str | Path, file: str | Path, weights: ExportWeights = "ev
     if file.exists():
         raise CheckpointError(f"{file} is there already; remove it or choose another name")
     manifest = verify(directory)
-    point, average = _other_parameters(manifest, weights)
+    point, average = other_parameters(manifest, weights)
     if weights == "ema" and average is None:
         raise CheckpointError(f"the checkpoint {directory} holds no average of the weights: its run has no ema.decay")
     tensors, stored = _model_tensors(manifest.state, point if average is None else average)
@@ -84,16 +84,19 @@ def export(directory: str | Path, file: str | Path, weights: ExportWeights = "ev
     return Exported(manifest.step, len(tensors), size_bytes, point is not None, num_left_out, average is not None)
 
 
-def _other_parameters(manifest: Manifest, weights: ExportWeights) -> tuple[Json, Json]:
-    """Return the parameters to export in place of those that are trained: of the evaluation point, and the average."""
+def other_parameters(manifest: Manifest, weights: ExportWeights, module: str = _MODEL) -> tuple[Json, Json]:
+    """Return the parameters to take in place of those that are trained: of the evaluation point, and the average.
+
+    `module`: the module of the run, by name; only the model has an evaluation point.
+    """
     state: Any = manifest.state
     if weights == "trained" or not isinstance(state, dict) or _MODEL not in state:
         return None, None
     match manifest.position.get("ema"), state.get("kept"):
         case {"evaluate": evaluate}, {"ema": dict(shadows)} if evaluate or weights == "ema":
-            prefix = f"{_MODEL}."
+            prefix = f"{module}."
             return None, {name.removeprefix(prefix): s for name, s in shadows.items() if name.startswith(prefix)}
-    return state.get(EVALUATION_POINT), None
+    return state.get(EVALUATION_POINT) if module == _MODEL else None, None
 
 
 def _model_tensors(state: Json, instead: Json) -> tuple[dict[str, Tensor], dict[str, tuple[str, str, tuple[int, ...]]]]:

@@ -1,8 +1,8 @@
 """Reads the weights of modules to begin with: from a checkpoint, a safetensors file, or a file of `torch.save`.
 
 *Contract*: nothing is unpickled but tensors and plain values, and the source is not changed: a damaged checkpoint of
-another run is not set aside. Of a checkpoint only the modules are read, and no state of an optimizer; if its optimizer
-evaluates at another point than it trains, the parameters are those of the evaluation point, as in an export.
+another run is not set aside. Of a checkpoint only the modules are read, and no state of an optimizer. Their parameters
+are those that the run evaluated, as in an export: an average (`ema`), or the evaluation point of its optimizer.
 
 *Errors*: CheckpointError for a file or a checkpoint that cannot be read, DamagedError for a damaged one; of a
 checkpoint the same on every rank.
@@ -21,7 +21,7 @@ from torch import Tensor
 from disttrain.checkpoint.agree import CheckpointRanks, on_every_rank
 from disttrain.checkpoint.check import verify
 from disttrain.checkpoint.disk_saver import load_file
-from disttrain.checkpoint.exports import EVALUATION_POINT
+from disttrain.checkpoint.exports import other_parameters
 from disttrain.checkpoint.manifest import MANIFEST, Manifest
 from disttrain.checkpoint.state_reader import StateReader
 from disttrain.checkpoint.state_tree import restore_state
@@ -67,8 +67,10 @@ def _read(directory: Path, manifest: Manifest, modules: Collection[str]) -> Weig
     trees = {key: state[key] for key in modules if key in state} if is_run else {MODEL: state}
     with StateReader(directory, manifest) as reader:
         read = {key: restore_state(tree, reader.fetch) for key, tree in trees.items()}
-        if is_run and (evaluated := restore_state(state.get(EVALUATION_POINT), reader.fetch)):
-            read[MODEL] = {**read[MODEL], **evaluated}
+        for key in trees if is_run else ():
+            point, average = other_parameters(manifest, "evaluated", key)
+            if evaluated := restore_state(point if average is None else average, reader.fetch):
+                read[key] = {**read[key], **evaluated}
     sha256 = hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest()
     if not is_run:
         read[MODEL] = _state_of_model(read[MODEL], f"the checkpoint {directory}")

@@ -178,6 +178,27 @@ def test_a_schedule_free_source_gives_the_weights_that_were_evaluated(tmp_path: 
     assert resumed.taken is None
 
 
+@pytest.mark.parametrize("evaluate", [True, False])
+def test_a_source_with_an_average_gives_the_weights_that_were_evaluated(tmp_path: Path, evaluate: bool) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, y_pred: Tensor, y: Tensor) -> Tensor:
+            return (self.scale * y_pred - y).square().mean()
+
+    linear = partial(nn.Linear, 3, 1)
+    trained(tmp_path / "a", model=linear, loss=Scaled(), ema={"decay": 0.5, "evaluate": evaluate}, max_epochs=1)
+    source = tmp_path / "a" / "small" / "checkpoints" / "step-00000004" / "tensors.safetensors"
+    stored = safetensors.torch.load_file(source)
+    step_function, _ = taken(tmp_path, tmp_path / "a" / "small", linear, loss=Scaled())
+    for name, tensor in step_function.state_dict().items():
+        here = stored[f"kept.ema.{name}"] if evaluate else stored[name]
+        assert torch.equal(tensor, here), name
+    assert not torch.equal(stored["kept.ema.loss.scale"], stored["loss.scale"])
+
+
 CHANGES: dict[str, Any] = {
     "train_data": partial(points, 48),
     "optimizer": partial(torch.optim.AdamW, lr=0.01),
