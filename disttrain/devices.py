@@ -39,13 +39,15 @@ class DeviceType:
     """`torch.hash_tensor` runs on it; without this a tensor is copied to the host for its hash."""
     autocasts: bool = True
     """`torch.autocast` supports it, for the factories' `amp_mode`."""
+    is_lazy: bool = False
+    """It collects operations into programs. Parts of a run that were never tried with that are refused."""
 
 
 DEVICE_TYPES = {
     "cpu": DeviceType("gloo", ("fp32", "bf16", "fp16"), "fp32", has_index=False, hashes=True),
     "cuda": DeviceType("nccl", ("fp32", "bf16", "fp16", "apex"), copies_ahead=True, pins_checkpoints=True, hashes=True),
     "xpu": DeviceType(copies_ahead=True),
-    "xla": DeviceType(auto_precision="bf16", views_bytes=False, autocasts=False),
+    "xla": DeviceType(auto_precision="bf16", views_bytes=False, autocasts=False, is_lazy=True),
     "mps": DeviceType(precisions=("fp32",), has_index=False, autocasts=False),
 }
 OTHER = DeviceType()

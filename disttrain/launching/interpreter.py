@@ -147,17 +147,21 @@ def _main() -> int:
         return 0  # it was started ahead, and is not needed
     if method is not None:
         multiprocessing.set_start_method(method)
+    closed = threading.Event()
     with LocalRanks(world_size, target, arguments, logs, fork=True) as ranks:
-        threading.Thread(target=_end_with_input, args=(ranks,), daemon=True).start()
+        threading.Thread(target=_end_with_input, args=(ranks, closed), daemon=True).start()
         codes = ranks.wait()
+    if closed.is_set():
+        return 1  # the ranks have not ended by themselves
     (logs / _ENDED).write_text(json.dumps([codes, ranks.first_failed]), encoding="utf-8")
     return 0
 
 
-def _end_with_input(ranks: LocalRanks) -> None:
+def _end_with_input(ranks: LocalRanks, closed: threading.Event) -> None:
     """End this process and its ranks when the process that started it has ended, or closes this one's input."""
     # Not by sys.stdin: a thread that waits in it holds a lock that the interpreter needs at its end.
     while os.read(0, 1):
         pass
+    closed.set()
     ranks.kill()
     os._exit(1)

@@ -18,6 +18,7 @@ from disttrain.config import Config
 from disttrain.config.annotations import leaves
 from disttrain.config.asked import arguments, asked
 from disttrain.config.wording import got
+from disttrain.devices import device_row
 from disttrain.engine.supervised import StepFunction
 from disttrain.errors import ConfigError
 from disttrain.parallel import Layout
@@ -39,7 +40,7 @@ def build_model(config: Config, backend: Backend) -> nn.Module:
     manual_seed(seed_for(config.seed, "init"))
     model: nn.Module = backend.move(built(config, "model", nn.Module))
     if config.activation_checkpointing:
-        if backend.device.type == "xla":
+        if device_row(backend.device).is_lazy:
             raise ConfigError("activation_checkpointing has not been built for XLA devices; leave it out")
         recompute(model, config.activation_checkpointing)
     if config.compile:
@@ -56,7 +57,7 @@ def build_step_function(config: Config, model: nn.Module, backend: Backend) -> S
     loss, step = (copy.deepcopy(part) if isinstance(part, nn.Module) else part for part in given)
     kind = CheckedStep if config.global_loss is None else GlobalStep
     step_function: StepFunction = backend.move(kind(config, model, loss, step))
-    if config.global_loss is not None and backend.device.type == "xla":
+    if config.global_loss is not None and device_row(backend.device).is_lazy:
         raise ConfigError("global_loss has not been built for XLA devices; leave it out, or use another device")
     check_model(step_function, backend.device)
     if config.strategy == "fsdp":

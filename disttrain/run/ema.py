@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 from disttrain.backend import Backend
 from disttrain.config import Config
+from disttrain.devices import device_row
 from disttrain.engine import Engine, Events
 from disttrain.errors import ConfigError
 from disttrain.parallel.layout import part_here
@@ -116,7 +117,7 @@ def build_ema(config: Config, model: nn.Module, optimizer: Optimizer, updates: U
             f"ema.decay: expected None with {type(optimizer).__name__}, which averages the weights itself and is "
             f"evaluated at that point, got {decay}; leave it out, or use another optimizer"
         )
-    if backend.name == "xla":
+    if device_row(backend.device).is_lazy:
         raise ConfigError(
             f"ema.decay: expected None on XLA devices, where it was never tried, got {decay}; leave it out"
         )

@@ -253,7 +253,7 @@ def test_an_optimizer_that_averages_by_itself_is_refused(tmp_path: Path) -> None
 
 
 class OnXla:
-    name = "xla"
+    device = torch.device("xla")
 
 
 def test_xla_devices_are_refused() -> None:
