@@ -66,7 +66,8 @@ def die_while_saving(backend: Backend, root: Path, asynchronous: bool) -> None:
         save_spread(backend, root, [2, 3], asynchronous)
 
 
-@pytest.mark.parametrize("asynchronous", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_rank_that_is_killed_while_it_writes_leaves_nothing_incomplete(
     ranks: Ranks, tmp_path: Path, asynchronous: bool
 ) -> None:

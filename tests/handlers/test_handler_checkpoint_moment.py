@@ -96,7 +96,13 @@ def fail_on(backend: Backend, folder: Path, failing: tuple[int, ...], kind: str)
     trainer.run(batches, max_epochs=3)
 
 
-@pytest.mark.parametrize(("failing", "kind"), [((1,), "file"), ((0, 1), "file"), ((1,), "directory")])
+@pytest.mark.parametrize(
+    ("failing", "kind"),
+    [
+        ((1,), "file"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (((0, 1), "file"), ((1,), "directory"))),
+    ],
+)
 def test_after_an_exception_on_several_ranks_one_rank_saves_and_none_waits(
     ranks: Ranks, tmp_path: Path, failing: tuple[int, ...], kind: str
 ) -> None:

@@ -17,6 +17,7 @@ from disttrain.commands.compare import compare_runs
 CFG = Path(__file__).parent / "matrix" / "averaged.py"
 
 
+@pytest.mark.slow
 def test_a_kept_average_has_the_bits_of_an_uninterrupted_run(tmp_path: Path) -> None:
     reference, *others = run_resized(CFG, tmp_path)
     last = json.loads(reference.ledger_jsonl.read_text().splitlines()[-1])["state"]

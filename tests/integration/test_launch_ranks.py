@@ -114,6 +114,7 @@ def test_an_error_that_may_pass_is_tried_again(tmp_path: Path) -> None:
     assert done.err.count("LoadingError: dataset[99] raised ConnectionResetError: the server is away (cfg.py:") == 1
 
 
+@pytest.mark.slow
 def test_a_run_needs_no_reader_no_short_tmpdir_and_no_second_host_of_the_environment(tmp_path: Path) -> None:
     write_cfg(tmp_path)
     long = tmp_path / ("x" * 70) / ("y" * 70)

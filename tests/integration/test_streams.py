@@ -158,6 +158,7 @@ fields["train_data"] = Torn
     )
 
 
+@slow
 def test_the_commands_of_the_page_train_and_resume(tmp_path: Path) -> None:
     page = (ROOT / "docs/streams.md").read_text()
     (code,) = re.findall(r"(?ms)^```python file=stream.py\n(.*?)^```$", page)

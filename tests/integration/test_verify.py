@@ -46,9 +46,23 @@ def test_a_sound_config_gives_the_same_bits_in_all_runs(tmp_path: Path) -> None:
     ("name", "worlds", "kills", "found_by", "headline"),
     [
         ("own_generator", "1", 0, "again", "step 1: the loaded data (slot 0, slot 1, slot 2, slot 3)"),
-        ("clock", "1", 0, "again", "step 0: the state that the runs began with (model.0.weight, model.0.bias, "),
+        pytest.param(
+            "clock",
+            "1",
+            0,
+            "again",
+            "step 0: the state that the runs began with (model.0.weight, model.0.bias, ",
+            marks=pytest.mark.slow,
+        ),
         ("rank", "1,2", 0, "2 ranks", "step 1: the loss (slot 2, slot 3)"),
-        ("history", "1", 1, "killed", r"step \d+: the loaded data (slot 0, slot 1, slot 2, slot 3)"),
+        pytest.param(
+            "history",
+            "1",
+            1,
+            "killed",
+            r"step \d+: the loaded data (slot 0, slot 1, slot 2, slot 3)",
+            marks=pytest.mark.slow,
+        ),
         ("unsaved", "1", 1, "killed", r"step \d+: the loss (slot 0, slot 1, slot 2, slot 3)"),
         ("evaluation", "1", 0, "again", "step 6: the results of the evaluation after the step (loss): "),
     ],
@@ -123,7 +137,7 @@ def test_a_run_that_needs_its_folder_or_forked_workers_is_told_so_and_verified(t
 
 
 def test_every_wrong_example_is_tried() -> None:
-    tried = {mark.args[1][i][0] for mark in MARKS for i in range(len(mark.args[1]))}
+    tried = {getattr(case, "values", case)[0] for mark in MARKS for case in mark.args[1]}
     assert tried == {path.stem for path in WRONG.glob("*.py")} - {"sound", "time_zone"}
 
 
@@ -228,6 +242,7 @@ def block(kind: str) -> list[str]:
     return list(words)
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page_have_the_output_that_it_shows(
     two_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
