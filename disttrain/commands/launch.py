@@ -282,4 +282,5 @@ def is_finished(result: dict[str, Any], config: Config) -> bool:
         return bool(result["terminated"] == run_length(config))
     if config.max_steps is not None:
         return int(result["step"]) >= config.max_steps
-    return int(result["epoch"]) >= (config.max_epochs or 0)
+    whole_epochs = int(result["epoch"]) - ("stopped" in result)  # an early end may lie inside an epoch
+    return whole_epochs >= (config.max_epochs or 0)

@@ -67,7 +67,7 @@ class Verification:
         self.left_alone: list[Setting] = []
         """Settings that all lives from now on have as the reference has them."""
         self._preload = [*preload, *(PRELOAD_FSDP if config.strategy == "fsdp" else ())]
-        self._preload += ["torchmetrics"] * bool(config.metrics)
+        self._preload += ["torchmetrics"] * bool(config.metrics or config.train_metrics)
         # torch keeps compiled code in the temporary directory, and each life has another one.
         self._variables = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")} if config.compile else {}
         self._name = str(config.name)

@@ -120,9 +120,9 @@ class Config(Declaration):
     `metrics` (ReduceLROnPlateau) steps after each evaluation, with the result that `schedule_monitor` names. None: no
     schedule."""
     schedule_monitor: Annotated[str | None, FieldNote(may_change=True)] = None
-    """The result on the validation data that a schedule like ReduceLROnPlateau follows: "loss", or the name of a
-    metric. It stays the same for the life of a run. None: what `checkpoint.monitor` names when the run begins, or
-    "loss"."""
+    """The result on the validation data that a schedule like ReduceLROnPlateau follows: "loss", the name of a metric,
+    or of a value that `forward` returns; with several sets "clean/loss". It stays the same for the life of a run. None:
+    what `checkpoint.monitor` names when the run begins, or "loss"."""
     metrics: Annotated[Mapping[str, MetricFactory], FieldNote(takes="() -> Metric", within="dict of name: ")] = Field(
         default_factory=dict
     )

@@ -91,10 +91,12 @@ def _changed(config: Config, key: str, prefix: str, value: Any, path: list[str],
     name, *rest = path
     dotted = f"{prefix}.{name}"
     if isinstance(value, Mapping):
-        if name not in value:
+        by_text = {str(known): known for known in value}
+        if name not in by_text:
             near = did_you_mean(dotted, [f"{prefix}.{known}" for known in value])
             raise ConfigError(f"{key}={text}: {prefix} has no {name}{near or _known(value)}")
-        return {**value, name: _changed_part(config, key, dotted, value[name], rest, text, None)}
+        known = by_text[name]  # the steps of a Mixture's changes are integers
+        return {**value, known: _changed_part(config, key, dotted, value[known], rest, text, None)}
     if not _is_function(value):
         raise ConfigError(
             f"{key}={text}: expected {prefix} to be a function or a partial that takes {name}, "

@@ -48,7 +48,7 @@ SHORTEST_BLOCK, SHORTEST_PERIODS = 32, 64
 LONGEST_PERIOD = 256
 NUM_DRAWN = 512
 """The number of blocks that are drawn for shares with a period."""
-SMALLEST_SHARE = Fraction(1, 2**16)
+SMALLEST_SHARE = Fraction(1, 2**12)
 
 
 class Block(NamedTuple):
@@ -184,14 +184,15 @@ def _drawn_turns(windows: Sequence[Windows], draws: Sequence[float]) -> list[tup
     be given to a window that closes by then; where it is 0, the next turn must be given to one of these.
     """
     slack = _slack(windows, len(draws))
-    given, turns, tight = [0] * len(windows), [], 0
+    tight = [t for t, left in enumerate(slack) if not left]  # a heap; a slack of 0 stays 0
+    given, turns = [0] * len(windows), []
     never = len(draws) + 1
     opens = [each.opens[0] if each.opens else never for each in windows]
     closes = [each.closes[0] if each.closes else never for each in windows]
     for now, draw in enumerate(draws):
-        if tight <= now:
-            tight = slack.index(0, now + 1)
-        may = [source for source, opening in enumerate(opens) if opening <= now and closes[source] <= tight]
+        while tight[0] <= now:
+            heapq.heappop(tight)
+        may = [source for source, opening in enumerate(opens) if opening <= now and closes[source] <= tight[0]]
         source = first = min(may, key=closes.__getitem__)
         left = draw
         for other in may:
@@ -201,8 +202,8 @@ def _drawn_turns(windows: Sequence[Windows], draws: Sequence[float]) -> list[tup
                 break
         for t in range(now + 1, closes[source]):
             slack[t] -= 1
-            if slack[t] == 0 and t < tight:
-                tight = t
+            if slack[t] == 0:
+                heapq.heappush(tight, t)
         turns.append((source, given[source]))
         given[source] += 1
         more = given[source] < len(windows[source].opens)

@@ -1,5 +1,6 @@
 """An order that mixes several sources, each with its share of the samples and with epochs of its own."""
 
+import hashlib
 import numbers
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ class _Stage(NamedTuple):
 
     first: int
     sources: Indices
+    shares: list[Fraction]
     turns: FairTurns
     before: Indices
 
@@ -43,7 +45,7 @@ class Mixture:
     is entry n % m of the permutation of its own epoch n // m: it comes again after all others of its source have come,
     whatever the shares are.
     *Errors*: ConfigError for names that are no source's, and for shares that are missing, not above 0, or below
-    1/65536 of their sum.
+    1/4096 of their sum.
     *Cost*: any position of any epoch costs the same: see `FairTurns` and `IndexShuffle`.
     """
 
@@ -99,6 +101,13 @@ class Mixture:
                 result[here] = self._permutation(source, own_epoch).at(places[here]) + self._offsets[source]
         return result
 
+    @property
+    def fingerprint(self) -> str:
+        """The sources and the whole plan of their shares, hashed: a resumed run must have the same."""
+        stages = [(each.first, each.sources.tolist(), [str(share) for share in each.shares]) for each in self._stages]
+        text = repr((self._names, self._sizes.tolist(), stages))
+        return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()
+
     def counts(self, position: int) -> list[int]:
         """Return the number of samples that each source has given before a position, counted through all epochs."""
         return list(map(int, self._counts(self._stages, position)))
@@ -129,11 +138,10 @@ class Mixture:
 
     def _add_stage(self, first: int, shares: Mapping[int, Fraction]) -> None:
         total = sum(shares.values())
-        turns = FairTurns(
-            [share / total for share in shares.values()], seed_for(self._seed, "mixture", len(self._stages))
-        )
+        parts = [share / total for share in shares.values()]
+        turns = FairTurns(parts, seed_for(self._seed, "mixture", len(self._stages)))
         before = self._counts(self._stages, first) if self._stages else np.zeros_like(self._sizes)
-        self._stages.append(_Stage(first, np.array(list(shares)), turns, before))
+        self._stages.append(_Stage(first, np.array(list(shares)), parts, turns, before))
 
     def _by_source(self, field: str, shares: Shares) -> dict[int, Fraction]:
         """Return the shares by the number of their source, checked."""

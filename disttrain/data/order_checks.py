@@ -17,8 +17,8 @@ from disttrain.errors import ConfigError, DisttrainError
 from disttrain.mistakes import is_mistake, placed
 from disttrain.seeding import seed_for
 
-NUM_PROBED = 32
-"""The positions at an order's start, at its end and in between that are asked for."""
+NUM_PROBED, NUM_BETWEEN = 32, 8
+"""The positions at an order's start and at its end that are asked for, and those in between, which may cost more."""
 PROBED_EPOCHS = (0, 1)
 
 
@@ -79,6 +79,6 @@ def identify(order: Any, num_samples: int) -> dict[str, Any]:
 
 
 def _probed_positions(length: int) -> Indices:
-    between = {seed_for(0, "probed", number) % length for number in range(NUM_PROBED)}
+    between = {seed_for(0, "probed", number) % length for number in range(NUM_BETWEEN)}
     ends = {*range(min(length, NUM_PROBED)), *range(max(0, length - NUM_PROBED), length)}
     return np.array(sorted(between | ends), dtype=np.int64)

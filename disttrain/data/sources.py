@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.utils.data import ConcatDataset
 
-from disttrain.data.dataset import check_dataset
+from disttrain.data.dataset import check_dataset, is_iterable_style
 from disttrain.errors import DataError
 
 
@@ -22,6 +22,11 @@ class Sources(ConcatDataset[Any]):
         if not datasets:
             raise DataError("train_data: expected a dict with at least one dataset, got {}")
         for name, dataset in datasets.items():
+            if is_iterable_style(dataset):
+                raise DataError(
+                    f"train_data[{name!r}]: expected a dataset with __len__ and __getitem__, got "
+                    f"{type(dataset).__name__}, which can only be iterated; a mixture needs samples at any position"
+                )
             check_dataset(dataset, f"train_data[{name!r}]")
         super().__init__(datasets.values())
         self.names = tuple(datasets)

@@ -68,13 +68,8 @@ class TokenReader:
             raise ValueError(f"header_bytes={header_bytes}: expected 0 or more bytes before the first token")
         self.files = [_described(path, raw, header_bytes) for path in found_files(paths)]
         self._ends: IntArray = np.cumsum([file.num_tokens for file in self.files], dtype=np.int64)
-        self._opened = lru_cache(MOST_OPEN)(_Opened)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_opened"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _opened=lru_cache(MOST_OPEN)(_Opened))
+        _opened.cache_clear()  # a file may have been replaced by another one of its name
+        weakref.finalize(self, _opened.cache_clear)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -110,7 +105,7 @@ class TokenReader:
         """Return the tokens of a piece, `[piece.stop - piece.start]`."""
         path, size, dtype, offset = self.files[piece.file]
         count = (piece.stop - piece.start) * dtype.itemsize
-        data = self._opened(path).read(size, offset + piece.start * dtype.itemsize, count)
+        data = _opened(path).read(size, offset + piece.start * dtype.itemsize, count)
         return np.frombuffer(data, dtype).astype(np.int64)
 
 
@@ -137,6 +132,12 @@ class _Opened:
                 "restore the file, and do not write to a file of tokens while a run uses it"
             )
         return data
+
+
+@lru_cache(MOST_OPEN)
+def _opened(path: str) -> _Opened:
+    """Return an open file: all readers of a process together have at most MOST_OPEN."""
+    return _Opened(path)
 
 
 def found_files(paths: Paths) -> list[str]:

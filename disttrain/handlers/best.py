@@ -74,13 +74,18 @@ class Best:
 
 
 def number_in(results: Mapping[str, Any], monitor: str, field: str) -> float:
-    """Return the result that a field of the config names; ConfigError unless there is one, a single number."""
+    """Return the result that a field of the config names, nan if nothing counted in it.
+
+    *Errors*: ConfigError unless there is such a result, a single number.
+    """
     if monitor not in results:
         raise ConfigError(
             f"{field}={monitor!r}: expected one of the results of the evaluation ({', '.join(results)}); name one of "
             "these, or let forward return a value of that name"
         )
     value = results[monitor]
+    if value is None:
+        return math.nan
     if not isinstance(value, int | float):
         raise ConfigError(
             f"{field}={monitor!r}: expected a result that is one number, got {str(value)[:60]}; "
@@ -96,7 +101,7 @@ def mode_of(mode: str, monitor: str, metrics: Mapping[str, Any], group: str = "c
     """
     if mode in ("min", "max"):
         return mode  # type: ignore[return-value]
-    if monitor not in metrics:  # the only result that is not a metric is the loss
+    if monitor not in metrics:  # the loss: a value that forward returns needs a mode
         return "min"
     higher_is_better: bool | None = getattr(metrics[monitor], "higher_is_better", None)
     if higher_is_better is None:

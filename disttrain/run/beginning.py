@@ -1,20 +1,21 @@
 """Whether a run begins anew, so that it takes the weights of `init_from`; and the file that says what it took.
 
 *Contract*: a run begins anew if no checkpoint of it is in any of its places; rank 0 decides. A resumed run takes the
-weights again only if its checkpoints leave frozen weights out. `init_from.json` in the
+weights again only if its newest checkpoint leaves frozen weights out. `init_from.json` in the
 run directory then holds the path, the step and the sha256 of the weights, and the names that were taken, left alone or
 not found. Path, step and sha256 are also in every checkpoint and in result.json.
 """
 
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from disttrain.backend import Backend
-from disttrain.checkpoint import folders_of, on_one_rank, store_at
+from disttrain.checkpoint import folders_of, is_url, on_one_rank, store_at
 from disttrain.config import Config
-from disttrain.errors import DamagedError
+from disttrain.errors import ConfigError, DamagedError
 from disttrain.files import json_text, read_json, write_text
 from disttrain.handlers.progress import warn
 from disttrain.run.checkpoint_places import folder_of
@@ -22,7 +23,7 @@ from disttrain.run.directory import RunDirectory
 from disttrain.run.frozen_weights import left_out_of
 from disttrain.run.initial_weights import InitialWeights
 from disttrain.run.state import Run
-from disttrain.run.weight_source import begin_of
+from disttrain.run.weight_source import begin_of, split
 
 
 def initial_weights(config: Config, directory: RunDirectory, backend: Backend, *, fresh: bool) -> InitialWeights | None:
@@ -30,21 +31,31 @@ def initial_weights(config: Config, directory: RunDirectory, backend: Backend, *
     if config.init_from.path is None:
         return None
     if fresh:
+        on_one_rank(backend, lambda: _refuse_itself(config.init_from.path or "", directory))
         return InitialWeights(config.init_from)
     found = on_one_rank(backend, lambda: _look(config, directory))
     return None if found is None else InitialWeights(config.init_from, begin_of(found[0]), resumes=found[1])
+
+
+def _refuse_itself(path: str, directory: RunDirectory) -> None:
+    """Raise ConfigError if a fresh run is to begin with the weights of the run whose place it takes."""
+    place, _ = split(path)
+    if not is_url(place) and Path(place).resolve().is_relative_to(directory.path.resolve()):
+        raise ConfigError(
+            f"init_from={path}: expected another run than {directory.path}, which --fresh sets aside; give the new run "
+            "another name=NAME"
+        )
 
 
 def _look(config: Config, directory: RunDirectory) -> tuple[Any, bool] | None:
     """Return the record of the weights with which the run began, and whether it resumes; None if it needs none."""
     stores = [store_at(each) for each in folders_of(directory.checkpoints, folder_of(config, directory))]
     if any(store.committed() or store.set_aside() for store in stores):
-        for store in stores:
-            for name in store.committed():
-                with suppress(DamagedError):
-                    position = store.manifest(name).position
-                    if left_out_of(position):
-                        return position.get("init_from"), True
+        by_name = [(name, store) for store in stores for name in store.committed()]
+        for name, store in sorted(by_name, key=lambda each: each[0], reverse=True):
+            with suppress(DamagedError):
+                position = store.manifest(name).position
+                return (position.get("init_from"), True) if left_out_of(position) else None
         return None
     try:
         return read_json(directory.init_from_json), False

@@ -68,7 +68,13 @@ def build_valid_data(config: Config) -> Any:
 
     def built(field: str, factory: Callable[[], Any]) -> Any:
         manual_seed(seed_for(config.seed, "data"))  # again: it may cut one data set as the training data does
-        return build(field, factory)
+        dataset = build(field, factory)
+        if is_sources(dataset):
+            raise ConfigError(
+                f"{field}: expected a function that returns one dataset, got a dict of {len(dataset)} from it; for "
+                f"several sets give a function for each: valid_data={{{next(iter(dataset))!r}: FUNCTION, ...}}"
+            )
+        return dataset
 
     if isinstance(config.valid_data, Mapping):
         sets = {name: built(f"valid_data.{name}", factory) for name, factory in config.valid_data.items()}

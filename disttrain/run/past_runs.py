@@ -101,13 +101,12 @@ def _read(path: Path) -> PastRun:
 def _results(
     result: Mapping[str, Any], trained: Mapping[str, Any], evaluated: Mapping[str, Any]
 ) -> Iterator[tuple[str, float]]:
-    """Yield the numbers among the results, by name; a result of several data sets has the set's name before it."""
+    """Yield the numbers among the results, by name."""
     yield from _numbers("train", {"loss": trained.get("loss")})
     newest = evaluated or result.get("metrics", {})
     for name, value in newest.items():
         if name not in ("step", "epoch"):
-            group, slash, rest = str(name).partition("/")
-            yield from _numbers(group if slash else "valid", {rest if slash else str(name): value})
+            yield from _numbers("valid", {str(name): value})
     if isinstance(best := result.get("best"), dict):
         yield from _numbers("best", {str(best.get("monitor")): best.get("value"), "step": best.get("step")})
     yield from _numbers("", {name: result.get(name) for name in ("wall_s", "samples_per_second")})

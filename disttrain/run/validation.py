@@ -77,6 +77,8 @@ def warn_of_mode(run: Run, console: Console) -> None:
     schedule, monitor = run.schedule, run.updates.monitor
     if not isinstance(schedule, ReduceLROnPlateau) or run.evaluation is None:
         return
+    if monitor not in run.evaluation.metrics and monitor.rpartition("/")[2] != "loss":
+        return  # a value that forward returns: nobody knows which are good
     try:
         mode = mode_of("auto", monitor, run.evaluation.metrics)
     except ConfigError:

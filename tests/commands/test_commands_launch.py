@@ -101,4 +101,6 @@ def test_a_run_that_was_ended_early_is_finished_under_the_rule_that_ended_it() -
     assert launch.is_finished(ended, replace(config, max_epochs=30))
     assert not launch.is_finished(ended, replace(config, early_stop={"monitor": "loss", "patience": 3}))
     assert not launch.is_finished(ended, replace(config, early_stop={"monitor": None}))
-    assert launch.is_finished(ended, replace(config, early_stop={"monitor": None}, max_epochs=1))
+    one_epoch = replace(config, early_stop={"monitor": None}, max_epochs=1)
+    assert launch.is_finished({**ended, "epoch": 2}, one_epoch)
+    assert not launch.is_finished(ended, one_epoch)  # it may have ended inside that epoch

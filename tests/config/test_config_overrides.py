@@ -120,6 +120,8 @@ def test_keywords_of_a_partial_inside_a_partial_and_of_a_dict() -> None:
     keywords = overridden("model.act.lr=0.2", "model.untyped.a=2", model=model).model.keywords
     assert keywords["act"].keywords == {"lr": 0.2}
     assert keywords["untyped"] == {"a": 2}
+    stages = partial(net, changes={30: {"a": 1}})
+    assert overridden("model.changes.30.a=2", model=stages).model.keywords["changes"] == {30: {"a": 2}}
     assert model.keywords["untyped"] == {"a": 1}
 
 

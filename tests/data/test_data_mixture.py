@@ -175,7 +175,7 @@ def test_sources_of_one_size_have_orders_of_their_own():
         ({"shares": {"s0": 1, "s1": True}}, "expected a number above 0, got True"),
         (
             {"shares": {"s0": 1, "s1": 1e-9}},
-            "at least 1/65536 of their sum, got 1e-09 of 1.000000001 for 's1'; give it",
+            "at least 1/4096 of their sum, got 1e-09 of 1.000000001 for 's1'; give it",
         ),
         ({"shares": {}}, "order.shares: expected a share for at least one of the sources 's0', 's1', got {}"),
         ({"shares": [1, 2, 3]}, r"expected a share for each of the sources 's0', 's1', got \[1, 2, 3\]"),
@@ -197,6 +197,19 @@ def test_wrong_shares_are_one_line(options, message):
     with pytest.raises(ConfigError, match=message) as raised:
         Mixture(sources_of(5, 7), 1, BATCH, **options)
     assert "\n" not in str(raised.value)
+
+
+def test_the_fingerprint_is_that_of_the_whole_plan():
+    plans = [
+        mixture_of([9, 9], [1, 2]),
+        mixture_of([9, 9], [2, 1]),
+        mixture_of([9, 8], [1, 2]),
+        mixture_of([9, 9], [1, 2], changes={10**6: [1, 1]}),
+        mixture_of([9, 9], [1, 2], changes={10**6 + 1: [1, 1]}),
+        mixture_of([9, 9], [1, 2], changes={10**6: [1, 3]}),
+    ]
+    assert len({plan.fingerprint for plan in plans}) == len(plans)
+    assert mixture_of([9, 9], [10, 20]).fingerprint == plans[0].fingerprint
 
 
 def test_wrong_data_is_one_line():

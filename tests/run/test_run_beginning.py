@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from small_run import console, net, printed, trained
+from small_run import console, net, printed, single, small_config, trained
 
 from disttrain.checkpoint import load
 from disttrain.engine import Engine, Events
+from disttrain.errors import ConfigError
+from disttrain.run.beginning import initial_weights
+from disttrain.run.directory import RunDirectory
 from disttrain.run.state import Run
 
 
@@ -33,6 +36,13 @@ def test_a_resumed_run_takes_nothing_and_needs_no_source(tmp_path: Path, source:
     ledgers = [(tmp_path / name / "small" / "ledger.jsonl").read_text() for name in ("whole", "parts")]
     assert ledgers[0] == ledgers[1]
     assert parts["params_sha256"] == whole["params_sha256"]
+
+
+def test_a_fresh_run_does_not_begin_with_the_run_whose_place_it_takes(tmp_path: Path, source: Path) -> None:
+    for path in (source, source / "checkpoints"):
+        with pytest.raises(ConfigError, match=r"expected another run than .*, which --fresh sets aside"):
+            initial_weights(small_config(init_from=path), RunDirectory(source), single(), fresh=True)
+    assert initial_weights(small_config(init_from=source), RunDirectory(tmp_path / "b"), single(), fresh=True)
 
 
 def test_the_files_of_a_run_say_what_it_took(tmp_path: Path, source: Path) -> None:

@@ -81,6 +81,11 @@ def test_a_dict_of_datasets_is_mixed_by_an_order() -> None:
         build_data(small_config(train_data=sources), Slots(2), single())
 
 
+def test_validation_data_of_several_sets_is_a_function_for_each() -> None:
+    with pytest.raises(ConfigError, match=r"^valid_data: expected a function that returns one dataset, got a"):
+        build_data(small_config(valid_data=lambda: {"a": range(3), "b": range(3)}), Slots(2), single())
+
+
 def test_wrong_orders_name_the_field() -> None:
     def built(**changes: Any) -> None:
         build_data(small_config(**changes), Slots(2), single())

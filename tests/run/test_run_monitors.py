@@ -42,6 +42,18 @@ def test_a_value_that_forward_returns_can_be_followed(tmp_path: Path) -> None:
     assert result["best"]["value"] == min(line["error"] for line in curve)
 
 
+def test_a_value_in_which_nothing_counts_is_no_improvement(tmp_path: Path) -> None:
+    def forward(model: nn.Module, batch: Any) -> tuple[Tensor, None, dict[str, Any]]:
+        x, y = batch
+        return (model(x) - y).square().mean(), None, {"found": (0.0, 0)}
+
+    followed = {"monitor": "found", "mode": "max"}
+    followed_early = {**followed, "patience": 2}
+    result = trained(tmp_path, loss=None, forward=forward, checkpoint=followed, early_stop=followed_early, max_epochs=4)
+    assert "best" not in result
+    assert result["stopped"] == "early: valid/found has not been finite for 2 evaluations"
+
+
 def test_a_result_that_no_evaluation_has_is_an_error_that_names_those_that_it_has(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"checkpoint\.monitor='eror': expected one of .* \(loss, error\)"):
         trained(tmp_path, loss=None, forward=with_values, checkpoint={"monitor": "eror", "mode": "min"})

@@ -76,8 +76,8 @@ def test_results_of_several_sets_and_what_is_no_number(tmp_path: Path) -> None:
     values = {"test/loss": 0.5, "top": {"one": 0.1, "five": 0.2}, "matrix": [1, 2], "loss": None, "flag": True}
     write(tmp_path / "a", valid=lines(3, **values))
     [run], _ = past_runs(tmp_path)
-    assert run.results == {"test.loss": 0.5, "valid.top.one": 0.1, "valid.top.five": 0.2}
-    assert [run.value(key) for key in ("name", "step", "test.loss", "seed", "nothing")] == ["a", 3, 0.5, 5, None]
+    assert run.results == {"valid.test/loss": 0.5, "valid.top.one": 0.1, "valid.top.five": 0.2}
+    assert [run.value(key) for key in ("name", "step", "valid.test/loss", "seed", "nothing")] == ["a", 3, 0.5, 5, None]
 
 
 def test_the_end_of_long_curves_is_read(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The commands of docs/evaluation.md work as it says, on one rank and on two."""
+"""The commands of docs/validation.md work as it says, on one rank and on two."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from commands import DIGITS, ROOT, launch, lines
 
 from disttrain.commands.main import main
 
-PAGE = (ROOT / "docs" / "evaluation.md").read_text()
+PAGE = (ROOT / "docs" / "validation.md").read_text()
 
 
 @pytest.fixture(scope="module")
