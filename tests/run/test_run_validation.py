@@ -141,3 +141,20 @@ def test_a_plateau_of_the_wrong_direction_gives_a_warning(
     to = console()
     warn_of_mode(run, to)
     assert (warning in printed(to)) if warning else printed(to) == ""
+
+
+def test_nobody_knows_which_values_of_a_forward_are_good(tmp_path: Path) -> None:
+    def forward(model: Any, batch: Any) -> Any:
+        x, y = batch
+        return (model(x) - y).square().mean(), None, {"hits": 1.0}
+
+    run = small_run(
+        tmp_path,
+        loss=None,
+        forward=forward,
+        schedule=lambda optimizer, _: ReduceLROnPlateau(optimizer, mode="max"),
+        schedule_monitor="hits",
+    )
+    to = console()
+    warn_of_mode(run, to)
+    assert printed(to) == ""
