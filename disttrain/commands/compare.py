@@ -32,7 +32,7 @@ def compare_runs(left: RunDirectory, right: RunDirectory, *, same_ranks: bool = 
     ledgers = [with_evaluations(read_ledger(run.ledger_jsonl), run.metrics / "valid.jsonl") for run in (left, right)]
     rounding: list[str] = []
     if not same_ranks:
-        ledgers[1], rounding = without_rounding(*ledgers)
+        ledgers[1], rounding = without_rounding(ledgers[0], ledgers[1], _metrics_of(left))
     common_steps = ledgers[0].keys() & ledgers[1].keys()
     if not common_steps - {0}:
         raise ConfigError(
@@ -51,6 +51,15 @@ def compare_runs(left: RunDirectory, right: RunDirectory, *, same_ranks: bool = 
         num_evaluations=(_num_evaluations(ledgers[0]), _num_evaluations(ledgers[1])),
         rounding=tuple(rounding),
     )
+
+
+def _metrics_of(run: RunDirectory) -> set[str]:
+    """Return the names of a run's metrics of the validation data; none if its config cannot be read."""
+    try:
+        fields = read_stored(run.config_json).fields
+    except OSError:
+        return set()  # `_config_differences` reports it
+    return {key.split(".")[1] for key in fields if key.startswith("metrics.")}
 
 
 def _num_evaluations(ledger: Mapping[int, Line]) -> int:

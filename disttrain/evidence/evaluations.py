@@ -1,12 +1,12 @@
 """The results of a run's evaluations, put beside the lines of its ledger, so that they are compared too.
 
-*Contract*: two losses differ if a bit differs. A metric that sums floats has other last digits on another number of
-ranks (docs/guarantees.md); `without_rounding` finds these.
+*Contract*: two losses, and two values that a forward returned, differ if a bit differs. A metric that sums floats has
+other last digits on another number of ranks (docs/guarantees.md); `without_rounding` finds these.
 """
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,20 @@ def with_evaluations(ledger: Mapping[int, Line], path: Path) -> dict[int, Line]:
     return lines
 
 
-def without_rounding(left: Mapping[int, Line], right: Mapping[int, Line]) -> tuple[dict[int, Line], list[str]]:
-    """Return the lines of `right` with the metrics of `left` where the two differ in their last digits, and where."""
+def without_rounding(
+    left: Mapping[int, Line], right: Mapping[int, Line], metrics: Collection[str]
+) -> tuple[dict[int, Line], list[str]]:
+    """Return the lines of `right` with the metrics of `left` where the two differ in their last digits, and where.
+
+    `metrics`: the names of the metrics; with several validation sets a result is called SET/NAME.
+    """
     lines, found = dict(right), []
     for step, line in right.items():
         mine, theirs = line.get("evaluation", {}), left.get(step, {}).get("evaluation", {})
         close = [
             name
             for name, value in mine.items()
-            if name.rpartition("/")[2] != "loss"
+            if (name in metrics or name.partition("/")[2] in metrics)
             and name in theirs
             and value != theirs[name]
             and _is_close(value, theirs[name])

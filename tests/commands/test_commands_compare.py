@@ -37,7 +37,8 @@ def write_run(
         lines[-1] |= {"learning_rate": (0.1).hex(), "slots": {"batch": ["x"], "loss": [loss]}}
         lines[-1]["state"] = {"model.a": str(step)}
     run.ledger_jsonl.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run.config_json.write_text(json.dumps({"fields": {"name": path.name, "seed": seed}, "hash": "", "folder": None}))
+    fields = {"name": path.name, "seed": seed, "metrics.rate": "torchmetrics.MeanMetric"}
+    run.config_json.write_text(json.dumps({"fields": fields, "hash": "", "folder": None}))
     if result:
         run.result_json.write_text(json.dumps(result))
     run.metrics.mkdir()

@@ -30,7 +30,7 @@ def test_only_last_digits_are_rounding(value: float, relative: float) -> None:
     other = value * (1 + relative) + math.copysign(relative, value)
     for shape, changed in zip(shapes, [other, [1, other], {"a": other, "b": [value]}], strict=True):
         left, right = ({1: {"evaluation": {"loss": 1.0, "x": each}}} for each in (shape, changed))
-        lines, found = without_rounding(left, right)
+        lines, found = without_rounding(left, right, ["x"])
         is_rounding = relative <= 1e-9
         assert lines == (left if is_rounding else right)
         assert bool(found) == (is_rounding and shape != changed)
@@ -39,6 +39,16 @@ def test_only_last_digits_are_rounding(value: float, relative: float) -> None:
 def test_a_count_or_another_shape_is_no_rounding() -> None:
     for mine, theirs in ((10**9, 10**9 + 1), ([1.0], [1.0, 1.0]), ({"a": 1.0}, {"b": 1.0}), (None, 1.0), (1.0, None)):
         left, right = {1: {"evaluation": {"x": mine}}}, {1: {"evaluation": {"x": theirs}}}
-        assert without_rounding(left, right) == (right, [])
+        assert without_rounding(left, right, ["x"]) == (right, [])
     loss: dict[int, dict[str, Any]] = {1: {"evaluation": {"loss": math.nextafter(1.0, 2.0)}}}
-    assert without_rounding({1: {"evaluation": {"loss": 1.0}}}, loss) == (loss, [])
+    assert without_rounding({1: {"evaluation": {"loss": 1.0}}}, loss, ["x"]) == (loss, [])
+
+
+def test_only_metrics_may_be_rounded_and_not_the_values_of_a_forward() -> None:
+    left, right = (
+        {1: {"evaluation": {"ce": value, "clean/ce": value, "clean/x": value}}}
+        for value in (0.1, math.nextafter(0.1, 1.0))
+    )
+    lines, found = without_rounding(left, right, ["x"])
+    assert lines == {1: {"evaluation": {**right[1]["evaluation"], "clean/x": 0.1}}}
+    assert [text.partition(" ")[0] for text in found] == ["clean/x"]
