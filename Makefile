@@ -26,10 +26,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## train the handwritten-digits example on 2 gloo ranks
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m disttrain.launch examples/digits.py
 
-test: setup  ## run the test suite (about 10 minutes on 2 cores)
+test: setup  ## run the test suite (about 8 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-slow: setup  ## run the long tests, which `make test` leaves out
+slow: setup  ## run the long tests, which `make test` leaves out (about 25 minutes)
 	$(BIN)/python -m pytest -m slow --timeout 900 -o faulthandler_timeout=1200 -n 2 --dist loadfile
 
 soak: setup  ## 400 kills, 80 power losses (root), 20 minutes of faults on three hosts (root), fuzzing, 500 programs; 1 hour
