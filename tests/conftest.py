@@ -30,3 +30,14 @@ def no_collector() -> Iterator[None]:
     gc.disable()
     yield  # a fixture goes on here also after a test that failed
     gc.enable()
+
+
+@pytest.fixture
+def torch_settings() -> Iterator[None]:
+    """Restore the settings of torch that a run in this process changes."""
+    import torch
+
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)

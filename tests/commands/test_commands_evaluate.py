@@ -3,15 +3,15 @@
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from disttrain.commands.main import main
 from disttrain.run.directory import RunDirectory
+
+pytestmark = pytest.mark.usefixtures("torch_settings")
 
 CFG = """
 from functools import partial
@@ -36,15 +36,6 @@ config = Config(
     checkpoint={"monitor": "b/loss", "keep": 9},
 )
 """
-
-
-@pytest.fixture(autouse=True)
-def _torch_settings() -> Iterator[None]:
-    """Restore the settings of torch that a run in this process changes."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,10 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from commands import DIGITS, ROOT
 
 from disttrain.commands.launch import main
@@ -18,14 +16,7 @@ from disttrain.commands.main import main as disttrain
 PAGE = (ROOT / "docs" / "evaluations.md").read_text()
 SHORT = ("max_epochs=none", "max_steps=6", "global_batch_size=16", "num_slots=2", "validate.every_steps=1")
 
-
-@pytest.fixture(autouse=True)
-def _torch_settings() -> Iterator[None]:
-    """Restore the settings of torch that a run in this process changes."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("torch_settings")
 
 
 def run_page(folder: Path, name: str, *words: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -2,11 +2,9 @@
 
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from commands import DIGITS, ROOT
 
 from disttrain.commands.launch import main
@@ -14,14 +12,7 @@ from disttrain.commands.launch import main
 PAGE = (ROOT / "docs" / "handlers.md").read_text()
 WORDS = ("max_epochs=none", "schedule=none", "global_batch_size=16", "num_slots=2", "ledger.every_steps=1")
 
-
-@pytest.fixture(autouse=True)
-def _torch_settings() -> Iterator[None]:
-    """Restore the settings of torch that a run in this process changes."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("torch_settings")
 
 
 def test_the_average_is_restored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

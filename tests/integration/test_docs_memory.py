@@ -3,17 +3,18 @@
 import json
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from commands import ROOT
 
 from disttrain import Slots
 from disttrain.commands.launch import main
 
 PAGE = (ROOT / "docs" / "memory.md").read_text()
+
+pytestmark = pytest.mark.usefixtures("torch_settings")
+
 CFG = """
 import functools, torch
 from torch import nn
@@ -32,15 +33,6 @@ config = Config(
     max_steps=2,
 )
 """
-
-
-@pytest.fixture(autouse=True)
-def _torch_settings() -> Iterator[None]:
-    """Restore the settings of torch that a run in this process changes."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
 
 
 def test_its_command_trains_and_changes_no_bit_by_recomputing(tmp_path: Path) -> None:

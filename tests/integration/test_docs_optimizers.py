@@ -2,11 +2,9 @@
 
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from commands import DIGITS, ROOT
 from safetensors.torch import load_file
 
@@ -18,14 +16,7 @@ PAGE = (ROOT / "docs" / "optimizers.md").read_text()
 FILES = dict(re.findall(r"(?ms)^```python file=(\S+)\n(.*?)^```$", PAGE))
 WORDS = ("max_epochs=none", "global_batch_size=16", "num_slots=2", "max_steps=4")
 
-
-@pytest.fixture(autouse=True)
-def _torch_settings() -> Iterator[None]:
-    """Restore the settings of torch that a run in this process changes."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("torch_settings")
 
 
 def test_its_first_config_is_the_example() -> None:

@@ -3,13 +3,11 @@
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from commands import DIGITS, ROOT, launch, result
 
 from disttrain.commands.launch import main
@@ -19,14 +17,7 @@ from disttrain.data import SlotBatchSampler, Sources
 PAGE = (ROOT / "docs/order.md").read_text()
 FILES = dict(re.findall(r"(?ms)^```python file=(\w+\.py)\n(.*?)^```$", PAGE))
 
-
-@pytest.fixture(autouse=True)
-def _torch_settings() -> Iterator[None]:
-    """Restore the settings of torch that a run in this process changes."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("torch_settings")
 
 
 @pytest.fixture

@@ -6,11 +6,9 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from commands import ROOT, environment
 
 from disttrain.commands.launch import main
@@ -20,14 +18,7 @@ PAGE = (ROOT / "docs" / "sweeps.md").read_text()
 SWEEP, READ = re.findall(r"(?ms)^```bash\n(.*?)^```$", PAGE)
 SHORT = ("max_epochs=none", "schedule=none", "max_steps=6", "num_slots=2")
 
-
-@pytest.fixture(autouse=True)
-def _torch_settings() -> Iterator[None]:
-    """Restore the settings of torch that a run in this process changes."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("torch_settings")
 
 
 def test_four_runs_of_one_cfg_are_read_back_as_a_table(

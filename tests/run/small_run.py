@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, TensorDataset
 from disttrain.backend import Backend
 from disttrain.backend.single import SingleBackend
 from disttrain.config import Config
+from disttrain.engine import Engine, Events
 from disttrain.handlers.preemption import Preemption
 from disttrain.run.assemble import assemble
 from disttrain.run.directory import RunDirectory
@@ -80,3 +81,14 @@ def trained(folder: Path, to: Console | None = None, *, fresh: bool = False, **c
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def dies_after(step: int) -> Any:
+    """Return a handler that ends the run with a ValueError after a step."""
+
+    def dying(trainer: Engine, run: Run) -> None:
+        @trainer.on(Events.ITERATION_COMPLETED(once=step))
+        def die() -> None:
+            raise ValueError("on purpose")
+
+    return dying

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from ranks import Ranks
-from small_run import console, net, points, small_config, small_run, trained
+from small_run import console, dies_after, net, points, small_config, small_run, trained
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -106,15 +106,6 @@ def test_every_so_many_steps_of_the_optimizer_and_those_left_out_do_not_count(tm
         trained(tmp_path / "cut", handlers=[dies], ema={"decay": DECAY, "every_steps": 2}, **fields)
     trained(tmp_path / "cut", handlers=[again], ema={"decay": DECAY, "every_steps": 2}, **fields)
     assert same(again.shadows, recorder.shadows)
-
-
-def dies_after(step: int) -> Any:
-    def dying(trainer: Engine, run: Run) -> None:
-        @trainer.on(Events.ITERATION_COMPLETED(once=step))
-        def die() -> None:
-            raise ValueError("on purpose")
-
-    return dying
 
 
 def valid_loss(weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> float:

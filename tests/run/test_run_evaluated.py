@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_run import points, small_run, trained
+from small_run import dies_after, points, small_run, trained
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import Dataset
@@ -229,15 +229,6 @@ def zeros() -> nn.Module:
     return model
 
 
-def dying_after(step: int) -> Any:
-    def dying(trainer: Engine, run: Run) -> None:
-        @trainer.on(Events.ITERATION_COMPLETED(once=step))
-        def die() -> None:
-            raise ValueError("on purpose")
-
-    return dying
-
-
 def test_the_rates_of_a_plateau_are_those_of_a_plain_loop_also_after_kills(tmp_path: Path) -> None:
     fields: dict[str, Any] = {
         "model": zeros,
@@ -254,9 +245,9 @@ def test_the_rates_of_a_plateau_are_those_of_a_plain_loop_also_after_kills(tmp_p
     expected = plain_rates(24, 2)
     assert [json.loads(line)["learning_rate"] for line in lines] == expected
     assert len(set(expected)) > 3
-    for dies_after in (4, 8, 13):
+    for last in (4, 8, 13):
         with pytest.raises(ValueError, match="on purpose"):
-            trained(tmp_path / "cut", **fields, handlers=[dying_after(dies_after)])
+            trained(tmp_path / "cut", **fields, handlers=[dies_after(last)])
     again = trained(tmp_path / "cut", **fields)
     assert again["params_sha256"] == result["params_sha256"]
     assert traces(tmp_path / "cut") == traces(tmp_path / "whole")
@@ -268,7 +259,7 @@ def test_a_plateau_goes_on_with_its_result_when_checkpoint_monitor_changes(tmp_p
     with pytest.raises(ValueError, match="on purpose"):
         trained(
             tmp_path / "cut",
-            handlers=[dying_after(9)],
+            handlers=[dies_after(9)],
             **fields | {"checkpoint": {"every_steps": 2, "monitor": "error"}},
         )
     with pytest.raises(ConfigError, match="schedule_monitor: expected 'error', which the schedule has followed"):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_run import console, printed, small_run, trained
+from small_run import console, dies_after, printed, small_run, trained
 
 from disttrain.engine import Engine, Events
 from disttrain.handlers.preemption import Preemption
@@ -90,15 +90,6 @@ NEVER_IMPROVES: dict[str, Any] = {
     "early_stop": {"monitor": "loss", "patience": 2, "min_delta": 100.0},
 }
 """20 steps; the evaluation after step 3 is the best, and those after 6 and 9 do not improve."""
-
-
-def dies_after(step: int) -> Any:
-    def dying(trainer: Engine, run: Run) -> None:
-        @trainer.on(Events.ITERATION_COMPLETED(once=step))
-        def die() -> None:
-            raise ValueError("on purpose")
-
-    return dying
 
 
 def files(folder: Path) -> list[str]:
