@@ -86,5 +86,10 @@ def run_ranks(
     """Run `main(arguments)` of a module on the ranks that torchrun's `words` start; return their exit code."""
     set_process_variables()  # the ranks get them from the process off which they are forked
     variables = {"OMP_NUM_THREADS": SETTINGS["OMP_NUM_THREADS"], "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    preload = [*PRELOAD, *["torchmetrics"] * bool(config.metrics or config.train_metrics)]
+    preload = [*PRELOAD, *modules_for(config)]
     return run_torchrun(words, module, arguments, variables, preload, grace_s=grace_s)
+
+
+def modules_for(config: Config) -> list[str]:
+    """Return the modules beside `PRELOAD` that every rank of a run of this config imports."""
+    return ["torchmetrics"] if config.metrics or config.train_metrics else []

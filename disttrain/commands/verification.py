@@ -14,7 +14,7 @@ from disttrain.commands import launch
 from disttrain.commands.attacks import Setting, as_in_reference
 from disttrain.commands.lost_state import record_handler_state
 from disttrain.commands.scenarios import Death, Life, Scenario, counted
-from disttrain.commands.start_ranks import PRELOAD
+from disttrain.commands.start_ranks import PRELOAD, modules_for
 from disttrain.config import Config
 from disttrain.errors import DisttrainError
 from disttrain.launching.interpreter import Interpreter, RanksEnded, Surroundings
@@ -67,7 +67,7 @@ class Verification:
         self.left_alone: list[Setting] = []
         """Settings that all lives from now on have as the reference has them."""
         self._preload = [*preload, *(PRELOAD_FSDP if config.strategy == "fsdp" else ())]
-        self._preload += ["torchmetrics"] * bool(config.metrics or config.train_metrics)
+        self._preload += modules_for(config)
         # torch keeps compiled code in the temporary directory, and each life has another one.
         self._variables = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")} if config.compile else {}
         self._name = str(config.name)

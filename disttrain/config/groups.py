@@ -1,6 +1,6 @@
-"""The groups of fields of a Config, such as `checkpoint`, and what they have in common with it.
+"""The groups of fields of a Config, such as `checkpoint`.
 
-*Contract*: as of `fields`: a group is frozen, refuses unknown fields, and its docstrings are its texts in --help.
+*Contract*: that of `fields`: a group is frozen, refuses unknown fields, and its docstrings are its texts in --help.
 """
 
 from typing import Annotated, ClassVar, Literal

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from disttrain.backend import Backend
+from disttrain.config.checks import OF_EVERY_LINE
 from disttrain.engine import Engine, Events
 from disttrain.handlers.bad_steps import BadSteps
 from disttrain.handlers.values import KeptValues, SlotValues, ValueNames, fetch_values, fold_values
 from disttrain.parallel import mean_over_slots
-
-_OF_EVERY_LINE = ("step", "epoch", "loss", "grad_norm", "learning_rate", "left_out")
 
 Update = tuple[Tensor | None, str | None]
 """The gradient norm of a step (None if unknown), and the reason if its update was left out (None if it was not)."""
@@ -190,7 +189,7 @@ class LossLog:
         if metrics is not None:
             lines[-1] |= metrics.values([state for of_rank in by_rank for state in of_rank.states])
         newest_loss = next((line["loss"] for line in reversed(lines) if line["loss"] is not None), math.nan)
-        newest_values = {name: value for name, value in lines[-1].items() if name not in _OF_EVERY_LINE}
+        newest_values = {name: value for name, value in lines[-1].items() if name not in OF_EVERY_LINE}
         norm = lines[-1]["grad_norm"]
         return lines, Pace(step, epoch, newest_loss, rates[-1], samples_per_second, newest_values, norm)
 

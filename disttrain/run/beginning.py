@@ -1,9 +1,9 @@
 """Whether a run begins anew, so that it takes the weights of `init_from`; and the file that says what it took.
 
 *Contract*: a run begins anew if no checkpoint of it is in any of its places; rank 0 decides. A resumed run takes the
-weights again only if its newest checkpoint leaves frozen weights out. `init_from.json` in the
-run directory then holds the path, the step and the sha256 of the weights, and the names that were taken, left alone or
-not found. Path, step and sha256 are also in every checkpoint and in result.json.
+weights again only if its newest checkpoint leaves frozen weights out. `init_from.json` in the run directory holds the
+path, the step and the sha256 of the weights, and the names that were taken, left alone or not found. Path, step and
+sha256 are also in every checkpoint and in result.json.
 """
 
 from contextlib import suppress

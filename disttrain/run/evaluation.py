@@ -143,10 +143,7 @@ class Evaluation:
         self.backend.flush()
         outputs = to_device(outputs, self.backend.metrics_device)
         for metric in self.metrics.values():
-            if isinstance(outputs, tuple):
-                metric.update(*outputs)
-            else:
-                metric.update(outputs)
+            update_metric(metric, outputs)
         return self.backend.fetch([loss])[0], fetch_values(self.backend, [kept])[0]
 
     def _folded(self, results: Results) -> dict[str, float | None]:
@@ -253,6 +250,14 @@ class StopTogether:
         slowest = max(elapsed for _, _, elapsed in by_rank)
         self._every = max(1, min(2 * self._every, int(self._every * self._every_s / max(slowest, 1e-9))))
         return any(asked for asked, _, _ in by_rank), all(over for _, over, _ in by_rank)
+
+
+def update_metric(metric: "Metric", outputs: Any) -> None:
+    """Update a metric with the outputs of a forward; a tuple holds the arguments of `update`."""
+    if isinstance(outputs, tuple):
+        metric.update(*outputs)
+    else:
+        metric.update(outputs)
 
 
 def plain_value(value: Any) -> Any:

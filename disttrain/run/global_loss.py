@@ -3,8 +3,8 @@
 *Contract*: `forward(model, batch)` returns the embeddings of a microbatch: a tensor, or a dict or tuple of tensors,
 each with one row for each sample. `global_loss(embeddings)` gets those of all slots. It may be a Module: its parameters
 are trained, and its buffers saved, as those of a loss. Validation data is evaluated in groups of batches that are a
-global batch; the last group may be smaller. A rank evaluates whole groups. A group counts by its samples,
-and the metrics are updated with its embeddings.
+global batch; the last group may be smaller. A rank evaluates whole groups. A group counts by its samples, and the
+metrics are updated with its embeddings.
 
 *Errors*: ConfigError that names the field, for embeddings without one row for each sample and for a loss that is not
 one number.

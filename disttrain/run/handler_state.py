@@ -67,16 +67,8 @@ def _has_state(value: Any) -> bool:
 def _known(run: Run) -> dict[int, Any]:
     """Return the objects, by id, that belong to the run or to its checkpoints."""
     parts: list[Any] = [run, run.config, run.backend, run.directory, run.layout, run.slots, run.precision, run.loader]
-    parts += [
-        run.trainer,
-        run.trainer.state,
-        run.evaluation,
-        run.updates,
-        run.gradients,
-        run.best,
-        run.bad_steps,
-        run.evaluated,
-    ]
+    parts += [run.trainer, run.trainer.state, run.evaluation, run.updates, run.gradients, run.slot_results]
+    parts += [run.best, run.early_stop, run.bad_steps, run.evaluated]
     parts += [run.optimizer, run.optimizer.state, run.schedule, run.data, run.kept, *run.kept.values()]
     modules = [run.step_function, *(kept for kept in run.kept.values() if isinstance(kept, nn.Module))]
     for module in modules:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from disttrain.backend import Backend
+from disttrain.checkpoint.state_tree import dtype_name
 from disttrain.config import InitFromConfig
 from disttrain.engine.supervised import StepFunction
 from disttrain.errors import ConfigError
@@ -196,7 +197,7 @@ def _misfit(there: Any, here: Any) -> str:
     if there.shape != here.shape:
         return f"is {list(there.shape)} there and {list(here.shape)} here"
     if _kind(there) != _kind(here):
-        return f"is {_dtype(there)} there and {_dtype(here)} here"
+        return f"is {dtype_name(there.dtype)} there and {dtype_name(here.dtype)} here"
     return ""
 
 
@@ -204,10 +205,6 @@ def _kind(tensor: Tensor) -> str:
     if tensor.dtype == torch.bool:
         return "bool"
     return "float" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "integer"
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _counted(names: Sequence[str]) -> str:

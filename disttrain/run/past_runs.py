@@ -8,11 +8,11 @@ use. Each folder is either a run that is read, or named with the reason why it i
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from disttrain.checkpoint import committed, step_in
 from disttrain.config import Description, differences, read_stored
 from disttrain.errors import ConfigError
 from disttrain.run.directory import RunDirectory
@@ -20,7 +20,6 @@ from disttrain.run.result import read_result
 
 TAIL_BYTES = 64 * 1024
 """The bytes of a file of curves that are read, from its end."""
-CHECKPOINT = re.compile(r"step-([0-9]{1,15})")
 RUNNING, STOPPED = "running", "stopped"
 """The status of a run that a process holds, and of one that ended without saying how: killed, or failed."""
 
@@ -93,7 +92,7 @@ def _read(path: Path) -> PastRun:
     evaluated = _last_line(directory.metrics / "valid.jsonl")
     results = dict(_results(result, trained, evaluated))
     steps = [_step_of(each) for each in (result, trained, evaluated)]
-    step = max(*steps, _newest_checkpoint(directory.checkpoints))
+    step = max(*steps, *map(step_in, committed(directory.checkpoints)[:1]))
     status = str(result.get("status", STOPPED)) if step <= steps[0] else STOPPED
     return PastRun(path.name, path, RUNNING if directory.is_in_use() else status, step, fields, results)
 
@@ -141,10 +140,3 @@ def _last_line(path: Path) -> dict[str, Any]:
 def _step_of(values: Mapping[str, Any]) -> int:
     step = values.get("step")
     return step if isinstance(step, int) and not isinstance(step, bool) else 0
-
-
-def _newest_checkpoint(folder: Path) -> int:
-    if not folder.is_dir():
-        return 0
-    found = (CHECKPOINT.fullmatch(each.name) for each in folder.iterdir())
-    return max((int(match[1]) for match in found if match), default=0)

@@ -26,7 +26,7 @@ from disttrain.backend import Backend
 from disttrain.engine.step_defaults import to_device
 from disttrain.errors import ConfigError
 from disttrain.parallel import Slots
-from disttrain.run.evaluation import plain_value
+from disttrain.run.evaluation import plain_value, update_metric
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -73,10 +73,7 @@ class TrainMetrics:
         self._backend.flush()
         outputs = to_device(outputs, self._backend.metrics_device)
         for metric in self._of_slots[index].values():
-            if isinstance(outputs, tuple):
-                metric.update(*outputs)
-            else:
-                metric.update(outputs)
+            update_metric(metric, outputs)
 
     @property
     def window_is_open(self) -> bool:

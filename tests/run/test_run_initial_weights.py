@@ -1,5 +1,6 @@
 """A new run begins with the weights that `init_from` names: on any number of ranks, with either strategy."""
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -146,7 +147,14 @@ def test_buffers_are_taken_and_the_modules_of_a_step_are_those_with_a_state(tmp_
 
 def test_a_compiled_model_takes_them_too(tmp_path: Path) -> None:
     torch.save(net().state_dict(), tmp_path / "net.pt")
-    trained(tmp_path, model=lambda: torch.compile(net(), backend="eager"), init_from=tmp_path / "net.pt", max_epochs=1)
+    fields: dict[str, Any] = {"init_from": tmp_path / "net.pt", "max_epochs": 1}
+    trained(tmp_path / "a", model=lambda: torch.compile(net(), backend="eager"), **fields)
+    trained(tmp_path / "b", model=net, **fields)
+    files = [tmp_path / name / "small/checkpoints/step-00000004/tensors.safetensors" for name in "ab"]
+    compiled, eager = map(safetensors.torch.load_file, files)
+    for name in net().state_dict():
+        assert torch.equal(compiled[f"model.{name}"], eager[f"model.{name}"]), name
+    assert len(json.loads((tmp_path / "a/small/init_from.json").read_text())["taken"]) == 9
 
 
 def test_a_schedule_free_source_gives_the_weights_that_were_evaluated(tmp_path: Path) -> None:
