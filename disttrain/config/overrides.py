@@ -66,7 +66,10 @@ def _override(config: Config, changes: dict[str, Any], key: str, text: str) -> N
 
 
 def _fields(group: Any) -> dict[str, Any]:
-    return dict(group) if isinstance(group, Declaration | dict) else {}
+    """Return the fields of a group that were given: a rule may ask for one beside another."""
+    if isinstance(group, Declaration):
+        return {name: getattr(group, name) for name in group.model_fields_set}
+    return group if isinstance(group, dict) else {}
 
 
 def _field_value(config: Config, leaf: Leaf, text: str) -> Any:

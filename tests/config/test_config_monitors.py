@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import pytest
 import torch
 from config_samples import refused, sample
 
 from disttrain.config import apply_overrides
+from disttrain.errors import ConfigError
 
 
 def test_the_monitored_result_is_one_of_the_validation_data() -> None:
@@ -52,3 +54,10 @@ def test_an_early_end_names_the_result_that_is_to_improve() -> None:
     config = sample(early_stop={"monitor": "loss", "patience": 5}, **there)
     assert apply_overrides(config, ["early_stop.monitor=none"]).early_stop.monitor is None  # patience may stay
     assert apply_overrides(sample(), ["early_stop.monitor=none"]).early_stop.monitor is None
+    for words in (["early_stop.patience=5"], ["early_stop.patience=5", "early_stop.min_delta=0.1"]):
+        with pytest.raises(ConfigError, match=r"early_stop\.monitor: missing beside early_stop\."):
+            apply_overrides(sample(**there), words)
+    chosen = apply_overrides(sample(**there), ["early_stop.patience=5", "early_stop.monitor=loss"]).early_stop
+    assert (chosen.monitor, chosen.patience) == ("loss", 5)
+    with pytest.raises(ConfigError, match=r"ema\.decay: missing beside ema\.every_steps"):
+        apply_overrides(sample(), ["ema.every_steps=2"])
