@@ -15,7 +15,14 @@ from rich.console import Console
 from disttrain.commands.exit_codes import DIFFERENT, SAME, USAGE
 from disttrain.config import differences_that_matter, read_stored
 from disttrain.errors import ConfigError
-from disttrain.evidence import Comparison, first_difference, read_ledger, with_evaluations, without_rounding
+from disttrain.evidence import (
+    Comparison,
+    first_difference,
+    read_ledger,
+    with_evaluations,
+    with_values,
+    without_rounding,
+)
 from disttrain.evidence.ledger import Line
 from disttrain.files import printable
 from disttrain.run.directory import RunDirectory
@@ -29,7 +36,7 @@ def compare_runs(left: RunDirectory, right: RunDirectory, *, same_ranks: bool = 
 
     Without `same_ranks`, a metric (not the loss) may differ by rounding: sums of floats depend on the number of ranks.
     """
-    ledgers = [with_evaluations(read_ledger(run.ledger_jsonl), run.metrics / "valid.jsonl") for run in (left, right)]
+    ledgers = [_with_curves(run) for run in (left, right)]
     rounding: list[str] = []
     if not same_ranks:
         ledgers[1], rounding = without_rounding(ledgers[0], ledgers[1], _metrics_of(left))
@@ -51,6 +58,12 @@ def compare_runs(left: RunDirectory, right: RunDirectory, *, same_ranks: bool = 
         num_evaluations=(_num_evaluations(ledgers[0]), _num_evaluations(ledgers[1])),
         rounding=tuple(rounding),
     )
+
+
+def _with_curves(run: RunDirectory) -> dict[int, Line]:
+    """Return the ledger's lines, with what the curves of training and evaluations hold beside them."""
+    lines = with_values(read_ledger(run.ledger_jsonl), run.metrics / "train.jsonl")
+    return with_evaluations(lines, run.metrics / "valid.jsonl")
 
 
 def _metrics_of(run: RunDirectory) -> set[str]:

@@ -207,7 +207,8 @@ def print_verdicts(verdicts: Sequence[Verdict], console: Console, notes: Sequenc
     num_evaluations = comparison.num_evaluations[1]
     console.print(
         f"the same bits in all {len(verdicts)} runs: at each of {comparison.num_steps} steps the samples, what was "
-        "loaded of them, every slot's loss, the gradient's norm, all weights, buffers and optimizer states"
+        "loaded of them, every slot's loss and what the curve holds beside it, the gradient's norm, all weights, "
+        "buffers and optimizer states"
         + (f"; and the results of {counted(num_evaluations, 'evaluation')}" if num_evaluations else ""),
         soft_wrap=True,
     )

@@ -4,15 +4,17 @@ ledger       writes one line a step: order of the samples, loss, gradient norm, 
 hashes       the hash of a tensor, of a batch, of a whole state
 samples      the hash of one sample of a dataset
 fingerprint  the SHA-256 of a model's weights, for result.json
-compare      reads two ledgers and finds their first difference and its likely cause
-evaluations  puts the results of evaluations beside the lines of a ledger
+reading      reads a ledger back
+compare      finds the first difference of two ledgers and its likely cause
+evaluations  puts the curves of training and evaluations beside the lines of a ledger
 """
 
-from disttrain.evidence.compare import Comparison, LedgerDifference, first_difference, read_ledger
-from disttrain.evidence.evaluations import with_evaluations, without_rounding
+from disttrain.evidence.compare import Comparison, LedgerDifference, first_difference
+from disttrain.evidence.evaluations import with_evaluations, with_values, without_rounding
 from disttrain.evidence.fingerprint import params_sha256
 from disttrain.evidence.hashes import batch_hash, state_tensors, tensor_hashes
 from disttrain.evidence.ledger import Ledger
+from disttrain.evidence.reading import read_ledger
 from disttrain.evidence.samples import sample_hash
 
 __all__ = [
@@ -27,5 +29,6 @@ __all__ = [
     "state_tensors",
     "tensor_hashes",
     "with_evaluations",
+    "with_values",
     "without_rounding",
 ]

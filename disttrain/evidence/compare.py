@@ -1,26 +1,16 @@
 """The first difference of two ledgers: the step, the part of the step that differs first, and its likely cause.
 
 *Contract*: the parts of a step are compared in the order of cause and effect: the choice of samples, the loaded data,
-the loss, the gradient, the learning rate, the weights, the optimizer's state, the kept objects, the evaluation after
-the step. A part that only one of the two lines holds is not compared (hashes are written every `ledger.every_steps`
-steps).
-
-*Errors*: ConfigError for a ledger that is missing, empty or damaged.
+the loss, the gradient, the learning rate, the weights, the optimizer's state, the kept objects, the values beside the
+loss, the evaluation after the step. A part that only one of the two lines holds is not compared (hashes are written
+every `ledger.every_steps` steps).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from disttrain.errors import ConfigError
 from disttrain.evidence.ledger import Line, differing, shortened
-
-MAX_LINE_BYTES = 256 * 2**20
-"""The longest line of a ledger that is read into memory."""
-_MAX_STEP = 10**15 - 1
 
 CAUSES = {
     "began": "The two runs did not begin with the same state: the model's factory, or code that it calls, draws from a "
@@ -42,6 +32,9 @@ CAUSES = {
     "kept": "The weights and the optimizer's state were the same, but not the state of an object that a handler keeps "
     "with run.keep: its state_dict leaves something out, its load_state_dict does not restore it, or it depends on the "
     "clock, the rank or the number of ranks.",
+    "values": "The losses were the same, but not what the training curve holds beside them: a value that the forward "
+    "returns, or a metric in train_metrics, depends on something else: a generator of its own, the clock, the rank or "
+    "number of ranks, or state that no checkpoint holds.",
     "evaluation": "The weights and the state were the same, so the evaluation depends on something else: validation "
     "data that is not the same, a generator of its own, the clock, the rank or number of ranks, or state that no "
     "checkpoint holds.",
@@ -82,6 +75,7 @@ class LedgerDifference:
             "model": "the weights or buffers after the step",
             "optimizer": "the optimizer's state after the step",
             "kept": "the state of a kept object after the step",
+            "values": "the values beside the loss",
             "evaluation": "the results of the evaluation after the step",
         }
         place = f" ({shortened(self.where, 4)})" if self.where else ""
@@ -110,6 +104,7 @@ class LedgerDifference:
         cause_is_known = (
             self.what in ("began", "order", "batch")
             or ("the loaded data" in self.known and self.state_same_at == self.step - 1)
+            or self.what == "values"
             or (self.what == "evaluation" and "the weights" in self.known)
         )
         if cause_is_known:
@@ -145,72 +140,6 @@ class Comparison:
         """Whether everything that both runs did is the same."""
         ends = () if self.last_steps[0] != self.last_steps[1] else (self.weights, self.best)
         return self.difference is None and all(None in end or end[0] == end[1] for end in ends)
-
-
-class _SlotResults(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    batch: list[str]
-    loss: list[str | None]
-
-
-class _LedgerLine(BaseModel):
-    """The line of a step, as `evidence/ledger.py` writes it; a stranger may have written another."""
-
-    model_config = ConfigDict(strict=True)
-
-    step: Annotated[int, Field(ge=0, le=_MAX_STEP)]
-    epoch: int = 0
-    order: str | None = None
-    loss: str | None = None
-    grad_norm: str | None = None
-    learning_rate: str | None = None
-    left_out: str | None = None
-    slots: _SlotResults | None = None
-    state: dict[str, str] | None = None
-
-    @model_validator(mode="after")
-    def _is_complete(self) -> "_LedgerLine":
-        needed = {"state"} if self.step == 0 else {"loss", "grad_norm", "learning_rate"}
-        if missing := sorted(needed - self.model_fields_set):
-            raise ValueError(f"it has no {missing[0]}")
-        return self
-
-
-def read_ledger(path: Path) -> dict[int, Line]:
-    """Return the lines of a ledger by step, without a last line that a kill cut short.
-
-    *Errors*: ConfigError in one line for a ledger that is missing or empty, or that no run wrote.
-    """
-    lines: dict[int, Line] = {}
-    damage, number = "", 0
-    try:
-        with path.open("rb") as file:
-            while text := file.readline(MAX_LINE_BYTES):
-                if damage:
-                    raise ConfigError(
-                        f"{path}, line {number}: expected the results of a step, got {damage}; "
-                        "restore the file, or compare another run"
-                    )
-                number += 1
-                try:
-                    line = _LedgerLine.model_validate_json(text)
-                    lines[line.step] = line.model_dump(exclude_unset=True)
-                except ValidationError as error:
-                    damage = _first_problem(error)  # no error if this is the last line
-    except OSError as error:
-        raise ConfigError(
-            f"expected a run's ledger at {path}, got: {error.strerror}; give the run directory, such as runs/NAME"
-        ) from None
-    if not lines:
-        raise ConfigError(f"expected steps in the ledger {path}, got none yet; wait until the run has done some")
-    return lines
-
-
-def _first_problem(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(map(str, first["loc"]))[:60]
-    return f"{place!r}: {first['msg'][:120]}" if place else first["msg"][:120]
 
 
 def first_difference(left: Mapping[int, Line], right: Mapping[int, Line]) -> LedgerDifference | None:
@@ -251,11 +180,19 @@ def _compared_parts(step: int, left: Line, right: Line) -> Iterator[_ComparedPar
         yield _state_part("model", "the weights", "model.", left, right)
         yield _state_part("optimizer", "the optimizer's state", "optimizer.", left, right)
         yield _state_part("kept", "the state of kept objects", "kept.", left, right)
+    # The last step of a run has metrics of the training data that a longer run does not have at that step.
+    common = left.get("values", {}).keys() & right.get("values", {}).keys()
+    if common:
+        yield _results_part("values", "the values beside the loss", left, right, common)
     if "evaluation" in left and "evaluation" in right:
-        of_left, of_right = left["evaluation"], right["evaluation"]
-        names = differing(of_left, of_right)
-        values = (str(of_left.get(names[0])), str(of_right.get(names[0]))) if names else None
-        yield "evaluation", "the evaluation", names, values
+        names = left["evaluation"].keys() | right["evaluation"].keys()
+        yield _results_part("evaluation", "the evaluation", left, right, names)
+
+
+def _results_part(key: str, name: str, left: Line, right: Line, names: Collection[str]) -> _ComparedPart:
+    of_left, of_right = ({each: line[key].get(each) for each in names if each in line[key]} for line in (left, right))
+    found = differing(of_left, of_right)
+    return key, name, found, (str(of_left.get(found[0])), str(of_right.get(found[0]))) if found else None
 
 
 def _left_out(line: Line) -> str:

@@ -1,15 +1,17 @@
-"""The results of a run's evaluations, put beside the lines of its ledger, so that they are compared too.
+"""The curves of a run, put beside the lines of its ledger, so that they are compared too.
 
-*Contract*: two losses, and two values that a forward returned, differ if a bit differs. A metric that sums floats has
-other last digits on another number of ranks (docs/guarantees.md); `without_rounding` finds these.
+*Contract*: two losses, two values that a forward returned, and two metrics of the training data differ if a bit
+differs. A metric of the validation data that sums floats has other last digits on another number of ranks
+(docs/guarantees.md); `without_rounding` finds these.
 """
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from disttrain.config.checks import OF_EVERY_LINE
 from disttrain.evidence.ledger import Line
 
 RELATIVE, ABSOLUTE = 1e-5, 1e-7
@@ -22,19 +24,41 @@ def with_evaluations(ledger: Mapping[int, Line], path: Path) -> dict[int, Line]:
     The file is missing in a run without validation data. A kill may have cut its last line short.
     """
     lines = dict(ledger)
+    for step, line in _lines_of(path):
+        if step in lines:
+            results = {name: value for name, value in line.items() if name not in ("step", "epoch")}
+            lines[step] = {**lines[step], "evaluation": results}
+    return lines
+
+
+def with_values(ledger: Mapping[int, Line], path: Path) -> dict[int, Line]:
+    """Return the ledger's lines, each with what the training curve in the file `path` holds beside the step's loss.
+
+    These are the values that the forward returned, and the metrics of the training data. The file is missing in a run
+    whose curves were removed.
+    """
+    lines = dict(ledger)
+    for step, line in _lines_of(path):
+        values = {name: value for name, value in line.items() if name not in OF_EVERY_LINE}
+        if step in lines and values:
+            lines[step] = {**lines[step], "values": values}
+    return lines
+
+
+def _lines_of(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the lines of a curve by step, up to one that no run wrote; a kill may have cut the last one short."""
     if not path.exists():
-        return lines
+        return
     with path.open("rb") as file:
         for text in file:
             try:
-                evaluation = json.loads(text)
-                step = evaluation["step"]
-                results = {name: value for name, value in evaluation.items() if name not in ("step", "epoch")}
-                if step in lines:
-                    lines[step] = {**lines[step], "evaluation": results}
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                break
-    return lines
+                line = json.loads(text)
+                step = line["step"]
+            except (ValueError, TypeError, KeyError, RecursionError):
+                return
+            if not isinstance(line, dict) or not isinstance(step, int):
+                return
+            yield step, line
 
 
 def without_rounding(

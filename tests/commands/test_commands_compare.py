@@ -25,6 +25,7 @@ def write_run(
     bad_step: int | None = None,
     seed: int = 0,
     evaluations: dict[int, dict[str, Any]] | None = None,
+    values: dict[int, dict[str, Any]] | None = None,
     **result: Any,
 ) -> Path:
     """Write the files of a run that `compare` reads; at `bad_step` its loss is another one."""
@@ -44,6 +45,8 @@ def write_run(
     run.metrics.mkdir()
     of_steps = [{"step": step, "epoch": 1, **results} for step, results in (evaluations or {}).items()]
     (run.metrics / "valid.jsonl").write_text("".join(json.dumps(line) + "\n" for line in of_steps))
+    curve = [{"step": step, "epoch": 1, "loss": 1 / step, **more} for step, more in (values or {}).items()]
+    (run.metrics / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve))
     return path
 
 
@@ -103,6 +106,17 @@ def test_an_evaluation_that_differs_is_a_difference_of_its_step(
     assert "so the evaluation depends on something else" in second
     bad = write_run(tmp_path / "bad", evaluations=evaluations, bad_step=NUM_STEPS)  # the cause comes first
     assert f"first difference at step {NUM_STEPS}: the loss" in compare(one, bad, capsys=capsys)[1]
+
+
+def test_a_value_beside_the_loss_that_differs_is_a_difference_of_its_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [write_run(tmp_path / name, values={2: {"ce": 0.5}, 4: {"ce": ce}}) for name, ce in (("a", 0.5), ("b", 1.0))]
+    code, out, _ = compare(*runs, capsys=capsys)
+    assert code == DIFFERENT
+    first, second = out.splitlines()
+    assert first == "first difference at step 4: the values beside the loss (ce): 0.5 and 1.0"
+    assert "a value that the forward returns, or a metric in train_metrics, depends on something else" in second
 
 
 def test_a_metric_may_be_rounded_otherwise_on_other_ranks_but_not_the_loss(one: Path, tmp_path: Path) -> None:

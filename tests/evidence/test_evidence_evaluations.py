@@ -1,4 +1,4 @@
-"""The results of evaluations are read beside a ledger's lines, and rounding is told from a difference."""
+"""The curves are read beside a ledger's lines, and rounding is told from a difference."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disttrain.evidence import with_evaluations, without_rounding
+from disttrain.evidence import with_evaluations, with_values, without_rounding
 
 LEDGER: dict[int, dict[str, Any]] = {step: {"step": step, "epoch": 1} for step in range(4)}
 
@@ -22,6 +22,14 @@ def test_each_step_gets_its_evaluation_up_to_a_line_that_a_kill_cut_short(tmp_pa
         expected = {**LEDGER, 1: {**LEDGER[1], "evaluation": {"loss": 0.5, "rate": None}}}
         assert with_evaluations(LEDGER, path) == expected
     assert "evaluation" not in LEDGER[1]
+
+
+def test_each_step_gets_what_its_curve_holds_beside_the_loss(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    common = {"epoch": 1, "loss": 0.5, "grad_norm": 1.0, "learning_rate": 0.1}
+    lines = [{"step": 1, **common}, {"step": 2, **common, "ce": 0.25, "accuracy": None, "left_out": "bad"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "ce": 1')
+    assert with_values(LEDGER, path) == {**LEDGER, 2: {**LEDGER[2], "values": {"ce": 0.25, "accuracy": None}}}
 
 
 @given(st.floats(-1e9, 1e9), st.sampled_from([0.0, 1e-9, 1e-3, 2.0]))
