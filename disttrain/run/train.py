@@ -33,6 +33,7 @@ from disttrain.run.assemble import assemble
 from disttrain.run.beginning import initial_weights, note_beginning
 from disttrain.run.directory import RunDirectory
 from disttrain.run.handler_state import unkept_objects
+from disttrain.run.monitors import check_monitors
 from disttrain.run.opening import lock_directory, open_directory
 from disttrain.run.outcome import outcome
 from disttrain.run.reporter import Reporter
@@ -98,6 +99,7 @@ def attempt(
         if step == 0 and attempts.began is None:
             note_beginning(run, console)
         warn_of_mode(run, console)
+        check_monitors(run)
         run.training = True
         services = attach(run, preemption, console, step, stack)
         end, saver = services.step_end, services.saving.saver
