@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from disttrain.config.annotations import PLAIN_KEY, FieldNote, Leaf, leaves, value_of
 from disttrain.config.asked import asked, unknown
 from disttrain.config.monitors import monitor_problems
+from disttrain.config.updates import update_problems
 from disttrain.config.wording import both, either, got
 from disttrain.errors import ConfigError
 
@@ -30,7 +31,8 @@ def problems(config: "Config") -> Iterator[str]:
     if config.init_from.path is not None and not config.init_from.path.strip():
         yield "init_from: expected a run directory, such as 'runs/base@best', or a file of weights, or None, got ''"
     yield from _global_loss(config)
-    if config.global_loss is None:
+    yield from update_problems(config)
+    if config.global_loss is None and (not config.updates or config.valid_data is not None):
         yield from _one_of(
             "loss", "forward", config, "loss takes y_pred and y; forward replaces it for batches of another form"
         )
@@ -47,6 +49,9 @@ def problems(config: "Config") -> Iterator[str]:
         )
     for leaf in leaves(type(config)):
         yield from _callables(leaf.name, leaf.note, value_of(config, leaf.name))
+    for update in config.updates.values():
+        for leaf in leaves(type(update)):
+            yield from _callables(f"updates.{update.name}.{leaf.name}", leaf.note, getattr(update, leaf.name))
     for leaf in leaves(type(config)):
         if leaf.note.asks:
             yield from _parts_that_are_not_there(config, leaf)

@@ -50,6 +50,7 @@ from disttrain.config.groups import (
     ValidateConfig,
 )
 from disttrain.config.init_from import InitFromConfig, from_short_form
+from disttrain.config.updates import Update, by_name
 from disttrain.config.wording import sentence
 from disttrain.errors import ConfigError
 
@@ -111,14 +112,22 @@ class Config(Declaration):
     losses are means over all targets of the global batch, and a batch of weight 0 counts for nothing. None: every slot
     counts once."""
     init_from: Annotated[InitFromConfig, BeforeValidator(from_short_form)] = InitFromConfig()
-    optimizer: Annotated[OptimizerFactory, FieldNote(takes="(parameters) -> Optimizer", asks=("model", *STEP_PARTS))]
-    """Builds the optimizer, for example partial(torch.optim.AdamW, lr=1e-3). A function with an argument `model` gets
+    optimizer: Annotated[
+        OptimizerFactory | None, FieldNote(takes="(parameters) -> Optimizer", asks=("model", *STEP_PARTS))
+    ] = None
+    """Builds the optimizer, for example partial(torch.optim.AdamW, lr=1e-3). It is required unless there are `updates`,
+    each of which has its own. A function with an argument `model` gets
     the model instead of the parameters, to make groups of them (docs/optimizers.md); with `loss`, `global_loss` or
     `forward`, that field's Module too."""
     schedule: Annotated[ScheduleFactory | None, FieldNote(takes="(optimizer, total_steps) -> LRScheduler")] = None
     """Builds the schedule of the learning rate. It steps once after each step of the optimizer. One whose step needs
     `metrics` (ReduceLROnPlateau) steps after each evaluation, with the result that `schedule_monitor` names. None: no
     schedule."""
+    updates: Annotated[Mapping[str, Update], BeforeValidator(by_name), FieldNote()] = Field(default_factory=dict)
+    """Several updates in one step, in place of `forward`, `optimizer`, `schedule` and `grad_clip_norm`: a list of
+    disttrain.Update(name, parameters, forward, optimizer), for a GAN or an actor and a critic (docs/updates.md). With
+    `valid_data`, `loss` or `forward` is what an evaluation computes. On the command line: updates.d.grad_clip_norm=1,
+    updates.d.optimizer.lr=1e-4."""
     schedule_monitor: Annotated[str | None, FieldNote(may_change=True)] = None
     """The result on the validation data that a schedule like ReduceLROnPlateau follows: "loss", the name of a metric,
     or of a value that `forward` returns; with several sets "clean/loss". It stays the same for the life of a run. None:
