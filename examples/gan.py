@@ -1,6 +1,6 @@
 """A generative adversarial network of handwritten digits: two updates a step, each with a loss of its own.
 
-    torchrun --standalone --nproc-per-node 2 -m disttrain.launch examples/gan.py
+torchrun --standalone --nproc-per-node 2 -m disttrain.launch examples/gan.py
 """
 
 from functools import partial

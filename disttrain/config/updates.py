@@ -7,11 +7,13 @@ keeps them by their names, in their order.
 *Errors*: ConfigError that names the update and its field.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
+
+from pydantic import ValidationInfo
+from pydantic_core import PydanticCustomError
 
 from disttrain.config.annotations import (
-    PLAIN_KEY,
     FieldNote,
     Forward,
     OptimizerFactory,
@@ -21,11 +23,8 @@ from disttrain.config.annotations import (
     ScheduleFactory,
 )
 from disttrain.config.declaration import Declaration
-from disttrain.config.wording import both, got
+from disttrain.config.wording import got
 from disttrain.errors import ConfigError
-
-if TYPE_CHECKING:
-    from disttrain.config.fields import Config
 
 
 class Update(Declaration):
@@ -58,12 +57,12 @@ class Update(Declaration):
         super().__init__(**by_position, **values)
 
 
-def by_name(given: Any) -> Any:
+def updates_by_name(given: Any) -> Any:
     """Return a list of updates as a dict by their names; ConfigError for other things, and for a name given twice."""
     if isinstance(given, Mapping):
         given = list(given.values())
     if given is None:
-        return {}
+        return None  # which pydantic refuses
     wanted = 'updates: expected a list such as [Update("d", ...), Update("g", ...)]'
     if not isinstance(given, Sequence) or not all(isinstance(each, Update) for each in given):
         other = (
@@ -76,41 +75,8 @@ def by_name(given: Any) -> Any:
     return dict(zip(names, given, strict=True))
 
 
-def update_problems(config: "Config") -> Iterator[str]:
-    """Yield the problems of a config's updates, each a sentence without a full stop."""
-    if not config.updates:
-        if config.optimizer is None:
-            yield "optimizer: missing; expected (parameters) -> Optimizer"
-        return
-    for name in config.updates:
-        if not PLAIN_KEY.fullmatch(name) or "/" in name:
-            yield f"updates: expected names without '.', '=', '/' and spaces, such as 'd', got {got(name)}"
-    for field in ("optimizer", "schedule", "grad_clip_norm"):
-        if (value := getattr(config, field)) is not None:
-            yield (
-                f"{field}: expected None with updates, each of which has its own, got {got(value)}; write "
-                f"Update(NAME, ..., {field}=...)"
-            )
-    for field in ("loss", "forward"):
-        if config.valid_data is None and (value := getattr(config, field)) is not None:
-            yield (
-                f"{field}: expected None with updates and without valid_data, got {got(value)}; each Update has a "
-                "forward, and this one is for the validation data alone"
-            )
-    if (least := min(update.every for update in config.updates.values())) > 1:
-        yield (
-            f"updates: expected one that is due in every step, got every={least} or more for all; leave every out in "
-            "one of them"
-        )
-    not_built: dict[str, tuple[Any, str]] = {
-        "global_loss": (config.global_loss, "None"),
-        "train_metrics": (config.train_metrics, "none"),
-        "compile": (config.compile, "False"),
-        "spmd": (config.spmd, "False"),
-        "precision": ("" if config.precision != "apex" else "apex", '"fp32", "bf16" or "fp16"'),
-        "fsdp_gather": ("" if config.fsdp_gather == "step" else config.fsdp_gather, '"step"'),
-    }
-    for field, (value, expected) in not_built.items():
-        if value:
-            shown = both(value) if isinstance(value, Mapping) else got(value)
-            yield f"{field}: expected {expected} with updates, together with which it has not been built, got {shown}"
+def needed_without_updates(optimizer: Any, info: ValidationInfo) -> Any:
+    """Return the optimizer of a Config; a missing field if there is neither an optimizer nor updates."""
+    if optimizer is None and (info.data or {}).get("updates") == {}:
+        raise PydanticCustomError("missing", "neither an optimizer nor updates")
+    return optimizer

@@ -25,7 +25,7 @@ from disttrain.handlers.bad_steps import BadSteps
 from disttrain.handlers.values import KeptValues, SlotValues, ValueNames, fetch_values, fold_values
 from disttrain.parallel import mean_over_slots
 
-Update = tuple[Tensor | None, str | None]
+UpdateOutcome = tuple[Tensor | None, str | None]
 """The gradient norm of a step (None if unknown), and the reason if its update was left out (None if it was not)."""
 
 
@@ -97,7 +97,7 @@ class LossLog:
         optimizer: torch.optim.Optimizer,
         *,
         samples_per_step: int,
-        update: Callable[[], Update] = lambda: (None, None),
+        update: Callable[[], UpdateOutcome] = lambda: (None, None),
         weights: Callable[[], Sequence[int] | None] = lambda: None,
         values: Callable[[], list[KeptValues]] = list,
         metrics: WindowMetrics | None = None,
@@ -120,7 +120,7 @@ class LossLog:
         self._weights: list[Sequence[int] | None] = []
         self._values: list[list[KeptValues]] = []
         self._value_names = None if names_vary else ValueNames()
-        self._updates: list[Update] = []
+        self._updates: list[UpdateOutcome] = []
         self._learning_rates: list[float] = []
         self._last_fetch = time.perf_counter()
 

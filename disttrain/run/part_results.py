@@ -1,4 +1,4 @@
-"""What the updates of a step leave for the rest of the run, where a run has several: results of slots, and the outcome.
+"""The results and the outcome of several updates in a step, in the form in which a run takes those of one.
 
 *Contract*: that of `SlotResults` and of `Updates`. The results of all updates of a step are there together, and the
 step counts as left out if an update was.
@@ -63,7 +63,7 @@ class PartResults:
 
 
 class PartUpdates(Updates):
-    """What happens around the steps of several optimizers, as `Updates` does it for one."""
+    """The updates of several optimizers in a step, in the form of `Updates`."""
 
     def __init__(self, of_parts: Mapping[str, Updates], layout: Layout, seed: int, left_out: dict[int, str]) -> None:
         super().__init__(nn.Identity(), layout, None, seed=seed, on_nan="stop", grad_clip_norm=None, left_out=left_out)

@@ -28,7 +28,7 @@ from disttrain.backend import Backend
 from disttrain.config import Config, Update
 from disttrain.config.wording import got
 from disttrain.engine import Engine
-from disttrain.engine.step_defaults import call_model, identity
+from disttrain.engine.step_defaults import Step, call_model, identity
 from disttrain.engine.supervised import StepFunction, training_step
 from disttrain.errors import ConfigError
 from disttrain.evidence.ledger import shortened
@@ -45,11 +45,9 @@ from disttrain.run.step_checks import CheckedStep
 from disttrain.run.updates import Updates
 from disttrain.seeding import seed_for
 
-Step = Callable[[Engine, Any], Any]
-
 
 @dataclass(kw_only=True)
-class Part:
+class BuiltUpdate:
     """One of several updates, built."""
 
     update: Update
@@ -92,7 +90,7 @@ class Training:
 class PartGradients:
     """The gradients of several updates, as far as a run asks those of one."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[BuiltUpdate]) -> None:
         self._parts = parts
         always = next(part for part in parts if part.update.every == 1)
         self.weights = always.gradients.weights
@@ -107,7 +105,9 @@ class PartGradients:
 class SeveralUpdates:
     """The updates of a run, and the step that runs those that are due."""
 
-    def __init__(self, parts: Sequence[Part], training: Training, results: PartResults, updates: PartUpdates) -> None:
+    def __init__(
+        self, parts: Sequence[BuiltUpdate], training: Training, results: PartResults, updates: PartUpdates
+    ) -> None:
         self.parts = list(parts)
         self.results = results
         self.updates = updates
@@ -167,7 +167,7 @@ def build_several(
     results = PartResults(list(config.updates))
     parts, around = [], {}
     for name, update in config.updates.items():
-        of_update = config_of(config, update)
+        of_update = of_one_update(config, update)
         with training.only(own[name]):
             with backend.agree(f"building update {name}"), named(name):
                 step = CheckedStep(of_update, step_function.model, None, update.forward)
@@ -191,7 +191,7 @@ def build_several(
             **step_parts,
         )
         parts.append(
-            Part(
+            BuiltUpdate(
                 update=update,
                 parameters=own[name],
                 optimizer=optimizer,
@@ -240,7 +240,7 @@ def parameters_by_update(config: Config, step_function: StepFunction) -> dict[st
     return {name: frozenset(key for key, of in owner.items() if of == name) for name in config.updates}
 
 
-def config_of(config: Config, update: Update) -> Config:
+def of_one_update(config: Config, update: Update) -> Config:
     """Return the config with the fields of one update in their places."""
     own = {name: getattr(update, name) for name in ("forward", "optimizer", "schedule", "grad_clip_norm")}
     return config.model_copy(update={**own, "loss": None, "updates": {}})

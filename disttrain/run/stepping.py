@@ -1,4 +1,4 @@
-"""Builds what a step changes weights with: optimizer, schedule, gradients, updates, and the engine with the step body.
+"""Builds the parts with which a step changes weights: optimizer, schedule, gradients, and the engine with its step.
 
 *Contract*: on every rank alike. A config with `updates` gets several of each, which the run sees as one object of each
 kind (`several_updates.py`).
@@ -149,7 +149,7 @@ def several_updates(
 
 
 def common_parts(layout: Layout, backend: Backend) -> dict[str, Any]:
-    """Return what the step bodies of all updates of all configs have in common."""
+    """Return the arguments that the step bodies of all updates have in common."""
     return {
         "loss_fn": lambda result, _: result[0],
         "prepare_batch": lambda batch, device, non_blocking: (moved_to(device, layout, batch, non_blocking), None),

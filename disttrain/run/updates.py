@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from disttrain.engine import Engine, Events
 from disttrain.errors import ConfigError
 from disttrain.handlers.best import number_in
-from disttrain.handlers.losses import Update
+from disttrain.handlers.losses import UpdateOutcome
 from disttrain.parallel import Layout
 from disttrain.run.optimizer_checks import required_arguments
 from disttrain.seeding import seed_for, seed_position
@@ -143,7 +143,7 @@ class Updates:
         if self._reason is not None:
             self.num_skipped += 1
 
-    def take(self) -> Update:
+    def take(self) -> UpdateOutcome:
         """Return the norm of the newest step's gradient, and why its update was left out; once a step."""
         update = self.grad_norm, self._reason
         self.grad_norm = self._reason = None
