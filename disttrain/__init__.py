@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from disttrain.backend import connect as connect
     from disttrain.backend import make_deterministic as make_deterministic
     from disttrain.config import Config as Config
+    from disttrain.config import Update as Update
     from disttrain.config import load_config as load_config
     from disttrain.data import IndexShuffle as IndexShuffle
     from disttrain.data import ReproducibleBatchSampler as ReproducibleBatchSampler
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 _ROOMS = {
     "backend": ["Backend", "connect", "make_deterministic"],
-    "config": ["Config", "load_config"],
+    "config": ["Config", "Update", "load_config"],
     "data": ["IndexShuffle", "ReproducibleBatchSampler", "SeededDataset", "SlotBatchSampler", "SlotLoader"],
     "decay": ["parameter_groups"],
     "engine": [

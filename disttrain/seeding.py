@@ -21,6 +21,7 @@ is a hash of the run's seed and these two. So a resumed run computes its seeds i
 | "evaluation" | number of the batch        | python, numpy and torch before that batch's forward      |
 | "epoch"      | epoch                      | python, numpy and torch in a dataset's `set_epoch`       |
 | "evaluated"  | step                       | python, numpy and torch before EVALUATED's handlers      |
+| "updates"    | the bytes of its name      | one of several updates: the seed of all its other seeds  |
 
 A seed is never `seed + i`, because such seeds coincide: seed 0 in epoch 1 is seed 1 in epoch 0.
 """

@@ -4,6 +4,7 @@
     groups       the groups of fields, such as `checkpoint`
     declaration  the base of `Config` and of its groups: frozen, with errors of our own
     init_from    the group `init_from`, and its short form
+    updates      several updates in one step
     annotations  the types of the fields, and the notes that a field carries beside its type
     asked        the parts of a run that a function asks for by the names of its arguments
     checks       the rules between fields: one length, one loss, slots that divide the global batch
@@ -57,6 +58,7 @@ from disttrain.config.stored import (
     read_stored,
     to_json,
 )
+from disttrain.config.updates import Update
 
 __all__ = [
     "JSON",
@@ -72,6 +74,7 @@ __all__ = [
     "LogConfig",
     "Origin",
     "Stored",
+    "Update",
     "ValidateConfig",
     "apply_overrides",
     "binding_fields",

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     Weight = Callable[[Any], Any]
     LossOfEmbeddings = Callable[[Any], Tensor]
     OptimizerFactory = Callable[..., Optimizer]
+    ParametersOf = Callable[[Any], Iterable[nn.Parameter]]
     ScheduleFactory = Callable[[Any, int], LRScheduler]
     MetricFactory = Callable[[], Metric]
     Collate = Callable[[list[Any]], Any]
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     Handler = Callable[[Any, Any], object]
     BackendName = str
 else:  # pydantic checks only that they are callable, so torch is not imported
-    ModelFactory = DataFactory = Loss = Forward = OptimizerFactory = Callable[..., Any]
+    ModelFactory = DataFactory = Loss = Forward = OptimizerFactory = ParametersOf = Callable[..., Any]
     OrderFactory = LossOfEmbeddings = Callable[..., Any]
     Weight = ScheduleFactory = MetricFactory = Collate = Handler = PrecisionFactory = Callable[..., Any]
     BackendName = Literal[backend_names()]

@@ -30,7 +30,8 @@ def problems(config: "Config") -> Iterator[str]:
     if config.init_from.path is not None and not config.init_from.path.strip():
         yield "init_from: expected a run directory, such as 'runs/base@best', or a file of weights, or None, got ''"
     yield from _global_loss(config)
-    if config.global_loss is None:
+    yield from _updates(config)
+    if config.global_loss is None and (not config.updates or config.valid_data is not None):
         yield from _one_of(
             "loss", "forward", config, "loss takes y_pred and y; forward replaces it for batches of another form"
         )
@@ -47,6 +48,9 @@ def problems(config: "Config") -> Iterator[str]:
         )
     for leaf in leaves(type(config)):
         yield from _callables(leaf.name, leaf.note, value_of(config, leaf.name))
+    for update in config.updates.values():
+        for leaf in leaves(type(update)):
+            yield from _callables(f"updates.{update.name}.{leaf.name}", leaf.note, getattr(update, leaf.name))
     for leaf in leaves(type(config)):
         if leaf.note.asks:
             yield from _parts_that_are_not_there(config, leaf)
@@ -112,6 +116,44 @@ def _global_loss(config: "Config") -> Iterator[str]:
             'fsdp_gather: expected "step" with global_loss, got "module": the loss over the global batch is computed '
             "outside the forward of the module that holds its parameters"
         )
+
+
+def _updates(config: "Config") -> Iterator[str]:
+    """Yield the problems of several updates, and the settings that exclude them."""
+    if not config.updates:
+        return
+    for name in config.updates:
+        if not PLAIN_KEY.fullmatch(name) or "/" in name:
+            yield f"updates: expected names without '.', '=', '/' and spaces, such as 'd', got {got(name)}"
+    for field in ("optimizer", "schedule", "grad_clip_norm"):
+        if (value := getattr(config, field)) is not None:
+            yield (
+                f"{field}: expected None with updates, each of which has its own, got {got(value)}; write "
+                f"Update(NAME, ..., {field}=...)"
+            )
+    for field in ("loss", "forward"):
+        if config.valid_data is None and (value := getattr(config, field)) is not None:
+            yield (
+                f"{field}: expected None with updates and without valid_data, got {got(value)}; each Update has a "
+                "forward, and this one is for the validation data alone"
+            )
+    if (least := min(update.every for update in config.updates.values())) > 1:
+        yield (
+            f"updates: expected one that is due in every step, got every={least} or more for all; leave every out in "
+            "one of them"
+        )
+    not_built: dict[str, tuple[Any, str]] = {
+        "global_loss": (config.global_loss, "None"),
+        "train_metrics": (config.train_metrics, "none"),
+        "compile": (config.compile, "False"),
+        "spmd": (config.spmd, "False"),
+        "precision": ("" if config.precision != "apex" else "apex", '"fp32", "bf16" or "fp16"'),
+        "fsdp_gather": ("" if config.fsdp_gather == "step" else config.fsdp_gather, '"step"'),
+    }
+    for field, (value, expected) in not_built.items():
+        if value:
+            shown = both(value) if isinstance(value, Mapping) else got(value)
+            yield f"{field}: expected {expected} with updates, together with which it has not been built, got {shown}"
 
 
 def _callables(name: str, note: FieldNote, value: Any) -> Iterator[str]:

@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from disttrain.config.annotations import PLAIN_KEY, leaves, value_of
+from disttrain.config.declaration import Declaration
 from disttrain.config.fields import Config
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
@@ -57,6 +58,8 @@ def _flatten(description: Description, key: str, value: Any, modules: set[str]) 
         parts: Mapping[str, Any] = value.keywords
     elif isinstance(value, Mapping) and value and all(isinstance(k, str) and PLAIN_KEY.fullmatch(k) for k in value):
         parts = value
+    elif isinstance(value, Declaration):
+        parts = dict(value)
     else:
         description[key] = _plain(value, modules)
         parts = _settings(value)

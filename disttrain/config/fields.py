@@ -50,6 +50,7 @@ from disttrain.config.groups import (
     ValidateConfig,
 )
 from disttrain.config.init_from import InitFromConfig, from_short_form
+from disttrain.config.updates import Update, needed_without_updates, updates_by_name
 from disttrain.config.wording import sentence
 from disttrain.errors import ConfigError
 
@@ -111,8 +112,20 @@ class Config(Declaration):
     losses are means over all targets of the global batch, and a batch of weight 0 counts for nothing. None: every slot
     counts once."""
     init_from: Annotated[InitFromConfig, BeforeValidator(from_short_form)] = InitFromConfig()
-    optimizer: Annotated[OptimizerFactory, FieldNote(takes="(parameters) -> Optimizer", asks=("model", *STEP_PARTS))]
-    """Builds the optimizer, for example partial(torch.optim.AdamW, lr=1e-3). A function with an argument `model` gets
+    updates: Annotated[Mapping[str, Update], BeforeValidator(updates_by_name), FieldNote()] = Field(
+        default_factory=dict
+    )
+    """Several updates in one step, in place of `forward`, `optimizer`, `schedule` and `grad_clip_norm`: a list of
+    disttrain.Update(name, parameters, forward, optimizer), for a GAN or an actor and a critic (docs/updates.md). With
+    `valid_data`, `loss` or `forward` is what an evaluation computes. On the command line: updates.d.grad_clip_norm=1,
+    updates.d.optimizer.lr=1e-4."""
+    optimizer: Annotated[
+        OptimizerFactory | None,
+        BeforeValidator(needed_without_updates),
+        FieldNote(takes="(parameters) -> Optimizer", asks=("model", *STEP_PARTS)),
+    ] = Field(default=None, validate_default=True)
+    """Builds the optimizer, for example partial(torch.optim.AdamW, lr=1e-3). It is required unless there are `updates`,
+    each of which has its own. A function with an argument `model` gets
     the model instead of the parameters, to make groups of them (docs/optimizers.md); with `loss`, `global_loss` or
     `forward`, that field's Module too."""
     schedule: Annotated[ScheduleFactory | None, FieldNote(takes="(optimizer, total_steps) -> LRScheduler")] = None

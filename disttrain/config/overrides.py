@@ -41,6 +41,12 @@ def settable(config: Config) -> list[str]:
             keys.append(leaf.name)
         elif not leaf.note.within.startswith("list"):
             keys += _keywords(leaf.name, value_of(config, leaf.name), leaf.note)
+    for name, update in config.updates.items():
+        for leaf in leaves(type(update)):
+            if leaf.note.takes:
+                keys += _keywords(f"updates.{name}.{leaf.name}", getattr(update, leaf.name), leaf.note)
+            elif leaf.name != "name":
+                keys.append(f"updates.{name}.{leaf.name}")
     return keys
 
 
@@ -100,6 +106,8 @@ def _changed(config: Config, key: str, prefix: str, value: Any, path: list[str],
             raise ConfigError(f"{key}={text}: {prefix} has no {name}{near or _known(value)}")
         known = by_text[name]  # the steps of a Mixture's changes are integers
         return {**value, known: _changed_part(config, key, dotted, value[known], rest, text, None)}
+    if isinstance(value, Declaration):
+        return _changed_declaration(config, key, prefix, value, path, text)
     if not _is_function(value):
         raise ConfigError(
             f"{key}={text}: expected {prefix} to be a function or a partial that takes {name}, "
@@ -113,6 +121,21 @@ def _changed(config: Config, key: str, prefix: str, value: Any, path: list[str],
     present = function.keywords.get(name, Missing)
     keyword = _changed_part(config, key, dotted, present, rest, text, parameters.get(name))
     return partial(function.func, *function.args, **{**function.keywords, name: keyword})
+
+
+def _changed_declaration(config: Config, key: str, prefix: str, value: Declaration, path: list[str], text: str) -> Any:
+    """Return a copy of one of several updates with a field, or a keyword of one of its functions, changed."""
+    name, *rest = path
+    by_field = {leaf.name: leaf for leaf in leaves(type(value)) if leaf.name != "name"}
+    if name not in by_field:
+        near = did_you_mean(f"{prefix}.{name}", [f"{prefix}.{known}" for known in by_field])
+        raise ConfigError(f"{key}={text}: {prefix} has no {name}{near or _known(by_field)}")
+    leaf = by_field[name]._replace(name=key)
+    if rest:
+        new = _changed(config, key, f"{prefix}.{name}", getattr(value, name), rest, text, leaf.note)
+    else:
+        new = _field_value(config, leaf, text)
+    return type(value)(**{**_fields(value), name: new})
 
 
 def _changed_part(

@@ -8,6 +8,7 @@ compiled: the compiler rounds otherwise when it recomputes.
 
 import hashlib
 import json
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,8 @@ NOT_SET = "(not set)"
 """The value of a key that is missing in one of two descriptions."""
 RECOMPUTES = "activation_checkpointing"
 """A field that changes the bits of compiled models alone."""
+SCHEDULE_KEY = re.compile(r"(updates\.[^.]+\.)?schedule")
+"""The key of a schedule in a description."""
 MAX_VALUE = 400
 """The longest text of a value that a checkpoint holds as it is."""
 
@@ -113,7 +116,8 @@ def binding_fields(description: Description) -> Description:
 def _changeable(description: Description) -> set[str]:
     """Return the fields that a resumed run may change."""
     changeable = {leaf.name for leaf in leaves(Config) if leaf.note.may_change}
-    if description.get("schedule") is None:
+    schedules = [value for key, value in description.items() if SCHEDULE_KEY.fullmatch(key)]
+    if all(value is None for value in schedules):
         changeable |= {"max_epochs", "max_steps"}
     if description.get("compile"):
         changeable -= {RECOMPUTES}

@@ -131,5 +131,6 @@ def _line(problem: dict[str, Any], fields: dict[str, Leaf], model: type[BaseMode
     else:
         expected = leaf.type_text
     if problem["type"] == "missing":
+        expected = expected.removesuffix(" | None")
         return f"{name}: missing; expected {expected}"
     return f"{name}: expected {expected}, got {got(problem['input'])}"

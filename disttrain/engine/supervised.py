@@ -62,7 +62,7 @@ StepResult = tuple[Tensor, Any, Mapping[str, Any]]
 """(loss, outputs, values): `values` are further numbers by name, for the curves; mostly there are none."""
 
 
-def _training_step(
+def training_step(
     model: nn.Module,
     optimizer: Optimizer,
     loss_fn: LossFn,
@@ -181,7 +181,7 @@ def supervised_training_step(
     """Return a process function that trains in float32."""
     parts = (device, non_blocking, prepare_batch, model_transform, output_transform, model_fn)
     gradients = Accumulation(model, gradient_accumulation_steps)
-    return _training_step(model, optimizer, loss_fn, *parts, FP32(), gradients)
+    return training_step(model, optimizer, loss_fn, *parts, FP32(), gradients)
 
 
 def supervised_training_step_amp(
@@ -205,7 +205,7 @@ def supervised_training_step_amp(
     """
     parts = (device, non_blocking, prepare_batch, model_transform, output_transform, model_fn)
     gradients = Accumulation(model, gradient_accumulation_steps)
-    return _training_step(model, optimizer, loss_fn, *parts, AMP(device_kind(model, device), dtype, scaler), gradients)
+    return training_step(model, optimizer, loss_fn, *parts, AMP(device_kind(model, device), dtype, scaler), gradients)
 
 
 def supervised_training_step_apex(
@@ -223,7 +223,7 @@ def supervised_training_step_apex(
     """Return a process function that trains a model and an optimizer prepared by `apex.amp.initialize`."""
     parts = (device, non_blocking, prepare_batch, model_transform, output_transform, model_fn)
     gradients = Accumulation(model, gradient_accumulation_steps)
-    return _training_step(model, optimizer, loss_fn, *parts, apex_of(model, gradient_accumulation_steps), gradients)
+    return training_step(model, optimizer, loss_fn, *parts, apex_of(model, gradient_accumulation_steps), gradients)
 
 
 def supervised_training_step_tpu(
@@ -241,7 +241,7 @@ def supervised_training_step_tpu(
     """Return a process function that trains on an XLA device and steps with `xm.optimizer_step`."""
     parts = (device, non_blocking, prepare_batch, model_transform, output_transform, model_fn)
     gradients = Accumulation(model, gradient_accumulation_steps)
-    return _training_step(model, optimizer, loss_fn, *parts, XLA(), gradients)
+    return training_step(model, optimizer, loss_fn, *parts, XLA(), gradients)
 
 
 def create_supervised_trainer(
@@ -285,7 +285,7 @@ def create_supervised_trainer(
     precision = precision or choose_precision_of(model, device, amp_mode, scaler, gradient_accumulation_steps)
     gradients = gradients or Accumulation(model, gradient_accumulation_steps)
     parts = (device, non_blocking, prepare_batch, model_transform, output_transform, model_fn)
-    step = _training_step(model, optimizer, loss_fn, *parts, precision, gradients, before_step, after_step)
+    step = training_step(model, optimizer, loss_fn, *parts, precision, gradients, before_step, after_step)
     trainer = DeterministicEngine(step, backend=backend) if deterministic else Engine(step)
     if scaler is True and isinstance(precision, AMP):
         trainer.state.scaler = precision.scaler

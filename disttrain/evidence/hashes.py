@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from disttrain.devices import device_row
+from disttrain.parallel.optimizers import by_prefix
 
 NUM_RUNS = 256
 """The least number of runs of neighbours in a tensor; a smaller tensor is cut into single values."""
@@ -114,7 +115,8 @@ def state_tensors(
     """Return the state on which the next step's result depends, by name: parameters, buffers, optimizer state.
 
     `parts` are modules by name: "model", and "loss" if it has a state. The names of the tensors are `PART.NAME`,
-    `optimizer.NAME.KEY` with the parameter's NAME, and `kept.OBJECT.PATH`. `kept` holds objects with a `state_dict`.
+    `optimizer.NAME.KEY` with the parameter's NAME (of several optimizers `optimizer.UPDATE.NAME.KEY`), and
+    `kept.OBJECT.PATH`. `kept` holds objects with a `state_dict`.
     Their plain values become tensors of the bytes of their text.
     """
     tensors: dict[str, Tensor] = {}
@@ -124,12 +126,13 @@ def state_tensors(
             tensors[f"{part}.{name}"] = parameter
             names[parameter] = name if part == "model" else f"{part}.{name}"
         tensors.update((f"{part}.{name}", buffer) for name, buffer in module.named_buffers())
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for i, parameter in enumerate(parameters):
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor | bool | int | float):
-                tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-                tensors[f"optimizer.{names.get(parameter, i)}.{key}"] = tensor
+    for prefix, each in by_prefix(optimizer).items():
+        parameters = [parameter for group in each.param_groups for parameter in group["params"]]
+        for i, parameter in enumerate(parameters):
+            for key, value in each.state.get(parameter, {}).items():
+                if isinstance(value, Tensor | bool | int | float):
+                    tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+                    tensors[f"{prefix}.{names.get(parameter, i)}.{key}"] = tensor
     for name, kept_object in kept.items():
         tensors.update(_values_by_path(kept_object.state_dict(), f"kept.{name}"))
     return tensors

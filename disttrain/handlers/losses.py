@@ -25,7 +25,7 @@ from disttrain.handlers.bad_steps import BadSteps
 from disttrain.handlers.values import KeptValues, SlotValues, ValueNames, fetch_values, fold_values
 from disttrain.parallel import mean_over_slots
 
-Update = tuple[Tensor | None, str | None]
+UpdateOutcome = tuple[Tensor | None, str | None]
 """The gradient norm of a step (None if unknown), and the reason if its update was left out (None if it was not)."""
 
 
@@ -85,7 +85,8 @@ class LossLog:
     whole, it is an empty list on every rank. `update()` returns the update of the newest step, the same on every rank.
     `weights()` returns how often each of those losses counts; None: once each. `values()` returns what was kept of the
     values of this rank's slots, one for each loss; an empty list if there are none. `metrics` have values at log points
-    and at the last step; they are in the line of that step.
+    and at the last step; they are in the line of that step. With `names_vary` a step may have other values than the
+    last one, but all of its slots have the same.
     After each fetch, every rank calls `fetched` with a line for each step and the pace; then `bad_steps` checks the
     lines.
     """
@@ -96,13 +97,14 @@ class LossLog:
         optimizer: torch.optim.Optimizer,
         *,
         samples_per_step: int,
-        update: Callable[[], Update] = lambda: (None, None),
+        update: Callable[[], UpdateOutcome] = lambda: (None, None),
         weights: Callable[[], Sequence[int] | None] = lambda: None,
         values: Callable[[], list[KeptValues]] = list,
         metrics: WindowMetrics | None = None,
         bad_steps: BadSteps | None = None,
         fetched: Callable[[list[dict[str, Any]], Pace], None],
         passenger: Passenger | None = None,
+        names_vary: bool = False,
     ) -> None:
         self.backend = backend
         self.optimizer = optimizer
@@ -117,8 +119,8 @@ class LossLog:
         self._losses: list[list[Tensor]] = []
         self._weights: list[Sequence[int] | None] = []
         self._values: list[list[KeptValues]] = []
-        self._value_names = ValueNames()
-        self._updates: list[Update] = []
+        self._value_names = None if names_vary else ValueNames()
+        self._updates: list[UpdateOutcome] = []
         self._learning_rates: list[float] = []
         self._last_fetch = time.perf_counter()
 
@@ -196,6 +198,7 @@ class LossLog:
     def _folded(self, by_slot: Sequence[SlotValues], counts: Sequence[int], step: int) -> dict[str, float | None]:
         """Return the values of a step from those of its slots; ConfigError if the slots have other names."""
         places = [f"slot {slot} of step {step}" for slot in range(len(by_slot))]
+        names = ValueNames() if self._value_names is None else self._value_names
         for values, count, place in zip(by_slot, counts, places, strict=True):
-            self._value_names.check(values, place, counts=count > 0)
+            names.check(values, place, counts=count > 0)
         return fold_values(by_slot, counts, places)

@@ -19,6 +19,7 @@
     groups              the groups of modules whose parameters FSDP2 gathers together
     spmd_layout         parameters that are cut over the XLA devices of one rank
     counterparts        finds the tensor of this run that corresponds to a tensor of a checkpoint
+    optimizers          the optimizers of several updates as one object
     optimizer_state     loads an optimizer's state with the dtypes that were saved
     model_checks        refuses models that cannot have the same bits on any number of ranks
     slot_checks         refuses forwards that change parameters, and loops that are left before their end

@@ -2,10 +2,11 @@
 
 *Contract*: a checkpoint's state has the paths `model.NAME` (`loss.NAME` for a loss with parameters),
 `evaluation_point.NAME` (of an optimizer that evaluates at another point than it trains), `optimizer.state.INDEX.KEY`
-and, for each object that a handler keeps (`Run.keep`), `kept.OBJECT.PATH`. The counterpart of an optimizer state is its
-parameter. The counterpart of a kept tensor is the tensor at the same path of the object's present state. If the object
-has no such tensor yet (an average that begins with its first step), the counterpart is the parameter whose name ends
-the path: `model.NAME` or `loss.NAME`, or the NAME in the model. A tensor of another shape has no counterpart.
+(with several updates `optimizer.UPDATE.state.INDEX.KEY`) and, for each object that a handler keeps (`Run.keep`),
+`kept.OBJECT.PATH`. The counterpart of an optimizer state is its parameter. The counterpart of a kept tensor is the
+tensor at the same path of the object's present state. If the object has no such tensor yet (an average that begins with
+its first step), the counterpart is the parameter whose name ends the path: `model.NAME` or `loss.NAME`, or the NAME in
+the model. A tensor of another shape has no counterpart.
 """
 
 import re
@@ -15,7 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-OPTIMIZER_STATE = re.compile(r"(?P<optimizer>optimizer|kept\.[^.]+)\.state\.(?P<index>\d+)\..+")
+from disttrain.parallel.optimizers import by_prefix
+
+OPTIMIZER_STATE = re.compile(r"(?P<optimizer>optimizer(\.[^.]+)?|kept\.[^.]+)\.state\.(?P<index>\d+)\..+")
 """The path of one tensor of an optimizer's state."""
 
 
@@ -30,7 +33,7 @@ class Counterparts:
             for name, parameter in module.named_parameters(remove_duplicate=False)
         }
         self._present |= {f"evaluation_point.{name}": tensor for name, tensor in self._parameters.items()}
-        self._optimizers = {"optimizer": optimizer}
+        self._optimizers = by_prefix(optimizer)
         for name, kept_object in kept.items():
             if isinstance(kept_object, Optimizer):
                 self._optimizers[f"kept.{name}"] = kept_object

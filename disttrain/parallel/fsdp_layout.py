@@ -77,6 +77,7 @@ class FsdpLayout:
         places = {module: f"{name}." if name else "" for name, module in model.named_modules()}
         self.prefixes = [places[group] for group in self.groups]
         """For each group, what stands before those names in the model."""
+        self._gathered: dict[str, Tensor] = {}
         self._has_forwards = False  # before the first one, FSDP2 has no record of them
         if stays_gathered:
             for group in self.groups:
@@ -109,8 +110,14 @@ class FsdpLayout:
             group.reshard()
             for name, parameter in gathered.items():
                 parameter.requires_grad_(cut[prefix + name].requires_grad)
+                self._gathered[prefix + name] = parameter
             by_group.append(gathered)
         return by_group
+
+    def show_flags(self) -> None:
+        cut = dict(self.model.named_parameters())
+        for name, parameter in self._gathered.items():
+            parameter.requires_grad_(cut[name].requires_grad)
 
     def like(self, parameter: Tensor, part: Tensor) -> Any:
         """Return the DTensor of this rank's part of a gradient, cut as its parameter is."""

@@ -26,6 +26,9 @@ class Layout(Protocol):
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Raise ConfigError for an optimizer that would give other bits than on whole parameters."""
 
+    def show_flags(self) -> None:
+        """Give what autograd sees of the parameters their present `requires_grad`."""
+
     def total_norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Return the 2-norm of all gradients together: 0-dimensional, on their device, the same bits on every rank."""
 
@@ -58,6 +61,9 @@ class ReplicatedLayout:
     """Every rank holds every parameter whole."""
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
+        return
+
+    def show_flags(self) -> None:
         return
 
     def total_norm(self, gradients: Sequence[Tensor]) -> Tensor:

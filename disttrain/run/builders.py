@@ -83,9 +83,11 @@ def build_optimizer(config: Config, step_function: StepFunction, layout: Layout)
     trained = [parameter for parameter in step_function.parameters() if parameter.requires_grad]
     loss = step_function.loss
     parts = {"model": step_function.model, "loss": loss, "global_loss": loss, "forward": step_function.step}
-    given, by_name = arguments(config.optimizer, OPTIMIZER_NOTE, [trained], parts)
+    factory = config.optimizer
+    assert factory is not None, "a Config has an optimizer, or each of its updates has one"
+    given, by_name = arguments(factory, OPTIMIZER_NOTE, [trained], parts)
     before = {name: id(parameter) for name, parameter in step_function.named_parameters()}
-    optimizer = build("optimizer", partial(config.optimizer, **by_name), *given)
+    optimizer = build("optimizer", partial(factory, **by_name), *given)
     if before != {name: id(parameter) for name, parameter in step_function.named_parameters()}:
         raise ConfigError(
             f"{field_place(config, 'optimizer')}: expected a function that leaves the model's parameters where they "
@@ -110,7 +112,7 @@ def forgotten_parameters(
     None for a factory that got the list of them, and leaves some out by its own choice. Call it before a precision
     gives the optimizer parameters of its own.
     """
-    if not asked(config.optimizer, OPTIMIZER_NOTE):
+    if config.optimizer is None or not asked(config.optimizer, OPTIMIZER_NOTE):
         return None
     names = {name for group in names_by_group(optimizer, dict(step_function.named_parameters())) for name in group}
     trained = [name for name, parameter in step_function.named_parameters() if parameter.requires_grad]

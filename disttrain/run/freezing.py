@@ -22,6 +22,7 @@ from disttrain.engine import Engine, Events
 from disttrain.errors import ConfigError
 from disttrain.evidence.ledger import shortened
 from disttrain.parallel import Layout
+from disttrain.parallel.optimizers import by_prefix
 
 FLAGS, GROUPS = "requires_grad", "param_groups"
 """The keys of a position: {name: requires_grad} of what has changed, and the names in each group if these changed."""
@@ -172,7 +173,8 @@ class Freezing:
         if now == self._checked or not self._has_own:
             return
         names_by_group(self._optimizer, self._named)
-        self._layout.check_optimizer(self._optimizer)
+        for optimizer in by_prefix(self._optimizer).values():
+            self._layout.check_optimizer(optimizer)
         if lost := [name for name in self._without_optimizer() if name not in self._left_out]:
             raise ConfigError(
                 f"expected every parameter with requires_grad in a group of the optimizer, but {shortened(lost)} "

@@ -70,6 +70,7 @@ def _known(run: Run) -> dict[int, Any]:
     parts += [run.trainer, run.trainer.state, run.evaluation, run.updates, run.gradients, run.slot_results]
     parts += [run.best, run.early_stop, run.bad_steps, run.evaluated]
     parts += [run.optimizer, run.optimizer.state, run.schedule, run.data, run.kept, *run.kept.values()]
+    parts += [*run.optimizers.values(), *getattr(run.schedule, "by_name", {}).values()]
     modules = [run.step_function, *(kept for kept in run.kept.values() if isinstance(kept, nn.Module))]
     for module in modules:
         parts += [*module.modules(), *module.parameters(), *module.buffers()]

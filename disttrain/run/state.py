@@ -20,6 +20,7 @@ from disttrain.handlers.bad_steps import BadSteps
 from disttrain.handlers.best import Best
 from disttrain.handlers.early_stop import EarlyStop
 from disttrain.parallel import GradientsOverSlots, Layout, Slots
+from disttrain.parallel.optimizers import Optimizers
 from disttrain.precision import Precision
 from disttrain.run.directory import RunDirectory
 from disttrain.run.ema import Ema
@@ -52,7 +53,8 @@ class Run:
     """The model, and the loss or the forward that calls it, as the step calls them."""
     layout: Layout
     """How the model lies over ranks and devices."""
-    optimizer: torch.optim.Optimizer
+    optimizer: Any
+    """The optimizer; with `updates` those of all of them as one (`parallel/optimizers.py`)."""
     schedule: Any
     """The learning rate's schedule; None without one."""
     precision: Precision
@@ -138,6 +140,11 @@ class Run:
     def parts(self) -> dict[str, nn.Module]:
         """The modules whose states a checkpoint holds, by name: the model, and a loss or a forward with a state."""
         return modules_of(self.step_function)
+
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """The optimizers of the config's `updates` by name; without them the only one, as "optimizer"."""
+        return self.optimizer.by_name if isinstance(self.optimizer, Optimizers) else {"optimizer": self.optimizer}
 
     @property
     def weights(self) -> list[int] | None:

@@ -185,6 +185,7 @@ def attach(run: Run, preemption: Preemption, console: Console, step: int, stack:
         bad_steps=run.bad_steps,
         fetched=reporter.fetched,
         passenger=stragglers,
+        names_vary=bool(config.updates),
     )
     saving = stack.enter_context(Saving(run, reporter.sync, console))
     compilations = Compilations(backend)

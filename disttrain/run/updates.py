@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from disttrain.engine import Engine, Events
 from disttrain.errors import ConfigError
 from disttrain.handlers.best import number_in
-from disttrain.handlers.losses import Update
+from disttrain.handlers.losses import UpdateOutcome
 from disttrain.parallel import Layout
 from disttrain.run.optimizer_checks import required_arguments
 from disttrain.seeding import seed_for, seed_position
@@ -55,6 +55,8 @@ class Updates:
         """Steps over the whole run whose update was left out."""
         self.left_out = left_out
         """Steps, done or still to come, that on_nan="rollback" leaves out whole, and the reason for each."""
+        self.checks: list[Callable[[], None]] = []
+        """Called before those, while the parameters have the `requires_grad` that handlers see."""
         self.before_update: list[Callable[[], None]] = []
         """Called right before the optimizer steps, such as the wait for a copy of the optimizer's state."""
         self._model = model
@@ -76,8 +78,12 @@ class Updates:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._count)
 
     def _begin(self, engine: Engine) -> None:
-        self._step, self.stepped = engine.state.iteration, False
+        self.begin(engine.state.iteration)
         seed_position(seed_for(self._seed, "handlers", self._step))
+
+    def begin(self, step: int) -> None:
+        """Begin a step."""
+        self._step, self.stepped = step, False
 
     def leaves_out(self, step: int) -> bool:
         """Return whether the whole step is left out."""
@@ -91,7 +97,7 @@ class Updates:
         if self._grad_clip_norm is not None:
             self._layout.clip(parameters, self._grad_clip_norm, norm)
         seed_position(seed_for(self._seed, "update", self._step))
-        for call in self.before_update:
+        for call in (*self.checks, *self.before_update):
             call()
         if self._nothing_counts():
             self._reason = "no target of its batch counts"
@@ -137,7 +143,7 @@ class Updates:
         if self._reason is not None:
             self.num_skipped += 1
 
-    def take(self) -> Update:
+    def take(self) -> UpdateOutcome:
         """Return the norm of the newest step's gradient, and why its update was left out; once a step."""
         update = self.grad_norm, self._reason
         self.grad_norm = self._reason = None

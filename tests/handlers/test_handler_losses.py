@@ -12,7 +12,7 @@ from disttrain.backend import Backend, connect
 from disttrain.engine import Engine, Events
 from disttrain.errors import ConfigError, NonFiniteError
 from disttrain.handlers.bad_steps import BadSteps
-from disttrain.handlers.losses import LossLog, Pace, Update
+from disttrain.handlers.losses import LossLog, Pace, UpdateOutcome
 from disttrain.handlers.values import KeptValues, keep
 
 NUM_SLOTS, NUM_STEPS = 6, 7
@@ -26,7 +26,7 @@ def run_with(
     *,
     fetch_every: int = 3,
     stop_on_nan: bool = True,
-    update: Callable[[int], Update] = lambda step: (None, None),
+    update: Callable[[int], UpdateOutcome] = lambda step: (None, None),
     none_at: int = 0,
 ) -> tuple[list[dict[str, Any]], list[Pace], str]:
     """Train for as many steps as there are rows, each rank with its columns; return the lines, paces and the error."""
@@ -231,7 +231,7 @@ def test_a_fetch_without_new_steps_reports_nothing() -> None:
     assert [pace.step for pace in paces] == [3, 6]  # and not once more at the epoch's end
 
 
-def updates(step: int) -> Update:
+def updates(step: int) -> UpdateOutcome:
     """Step 4 is left out whole, step 6 because its gradient overflowed."""
     return (None, "it was bad") if step == 4 else (torch.tensor(math.inf if step == 6 else step / 8), None)
 
