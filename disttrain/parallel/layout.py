@@ -24,7 +24,10 @@ class Layout(Protocol):
     """The layout of a model over ranks and devices. All ranks call its methods in the same order."""
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
-        """Raise ConfigError for an optimizer that would give other bits than on whole parameters."""
+        """Raise ConfigError for an optimizer, with the groups that handlers gave it, that would give other bits."""
+
+    def step_whole(self, optimizer: Optimizer) -> None:
+        """Let `optimizer.step` step whole parameters, for an optimizer that looks across a parameter."""
 
     def total_norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Return the 2-norm of all gradients together: 0-dimensional, on their device, the same bits on every rank."""
@@ -58,6 +61,9 @@ class ReplicatedLayout:
     """Every rank holds every parameter whole."""
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
+        return
+
+    def step_whole(self, optimizer: Optimizer) -> None:
         return
 
     def total_norm(self, gradients: Sequence[Tensor]) -> Tensor:
