@@ -1,12 +1,13 @@
 """Measures the time that sharded parameters cost, and the memory that they save a rank.
 
-    python benchmarks/fsdp.py [--json FILE] [--worlds 2,4] [--repeats 15]
+    python benchmarks/fsdp.py [--json FILE] [--worlds 2,4] [--repeats 15] [--muon]
 
 It starts gloo ranks on this machine and trains a small GPT (that of reduction.py) with AdamW and clipping: by
 `strategy="ddp"`, by `strategy="fsdp"`, and by FSDP2 as torch ships it, whose gradients have other bits on another
 number of ranks. The three take turns in one run, so that other load on the machine affects all of them. The ratio to
 ddp is the median of the rounds' ratios. The bytes are those that a rank holds between two steps: parameters and
-optimizer states.
+optimizer states. With `--muon` only the matrices are trained, by Muon: under fsdp each is stepped whole on one rank.
+FSDP2 as it is has no such step, and is left out.
 """
 
 import argparse
@@ -41,14 +42,22 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
 class Training:
     """The GPT, trained by a strategy of disttrain; `step` is a whole step."""
 
-    def __init__(self, backend: Backend, strategy: Literal["ddp", "fsdp"], num_slots: int) -> None:
+    def __init__(self, backend: Backend, strategy: Literal["ddp", "fsdp"], num_slots: int, *, muon: bool) -> None:
         torch.manual_seed(0)
         self.model: nn.Module = GPT()
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(not muon or parameter.ndim == 2)
         slots = Slots(num_slots, backend.rank, backend.world_size)
         world = World(slots=slots, device=CPU, process_group=backend.process_group, fsdp_gather="module")
         chosen = strategy_for(strategy, self.model, world)
         self.layout = chosen.layout
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), foreach=True)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer: torch.optim.Optimizer
+        if muon:
+            self.optimizer = torch.optim.Muon(trained)
+            self.layout.step_whole(self.optimizer)
+        else:
+            self.optimizer = torch.optim.AdamW(trained, foreach=True)
         self.gradients = chosen.gradients(self.model, seed=0)
         self.batch = batch_of(backend, slots)
 
@@ -56,7 +65,7 @@ class Training:
         self.optimizer.zero_grad()
         for tokens in self.gradients.microbatches(self.batch, 1):
             loss_of(self.gradients.module, tokens).backward()
-        parameters = list(self.model.parameters())
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         norm = self.layout.total_norm([p.grad for p in parameters if p.grad is not None])
         self.layout.clip(parameters, 1.0, norm)
         self.optimizer.step()
@@ -96,13 +105,14 @@ def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     return sum((tensor.to_local() if hasattr(tensor, "to_local") else tensor).nbytes for tensor in held)
 
 
-def measured(backend: Backend, repeats: int, num_slots: int) -> list[dict[str, Any]]:
+def measured(backend: Backend, repeats: int, num_slots: int, *, muon: bool) -> list[dict[str, Any]]:
     """Return a row for each way to train: the median seconds of its step on the slowest rank, and the ratio to ddp."""
     ways: dict[str, Any] = {
-        "ddp": Training(backend, "ddp", num_slots),
-        "fsdp": Training(backend, "fsdp", num_slots),
-        "FSDP2 itself": Plain(backend, num_slots),
+        "ddp": Training(backend, "ddp", num_slots, muon=muon),
+        "fsdp": Training(backend, "fsdp", num_slots, muon=muon),
     }
+    if not muon:
+        ways["FSDP2 itself"] = Plain(backend, num_slots)
     calls: list[Callable[[], None]] = [way.step for way in ways.values()]
     rounds = []
     for number in range(WARMUPS + repeats):
@@ -128,22 +138,23 @@ def measured(backend: Backend, repeats: int, num_slots: int) -> list[dict[str, A
     ]
 
 
-def measure(repeats: int, file: Path) -> None:
+def measure(repeats: int, file: Path, *, muon: bool) -> None:
     """Measure on this rank; rank 0 writes the rows."""
     set_cpu_threads(1)
     with connect("gloo") as backend:
         world = backend.world_size
-        rows = [row for num_slots in (world, 2 * world) for row in measured(backend, repeats, num_slots)]
+        rows = [row for num_slots in (world, 2 * world) for row in measured(backend, repeats, num_slots, muon=muon)]
         if backend.rank == 0:
             file.write_text(json.dumps(rows))
 
 
-def start(world: int, repeats: int) -> list[dict[str, Any]]:
+def start(world: int, repeats: int, *, muon: bool) -> list[dict[str, Any]]:
     """Run `measure` on `world` ranks and return its rows."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "rows.json")
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-        subprocess.run([*launch, __file__, "--repeats", str(repeats), "--rank", str(file)], check=True)
+        options = ["--repeats", str(repeats), "--rank", str(file), *(["--muon"] if muon else [])]
+        subprocess.run([*launch, __file__, *options], check=True)
         rows: list[dict[str, Any]] = json.loads(file.read_text())
     return rows
 
@@ -164,12 +175,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
     parser.add_argument("--worlds", default="2,4", help="numbers of ranks")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--muon", action="store_true", help="train the matrices alone, by Muon")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)  # this process is a rank: the file of the rows
     arguments = parser.parse_args()
     if arguments.rank:
-        measure(arguments.repeats, arguments.rank)
+        measure(arguments.repeats, arguments.rank, muon=arguments.muon)
         return
-    rows = [row for world in arguments.worlds.split(",") for row in start(int(world), arguments.repeats)]
+    rows = [
+        row
+        for world in arguments.worlds.split(",")
+        for row in start(int(world), arguments.repeats, muon=arguments.muon)
+    ]
     show(rows)
     if arguments.json:
         arguments.json.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1))

@@ -18,6 +18,8 @@
     fsdp_layout         parameters that FSDP2 cuts over the ranks
     groups              the groups of modules whose parameters FSDP2 gathers together
     spmd_layout         parameters that are cut over the XLA devices of one rank
+    owners              assembles cut tensors, each on one rank, and sends them back in parts
+    whole_steps         steps an optimizer that looks across a parameter over whole parameters, each on one rank
     counterparts        finds the tensor of this run that corresponds to a tensor of a checkpoint
     optimizers          the optimizers of several updates as one object
     optimizer_state     loads an optimizer's state with the dtypes that were saved

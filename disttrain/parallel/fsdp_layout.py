@@ -23,26 +23,39 @@ from torch.optim import Optimizer
 
 from disttrain.errors import ConfigError
 from disttrain.parallel.counterparts import Counterparts
-from disttrain.parallel.groups import check_elementwise, check_shardable, groups_of, own_parameters
+from disttrain.parallel.groups import check_shardable, groups_of, needs_whole, own_parameters
 from disttrain.parallel.layout import Cuts, ReplicatedLayout, norm_of_norms, part_here, take_from_first_rank
+from disttrain.parallel.owners import assembled
 from disttrain.parallel.slot_checks import ForwardWatch
-from disttrain.parallel.tree import Message
+from disttrain.parallel.whole_steps import WholeSteps
 
 ROUND_BYTES = 64 * 1024**2
 """The bytes of gradients that a rank assembles at a time for their norms."""
 
 
-class UncutLayout(ReplicatedLayout):
+class OptimizerRules:
+    """The optimizers that a layout with parts takes, the same on any number of ranks."""
+
+    def __init__(self) -> None:
+        self._stepped_whole: list[Optimizer] = []
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        if optimizer not in self._stepped_whole and (reason := needs_whole(optimizer)) is not None:
+            raise ConfigError(f'strategy="fsdp": {reason}; give the optimizer such groups when it is built')
+
+    def step_whole(self, optimizer: Optimizer) -> None:
+        self._stepped_whole.append(optimizer)
+
+
+class UncutLayout(OptimizerRules, ReplicatedLayout):
     """The layout of a single rank: nothing is cut. It refuses the models and optimizers that several ranks refuse."""
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__()
         check_shardable(model)
 
-    def check_optimizer(self, optimizer: Optimizer) -> None:
-        check_elementwise(optimizer)
 
-
-class FsdpLayout:
+class FsdpLayout(OptimizerRules):
     """The layout of a model that `fully_shard` has cut over the ranks of `process_group`.
 
     `stays_gathered`: the parameters are gathered once and stay gathered until the context `gathered` ends. Otherwise
@@ -58,6 +71,7 @@ class FsdpLayout:
         reduction: Literal["invariant", "fast"],
         stays_gathered: bool,
     ) -> None:
+        super().__init__()
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -94,8 +108,9 @@ class FsdpLayout:
     def _note_forward(self, model: nn.Module, inputs: Any) -> None:
         self._has_forwards = True
 
-    def check_optimizer(self, optimizer: Optimizer) -> None:
-        check_elementwise(optimizer)
+    def step_whole(self, optimizer: Optimizer) -> None:
+        super().step_whole(optimizer)
+        WholeSteps(optimizer, self.process_group, self.like)
 
     def gathered_parameters(self) -> list[dict[str, Tensor]]:
         """Return, for each group, its own parameters as autograd sees them, by their names in the group.
@@ -188,37 +203,14 @@ class FsdpLayout:
         """Yield, in rounds, the whole gradients whose norms this rank computes, by their index."""
         size = self.process_group.size()
         largest_first = sorted(range(len(gradients)), key=lambda i: -gradients[i].numel())
-        owned: list[list[int]] = [[] for _ in range(size)]
+        owners: dict[int, int] = {}
         num_bytes = 0
         for place, index in enumerate(largest_first):
-            owned[place % size].append(index)
+            owners[index] = place % size
             num_bytes += gradients[index].nbytes if place % size == 0 else 0
             if place == len(gradients) - 1 or (place % size == size - 1 and num_bytes >= ROUND_BYTES):
-                yield self._exchanged(gradients, owned)
-                owned, num_bytes = [[] for _ in range(size)], 0
-
-    def _exchanged(self, gradients: Sequence[Tensor], owned: Sequence[Sequence[int]]) -> dict[int, Tensor]:
-        """Send each rank this rank's parts of the gradients that it owns; return this rank's own gradients, whole."""
-        rank, size = self.process_group.rank(), self.process_group.size()
-        parts: dict[int, list[Tensor]] = {index: [] for index in owned[rank]}
-        ops: list[Message] = []
-        for peer in range(size):
-            for index in owned[rank]:
-                gradient = gradients[index]
-                part = part_here(gradient)
-                if peer != rank:
-                    part = part.new_empty(_rows(len(gradient), peer, size), *gradient.shape[1:])
-                    ops.append((dist.irecv, part, peer))
-                parts[index].append(part)
-        for peer in range(size):
-            if peer != rank:
-                ops += [(dist.isend, part_here(gradients[index]).contiguous(), peer) for index in owned[peer]]
-        messages = [
-            dist.P2POp(op, part, group=self.process_group, group_peer=peer) for op, part, peer in ops if part.numel()
-        ]
-        for work in dist.batch_isend_irecv(messages) if messages else ():
-            work.wait()
-        return {index: torch.cat(by_rank) for index, by_rank in parts.items()}
+                yield assembled({index: gradients[index] for index in owners}, owners, self.process_group)
+                owners, num_bytes = {}, 0
 
     def cut(self, batch: Any) -> Any:
         return batch
@@ -272,9 +264,3 @@ def _with_memory_of_its_own(module: nn.Module, inputs: Any, output: Any) -> Any:
         for key, part in output.items():
             output[key] = _with_memory_of_its_own(module, inputs, part)
     return output
-
-
-def _rows(num_rows: int, rank: int, world_size: int) -> int:
-    """Return the number of a tensor's rows that a rank holds, as `torch.chunk` cuts them."""
-    most = -(-num_rows // world_size)
-    return max(0, min(num_rows, most * (rank + 1)) - most * rank)

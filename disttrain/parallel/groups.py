@@ -5,8 +5,7 @@ group already. So the blocks of a transformer are groups, and the stages of a co
 no group form the model's own group. A child that shares a parameter with a module outside it (tied embeddings) belongs
 to the model's own group too. Nothing here changes a model.
 
-*Errors*: ConfigError for models and optimizers that FSDP2 cannot shard, or not with the same bits. It names the
-parameter.
+*Errors*: ConfigError for models that FSDP2 cannot shard, or not with the same bits. It names the parameter.
 """
 
 from collections import Counter
@@ -20,6 +19,8 @@ from disttrain.parallel.shard_checks import check_no_hooks
 
 CONTAINERS = (nn.Sequential, nn.ModuleList)
 WITHOUT_FORWARD = (nn.ModuleList, nn.ModuleDict)
+ROUNDS_TAILS = ("SGD", "ASGD")
+"""Optimizers of torch whose step in 16 bits on a CPU rounds the last elements of a tensor otherwise than the others."""
 ACROSS_PARAMETERS = {"LBFGS", "Muon", "Adafactor", "Rprop"}
 """The names of torch's optimizers that do not step a part of a parameter as that part of the whole: they look at its
 other elements, or (Rprop) use operations that its parts do not have."""
@@ -90,17 +91,20 @@ def check_shardable(model: nn.Module) -> None:
             )
 
 
-def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ConfigError unless the optimizer's step on a part of a parameter equals that part of the whole step."""
+def needs_whole(optimizer: torch.optim.Optimizer) -> str | None:
+    """Return why the optimizer needs whole parameters, as far as its class and its options tell; None if they do not.
+
+    Otherwise its step on a part of a parameter may still differ from that part of the whole step.
+    """
+    name = type(optimizer).__name__
     for kind in type(optimizer).__mro__:
         if kind.__name__ in ACROSS_PARAMETERS:
-            raise ConfigError(
-                f'strategy="fsdp": {kind.__name__} needs whole parameters, but each rank holds a part of each; use an '
-                'optimizer that treats each element by itself (SGD, Adam, AdamW, RMSprop, Adagrad), or strategy="ddp"'
-            )
+            return f"{kind.__name__} needs whole parameters, but each rank holds a part of each"
     for group in optimizer.param_groups:
-        if group.get("fused") and any(parameter.device.type == "cpu" for parameter in group["params"]):
-            raise ConfigError(
-                f'strategy="fsdp": {type(optimizer).__name__}(fused=True) rounds the last elements of a tensor '
-                "differently on a CPU, so its bits change with the number of ranks; leave out fused"
-            )
+        on_cpu = [parameter for parameter in group["params"] if parameter.device.type == "cpu"]
+        if group.get("fused") and on_cpu:
+            return f"{name}(fused=True) rounds the last elements of a tensor differently on a CPU"
+        short = next((each.dtype for each in on_cpu if each.dtype in (torch.bfloat16, torch.float16)), None)
+        if name in ROUNDS_TAILS and short is not None:
+            return f"{name} over parameters of {short} rounds the last elements of a tensor differently on a CPU"
+    return None

@@ -24,7 +24,10 @@ class Layout(Protocol):
     """The layout of a model over ranks and devices. All ranks call its methods in the same order."""
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
-        """Raise ConfigError for an optimizer that would give other bits than on whole parameters."""
+        """Raise ConfigError for an optimizer, with the groups that handlers gave it, that would give other bits."""
+
+    def step_whole(self, optimizer: Optimizer) -> None:
+        """Let `optimizer.step` step whole parameters, for an optimizer that looks across a parameter."""
 
     def show_flags(self) -> None:
         """Give what autograd sees of the parameters their present `requires_grad`."""
@@ -64,6 +67,9 @@ class ReplicatedLayout:
         return
 
     def show_flags(self) -> None:
+        return
+
+    def step_whole(self, optimizer: Optimizer) -> None:
         return
 
     def total_norm(self, gradients: Sequence[Tensor]) -> Tensor:

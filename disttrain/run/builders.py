@@ -99,8 +99,8 @@ def build_optimizer(config: Config, step_function: StepFunction, layout: Layout)
             f"{got(optimizer)}; return one optimizer over all the parameters, with groups where they differ"
         )
     names_by_group(optimizer, dict(step_function.named_parameters()))
-    layout.check_optimizer(optimizer)
-    check_optimizer_steps(optimizer, sharded=config.strategy == "fsdp")
+    if check_optimizer_steps(optimizer, sharded=config.strategy == "fsdp"):
+        layout.step_whole(optimizer)
     return optimizer
 
 

@@ -1,8 +1,10 @@
 """Refuses, before the first step, an optimizer that a run cannot step, save or shard.
 
 *Contract*: copies of the optimizer step small parameters of their own, under random gradients; the optimizer itself and
-the generators are left as they are. With `sharded`, copies that hold a part of a parameter each must give the bits of
-the one that holds the whole. Only one that treats each element by itself does.
+the generators are left as they are. With `sharded`, copies that hold a part of each parameter are compared with the one
+that holds the whole. If the bits differ, the optimizer looks across a parameter, and each parameter is stepped whole on
+one rank (`parallel/whole_steps.py`). Then copies that hold some of the parameters must give the bits of the one that
+holds all.
 
 *Errors*: ConfigError that names the optimizer's class. An optimizer that cannot be copied is not checked.
 
@@ -13,25 +15,38 @@ import copy
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from disttrain.errors import ConfigError
+from disttrain.parallel.groups import needs_whole
 from disttrain.run.evaluation_point import begin_training
 from disttrain.seeding import keep_random_state
 
 ROWS, COLUMNS, NUM_STEPS = 24, 37, 3
 PARTS = (slice(0, 10), slice(10, 20), slice(20, 24))
-ROUNDS_TAILS = ("SGD", "ASGD")
-"""Optimizers of torch whose step in 16 bits on a CPU rounds the last elements of a tensor otherwise than the others."""
-ELEMENTWISE = 'use an optimizer that treats each element by itself (SGD, Adam, AdamW, RMSprop), or strategy="ddp"'
+ONE_BY_ONE = 'use one that steps each parameter by itself, or strategy="ddp"'
+NUM_SHARES = 3
 
 
-def check_optimizer_steps(optimizer: Optimizer, *, sharded: bool) -> None:
-    """Raise ConfigError unless the optimizer steps without arguments, has a usual state, and bears being cut."""
+class Tried(NamedTuple):
+    """The state in which some steps of a copy of an optimizer have left its parameters."""
+
+    parameters: list[Tensor]
+    values: list[dict[str, Any]]
+    """The plain values of its groups."""
+    drew: bool
+    """Whether it drew random numbers."""
+
+
+def check_optimizer_steps(optimizer: Optimizer, *, sharded: bool) -> bool:
+    """Return whether the optimizer is to step whole parameters, which only a `sharded` one can.
+
+    *Errors*: ConfigError unless the optimizer steps without arguments, has a usual state, and bears being cut.
+    """
     name = type(optimizer).__name__
     if needed := required_arguments(optimizer.step):
         raise ConfigError(
@@ -43,36 +58,50 @@ def check_optimizer_steps(optimizer: Optimizer, *, sharded: bool) -> None:
             f"optimizer: expected a state_dict with state and param_groups, as torch's have, got one of {name} without "
             f"{' and '.join(sorted(missing))}; keep an optimizer's own values in its param_groups"
         )
-    if sharded and type(optimizer).__name__ in ROUNDS_TAILS and (dtype := short_dtype_on_cpu(optimizer)) is not None:
-        raise ConfigError(
-            f'strategy="fsdp": {name} over parameters of {dtype} rounds the last elements of a tensor otherwise on a '
-            'CPU, so its bits change with the number of ranks; use float32 parameters with precision="bf16", another '
-            'optimizer, or strategy="ddp"'
-        )
     try:
         whole = stepped(optimizer, slice(0, ROWS))
-        parts = [stepped(optimizer, part) for part in PARTS] if sharded and whole is not None else []
+        if not sharded:
+            return False
+        if needs_whole(optimizer) is None:
+            parts = [stepped(optimizer, part) for part in PARTS]
+            if whole is None or all(_are_parts(values, parts, index) for index, values in enumerate(whole.parameters)):
+                return False
+        shares = [] if whole is None else [stepped(optimizer, slice(0, ROWS), each) for each in range(NUM_SHARES)]
     except Exception as error:
         first_line = str(error).splitlines()[0] if str(error) else "no message"
         raise ConfigError(
             f"optimizer: {name}.step raised {type(error).__name__} when it was tried on small parameters: {first_line}"
         ) from error
-    for index, values in enumerate(whole or ()):
-        if parts and values.ndim and not torch.equal(values, torch.cat([part[index] for part in parts if part])):
-            raise ConfigError(
-                f'strategy="fsdp": {name} gives other values on a part of a parameter than on the whole, but each '
-                f"rank holds a part; {ELEMENTWISE}"
-            )
+    if whole is not None:
+        _check_shares(name, whole, shares)
+    return True
 
 
-def short_dtype_on_cpu(optimizer: Optimizer) -> torch.dtype | None:
-    """Return the dtype of 16 bits that a parameter on a CPU has; None if there is none."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.device.type == "cpu" and parameter.dtype in (torch.bfloat16, torch.float16):
-                dtype: torch.dtype = parameter.dtype
-                return dtype
-    return None
+def _are_parts(values: Tensor, parts: Sequence[Tried | None], index: int) -> bool:
+    """Return whether a parameter has the bits of its parts, each of which was stepped alone."""
+    return not values.ndim or torch.equal(values, torch.cat([part.parameters[index] for part in parts if part]))
+
+
+def _check_shares(name: str, whole: Tried, shares: Sequence[Tried | None]) -> None:
+    """Raise ConfigError unless copies that hold a share of the parameters did as the one that holds all."""
+    across = None
+    if whole.drew:
+        across = "draws random numbers"
+    for share, tried in enumerate(shares):
+        assert tried is not None, "the optimizer has been copied before"
+        if any(
+            not torch.equal(values, tried.parameters[index])
+            for index, values in enumerate(whole.parameters)
+            if index % NUM_SHARES == share
+        ):
+            across = across or "looks across parameters"
+        if tried.values != whole.values:
+            across = across or "has values in its groups that depend on the parameters"
+    if across is not None:
+        raise ConfigError(
+            f'strategy="fsdp": {name} gives other values on a part of a parameter than on the whole, and {across}, but '
+            f"each rank steps only some of the parameters whole; {ONE_BY_ONE}"
+        )
 
 
 def required_arguments(method: Callable[..., Any]) -> list[str]:
@@ -86,8 +115,11 @@ def required_arguments(method: Callable[..., Any]) -> list[str]:
 
 
 @keep_random_state
-def stepped(optimizer: Optimizer, rows: slice) -> list[Tensor] | None:
-    """Return the parameters of a copy of the optimizer, `rows` of each, after some steps; None if it has no copy."""
+def stepped(optimizer: Optimizer, rows: slice, share: int | None = None) -> Tried | None:
+    """Return the outcome of some steps of a copy over `rows` of each parameter; None if the optimizer has no copy.
+
+    With `share`, its groups hold only the parameters whose number leaves that remainder.
+    """
     torch.default_generator.manual_seed(0)
     given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     small = [_like(parameter)[rows] if parameter.ndim else _like(parameter) for parameter in given]
@@ -97,12 +129,19 @@ def stepped(optimizer: Optimizer, rows: slice) -> list[Tensor] | None:
     begin_training(copied)
     parameters = [parameter for group in copied.param_groups for parameter in group["params"]]
     gradients = [[_like(parameter) for parameter in given] for _ in range(NUM_STEPS)]
+    if share is not None:
+        numbers = {id(parameter): index for index, parameter in enumerate(parameters)}
+        for group in copied.param_groups:
+            group["params"] = [each for each in group["params"] if numbers[id(each)] % NUM_SHARES == share]
     torch.default_generator.manual_seed(1)
+    before = torch.default_generator.get_state()
     for of_step in gradients:
         for parameter, gradient in zip(parameters, of_step, strict=True):
             parameter.grad = (gradient[rows] if gradient.ndim else gradient).clone()
         copied.step()
-    return [parameter.detach().cpu() for parameter in parameters]
+    drew = not torch.equal(before, torch.default_generator.get_state())
+    values = [{key: value for key, value in group.items() if key != "params"} for group in copied.param_groups]
+    return Tried([parameter.detach().cpu() for parameter in parameters], values, drew)
 
 
 def _like(parameter: Tensor) -> Tensor:

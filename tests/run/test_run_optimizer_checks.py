@@ -57,24 +57,59 @@ def test_torchs_elementwise_ones_are_taken_and_left_as_they_were(kind: Any, shar
 
 
 @pytest.mark.parametrize(
-    ("rule", "across"),
+    ("rule", "whole"),
     [
         (lambda gradient: gradient.sign(), False),
         (lambda gradient: gradient - gradient.mean(), True),
         (lambda gradient: gradient / (gradient.norm() + 1e-6), True),
-        (lambda gradient: gradient + torch.randn_like(gradient), True),
         (lambda gradient: gradient.cumsum(0), True),
     ],
 )
-def test_an_optimizer_that_looks_across_a_parameter_is_refused_with_fsdp_alone(rule: Any, across: bool) -> None:
+def test_an_optimizer_that_looks_across_a_parameter_steps_whole_ones_with_fsdp_alone(rule: Any, whole: bool) -> None:
     optimizer = Own(parameters(), rule)
-    check_optimizer_steps(optimizer, sharded=False)
-    if across:
-        with pytest.raises(ConfigError, match=r'^strategy="fsdp": Own gives other values on a part of a parameter'):
-            check_optimizer_steps(optimizer, sharded=True)
-    else:
-        check_optimizer_steps(optimizer, sharded=True)
+    assert check_optimizer_steps(optimizer, sharded=False) is False
+    assert check_optimizer_steps(optimizer, sharded=True) is whole
     assert (optimizer.history, dict(optimizer.state)) == ([], {})
+
+
+class Together(Own):
+    """Divides by the norm of all gradients together."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        given = [parameter for group in self.param_groups for parameter in group["params"]]
+        norm = sum(float(parameter.grad.square().sum()) for parameter in given) + 1.0
+        for parameter in given:
+            parameter.sub_(0.1 * parameter.grad / norm)
+
+
+class Counting(Own):
+    """Keeps the number of parameters that it has stepped in its groups, and looks across each."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            group["seen"] = len(group["params"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule", "words"),
+    [
+        (Own, lambda gradient: gradient + torch.randn_like(gradient), "draws random numbers"),
+        (Together, None, "looks across parameters"),
+        (Counting, lambda gradient: gradient - gradient.mean(), "has values in its groups that depend on the"),
+    ],
+)
+def test_one_that_cannot_step_some_of_the_parameters_is_refused_with_fsdp_alone(
+    kind: Any, rule: Any, words: str
+) -> None:
+    optimizer = kind(parameters(), rule)
+    assert check_optimizer_steps(optimizer, sharded=False) is False
+    with pytest.raises(
+        ConfigError, match=rf'^strategy="fsdp": {kind.__name__} gives other values on a part .* {words}'
+    ):
+        check_optimizer_steps(optimizer, sharded=True)
 
 
 @pytest.mark.parametrize(
@@ -92,12 +127,17 @@ def test_one_whose_step_fails_is_refused_by_its_words(make: Any, words: str) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sgd_in_16_bits_is_refused_with_fsdp_alone(dtype: torch.dtype) -> None:
+def test_sgd_in_16_bits_steps_whole_parameters_with_fsdp_alone(dtype: torch.dtype) -> None:
     given = [nn.Parameter(torch.zeros(3, 2, dtype=dtype))]
-    check_optimizer_steps(SGD(given, lr=0.1), sharded=False)
-    check_optimizer_steps(AdamW(given, lr=0.1), sharded=True)
-    with pytest.raises(ConfigError, match=f"SGD over parameters of {dtype} rounds the last elements"):
-        check_optimizer_steps(SGD(given, lr=0.1), sharded=True)
+    assert check_optimizer_steps(SGD(given, lr=0.1), sharded=False) is False
+    assert check_optimizer_steps(AdamW(given, lr=0.1), sharded=True) is False
+    assert check_optimizer_steps(SGD(given, lr=0.1), sharded=True) is True
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Muon, torch.optim.Adafactor, torch.optim.Rprop])
+def test_torchs_optimizers_that_look_across_a_parameter_step_whole_ones(kind: Any) -> None:
+    given = [nn.Parameter(torch.zeros(3, 2)) for _ in range(4)]
+    assert check_optimizer_steps(kind(given), sharded=True) is True
 
 
 def test_a_state_dict_of_another_form_is_refused() -> None:

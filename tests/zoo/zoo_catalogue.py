@@ -50,14 +50,6 @@ REFUSED: dict[str, str] = {
     "zoo_data.stream_of_a_generator": "which can be read only once",
 }
 REFUSED_SHARDED: dict[str, str] = {
-    "zoo_optimizers.torch_Adafactor": "Adafactor needs whole parameters",
-    "zoo_optimizers.torch_Muon": "Muon needs whole parameters",
-    "zoo_optimizers.torch_Rprop": "Rprop needs whole parameters",
-    "zoo_optimizers.adam_fused": "Adam(fused=True)",
-    "zoo_optimizers.adamw_fused_amsgrad": "AdamW(fused=True)",
-    "zoo_optimizers.adagrad_fused": "Adagrad(fused=True)",
-    "zoo_optimizers.sgd_fused_momentum": "SGD(fused=True)",
-    "zoo_optimizers.own_centred_gradients": "Centred gives other values on a part of a parameter",
     "zoo_optimizers.own_noise_in_the_step": "Noisy gives other values on a part of a parameter",
     "zoo_histories.scripted": "the model is compiled by torch.jit",
     "zoo_models.mixed_with_float64": "needs one dtype",
@@ -68,7 +60,6 @@ REFUSED_SHARDED: dict[str, str] = {
     "zoo_handlers.hook_on_a_gradient_here_and_there": "the parameter model.first.weight has a hook (register_hook)",
     "zoo_handlers.hook_on_accumulated": "the parameter model.first.weight has a hook",
     "zoo_handlers.hook_in_a_handler": "the parameter model.0.weight has a hook (register_hook)",
-    "zoo_optimizers.sgd_bfloat16": "SGD over parameters of torch.bfloat16 rounds the last elements",
     "zoo_models.scalars_and_nothing": "cannot cut the parameter model.scale of shape ()",
 }
 AWAITED: dict[str, str] = {
