@@ -14,15 +14,24 @@ import torch
 from commands import ROOT, environment, launch, result
 from lives import Lives
 from program_lines import EXAMPLES, PEERS, RUFF, lines_of, shell_commands
-from trainings import SCRIPTS, SHORT, Row, check_killed_and_resumed, configs, copy_programs, lacks, links, run, table
+from ranks import Ranks
+from trainings import (
+    SCRIPTS,
+    SHORT,
+    Row,
+    check_killed_and_resumed,
+    check_quickly,
+    configs,
+    copy_programs,
+    lacks,
+    links,
+    run,
+    table,
+)
 
 from disttrain.commands.main import main
 
 ROWS = table()
-QUICK = ("digits", "images", "gpt")
-"""The configs that the default suite runs; the others are in the slow lane."""
-
-
 DYING = """
 import os, signal
 from disttrain import Events
@@ -59,10 +68,18 @@ def lives() -> Iterator[Lives]:
     forking.close()
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(each, marks=[] if each in QUICK else [pytest.mark.slow]) for each in configs()]
-)
-def test_killed_inside_an_epoch_and_resumed_elsewhere_it_has_the_same_bits(folder: Path, name: str) -> None:
+@pytest.mark.parametrize("name", configs())
+def test_killed_inside_an_epoch_and_resumed_elsewhere_it_has_the_same_bits(
+    ranks: Ranks, folder: Path, name: str
+) -> None:
+    if reason := lacks(name):
+        pytest.skip(reason)
+    check_quickly(ranks, folder, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", configs())
+def test_killed_by_sigkill_inside_an_epoch_and_resumed_elsewhere_it_has_the_same_bits(folder: Path, name: str) -> None:
     if reason := lacks(name):
         pytest.skip(reason)
     check_killed_and_resumed(folder, name)

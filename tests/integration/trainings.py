@@ -1,6 +1,7 @@
 """The table of docs/trainings.md, and runs of its programs that are killed and resumed elsewhere."""
 
 import importlib.util
+import os
 import random
 import re
 import shutil
@@ -9,16 +10,27 @@ from typing import NamedTuple
 
 from commands import DIGITS, ROOT, Done, launch, result
 from program_lines import quoted_files
+from ranks import Ranks
+from rich.console import Console
+
+from disttrain.backend import Backend
+from disttrain.config import load_config, replace
+from disttrain.engine import Engine, Events
+from disttrain.handlers.preemption import Preemption
+from disttrain.run.directory import RunDirectory
+from disttrain.run.state import Run
+from disttrain.run.train import train
 
 PAGE = ROOT / "docs" / "trainings.md"
 NEEDS = {"gpt2": "transformers", "hugging_face": "datasets", "hugging_face_stream": "datasets"}
 """The programs that need a library which is no dependency of the tests."""
 STEPS = 6
 SHORT = ("max_epochs=none", f"max_steps={STEPS}", "checkpoint.every_steps=2", "ledger.every_steps=2")
+CHANGES = 'order.changes={3: {"middle": 0.2, "long": 0.8}}'
 SMALL = {
     "gpt2": ("global_batch_size=16", "valid_data=none"),
     "gpt": ("global_batch_size=16", "valid_data=none", "train_data.folder=tokens"),
-    "mixture": ("global_batch_size=16", "valid_data=none", "train_data.folder=tokens"),
+    "mixture": ("global_batch_size=16", "valid_data=none", "train_data.folder=tokens", CHANGES),
     "paragraphs": ("global_batch_size=16", "valid_data=none"),
     "masked": ("global_batch_size=16", "valid_data=none"),
     "images": ("validate.every_steps=2", "early_stop.patience=2"),
@@ -114,3 +126,43 @@ def check_killed_and_resumed(folder: Path, module: str) -> None:
         assert (killed / file).exists() == (whole / file).exists()
         if (whole / file).exists():
             assert (killed / file).read_bytes() == (whole / file).read_bytes()
+
+
+class Killed(Exception):
+    """Ends a life in a pooled rank as SIGKILL would."""
+
+
+def life(
+    backend: Backend, folder: str, module: str, kill_at: int, words: tuple[str, ...]
+) -> tuple[str, list[str]] | None:
+    """Train in a pooled rank; return the hash of the weights, the ledger and the curves; None if it was killed."""
+    os.chdir(folder)  # the pool goes back
+    config = load_config(Path(folder) / f"{module}.py", [*SHORT, *SMALL.get(module, ()), *words])
+
+    def dies(trainer: Engine, run: Run) -> None:
+        @trainer.on(Events.ITERATION_COMPLETED(once=kill_at or STEPS + 1))
+        def die() -> None:
+            assert trainer.state.epoch == 1
+            assert trainer.state.epoch_length is None or trainer.state.epoch_length > kill_at
+            raise Killed
+
+    config = replace(config, handlers=[*config.handlers, dies]) if kill_at else config
+    directory = RunDirectory(Path(folder) / "runs" / config.name)
+    try:
+        with Preemption(backend, starting=True) as preemption:
+            done = train(config, backend, directory, Console(quiet=True), preemption)
+    except Killed:
+        return None
+    files = [directory.ledger_jsonl, *sorted(directory.metrics.glob("*.jsonl"))]
+    return done["params_sha256"], [path.read_text() for path in files]
+
+
+def check_quickly(ranks: Ranks, folder: Path, module: str) -> None:
+    """Like `check_killed_and_resumed`, in ranks that stay alive, which takes a third of the time."""
+    step = random.SystemRandom().randint(3, STEPS - 1)  # after the first checkpoint
+    print("killed at step", step)  # shown when the test fails
+    (whole,) = ranks(1, life, str(folder), module, 0, ("name=whole",))
+    assert whole is not None
+    assert ranks(3, life, str(folder), module, step, ("name=killed", "num_workers=1")) == [None] * 3
+    assert (folder / "runs/killed/checkpoints/step-00000002").is_dir()
+    assert ranks(2, life, str(folder), module, 0, ("name=killed", "strategy=fsdp")) == [whole] * 2
