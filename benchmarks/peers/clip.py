@@ -109,6 +109,5 @@ if __name__ == "__main__":
     L.seed_everything(3, workers=True)
     train = DataLoader(train_data(), batch_size=96, shuffle=True, drop_last=True)
     valid = DataLoader(valid_data(), batch_size=96)
-    newest = ModelCheckpoint("runs/clip", save_last=True)
-    trainer = L.Trainer(max_epochs=10, callbacks=[newest], default_root_dir="runs/clip")
+    trainer = L.Trainer(max_epochs=10, callbacks=[ModelCheckpoint("runs/clip", save_last=True)])
     trainer.fit(Clip(), train, valid, ckpt_path="last")

@@ -87,16 +87,10 @@ class Digits(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def train_loader() -> DataLoader:
-    return DataLoader(train_data(), batch_size=96, shuffle=True, drop_last=True)
-
-
-def valid_loader() -> DataLoader:
-    return DataLoader(valid_data(), batch_size=96)
-
-
 if __name__ == "__main__":
     L.seed_everything(7, workers=True)
+    train = DataLoader(train_data(), batch_size=96, shuffle=True, drop_last=True)
+    valid = DataLoader(valid_data(), batch_size=96)
     best = ModelCheckpoint("runs/digits", filename="best", monitor="valid/accuracy", mode="max", save_last=True)
-    trainer = L.Trainer(max_epochs=20, callbacks=[best], default_root_dir="runs/digits")
-    trainer.fit(Digits(), train_loader(), valid_loader(), ckpt_path="last")
+    trainer = L.Trainer(max_epochs=20, callbacks=[best])
+    trainer.fit(Digits(), train, valid, ckpt_path="last")

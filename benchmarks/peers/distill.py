@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
+from torch.utils.data import DataLoader
 
 TEMPERATURE = 3.0
 
@@ -37,6 +38,7 @@ class Distilled(digits.Digits):
 
 if __name__ == "__main__":
     L.seed_everything(7, workers=True)
-    newest = ModelCheckpoint("runs/distill", save_last=True)
-    trainer = L.Trainer(max_epochs=30, callbacks=[newest], default_root_dir="runs/distill")
-    trainer.fit(Distilled(), digits.train_loader(), digits.valid_loader(), ckpt_path="last")
+    train = DataLoader(digits.train_data(), batch_size=96, shuffle=True, drop_last=True)
+    valid = DataLoader(digits.valid_data(), batch_size=96)
+    trainer = L.Trainer(max_epochs=30, callbacks=[ModelCheckpoint("runs/distill", save_last=True)])
+    trainer.fit(Distilled(), train, valid, ckpt_path="last")

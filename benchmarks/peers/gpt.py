@@ -96,12 +96,9 @@ class Training(L.LightningModule):
         self.log("valid/loss", self.loss(batch), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> dict:
-        matrices = [parameter for parameter in self.parameters() if parameter.dim() >= 2]
-        others = [parameter for parameter in self.parameters() if parameter.dim() < 2]
-        groups = [
-            {"params": matrices, "weight_decay": self.hparams.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
+        large = [parameter for parameter in self.parameters() if parameter.dim() >= 2]
+        small = [parameter for parameter in self.parameters() if parameter.dim() < 2]
+        groups = [{"params": large, "weight_decay": self.hparams.weight_decay}, {"params": small, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=self.hparams.lr, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -113,8 +110,7 @@ class Training(L.LightningModule):
 
 def fit(training: Training, train: DataLoader, valid: DataLoader, folder: str) -> None:
     L.seed_everything(1, workers=True)
-    newest = ModelCheckpoint(folder, save_last=True)
-    trainer = L.Trainer(max_steps=400, gradient_clip_val=1.0, callbacks=[newest], default_root_dir=folder)
+    trainer = L.Trainer(max_steps=400, gradient_clip_val=1.0, callbacks=[ModelCheckpoint(folder, save_last=True)])
     trainer.fit(training, train, valid, ckpt_path="last")
 
 

@@ -44,10 +44,11 @@ class Images(digits.Digits):
 if __name__ == "__main__":
     L.seed_everything(7, workers=True)
     train = DataLoader(RandomFlip(digits.train_data()), batch_size=96, shuffle=True, drop_last=True, collate_fn=mixup)
+    valid = DataLoader(digits.valid_data(), batch_size=96)
     callbacks = [
         EMAWeightAveraging(decay=0.95),
         ModelCheckpoint("runs/images", filename="best", monitor="valid/accuracy", mode="max", save_last=True),
         EarlyStopping("valid/accuracy", mode="max", patience=6),
     ]
-    trainer = L.Trainer(max_epochs=60, callbacks=callbacks, default_root_dir="runs/images")
-    trainer.fit(Images(), train, digits.valid_loader(), ckpt_path="last")
+    trainer = L.Trainer(max_epochs=60, callbacks=callbacks)
+    trainer.fit(Images(), train, valid, ckpt_path="last")

@@ -31,6 +31,5 @@ if __name__ == "__main__":
     L.seed_everything(7, workers=True)
     train = DataLoader(Parity(digits.train_data()), batch_size=96, shuffle=True, drop_last=True)
     valid = DataLoader(Parity(digits.valid_data()), batch_size=96)
-    newest = ModelCheckpoint("runs/parity", save_last=True)
-    trainer = L.Trainer(max_epochs=3, callbacks=[newest], default_root_dir="runs/parity")
+    trainer = L.Trainer(max_epochs=3, callbacks=[ModelCheckpoint("runs/parity", save_last=True)])
     trainer.fit(Tuned(), train, valid, ckpt_path="last")

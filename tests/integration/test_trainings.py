@@ -175,6 +175,24 @@ def test_every_program_of_a_peer_is_in_the_table() -> None:
     assert {path.name for path in PEERS.glob("*.py")} == listed | {"digits.py"}  # which sweep.py and others import
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["lightning", "transformers"])
+def test_the_peers_programs_run(tmp_path: Path, library: str) -> None:
+    pytest.importorskip(library)
+    programs = {name: (PEERS / name).read_text() for name in ("digits.py", *(n for row in ROWS for n in row.peers))}
+    for name, code in programs.items():
+        for field, value in (("max_epochs", 1), ("num_train_epochs", 1), ("max_steps", 4), ("save_steps", 4)):
+            code = re.sub(rf"{field}=[0-9]+", f"{field}={value}", code)
+        (tmp_path / name).write_text(
+            code.replace("TrainingArguments(\n", "TrainingArguments(use_cpu=True, output_dir=")
+        )
+    for name, code in programs.items():
+        if library == ("transformers" if "transformers" in code else "lightning"):
+            words = [sys.executable, name, *(["runs/digits/best.ckpt"] if "sys.argv" in code else [])]
+            done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{name}: {done.stderr[-2000:]}"
+
+
 def test_every_script_of_the_table_is_run_here() -> None:
     assert set(SCRIPTS) <= {name for row in ROWS for name in row.ours}
 
