@@ -172,7 +172,8 @@ def test_the_lines_are_counted_and_no_more_than_the_peers(row: Row) -> None:
 
 def test_every_program_of_a_peer_is_in_the_table() -> None:
     listed = {name for row in ROWS for name in row.peers}
-    assert {path.name for path in PEERS.glob("*.py")} == listed | {"digits.py"}  # which sweep.py and others import
+    not_yet = set() if (EXAMPLES / "gan.py").exists() else {"gan.py"}
+    assert {path.name for path in PEERS.glob("*.py")} == listed | not_yet | {"digits.py"}  # sweep.py imports digits.py
 
 
 @pytest.mark.slow
