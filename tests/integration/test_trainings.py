@@ -205,5 +205,6 @@ def test_the_commands_of_the_page_run(folder: Path) -> None:
     for line in commands.splitlines():
         words = shlex.split(line)
         words[0] = {"python": sys.executable, "torchrun": str(Path(sys.executable).with_name("torchrun"))}[words[0]]
-        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, env=environment(), check=False)
+        at_home = environment() | {"HOME": str(folder)}  # where the token files go
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, env=at_home, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
