@@ -26,18 +26,22 @@ END = 0  # the byte after each topic of the manual
 
 
 def token_file(part: str, folder: str) -> Path:
-    """Return the file of the manual's first nine tenths for the part "train", of the rest for "valid"; write it first.
+    """Return the file of the manual's first nine tenths for the part "train", of the rest for "valid"."""
+    text = b"".join(topics[name].encode() + bytes([END]) for name in sorted(topics))
+    cut = len(text) * 9 // 10
+    return written(part, text[:cut] if part == "train" else text[cut:], folder)
+
+
+def written(name: str, text: bytes, folder: str) -> Path:
+    """Return a file of the text's bytes as tokens, which is written if it is not there.
 
     Its name holds the hash of its text. So a rank whose Python has another manual is refused, and so is such a resume.
     """
-    text = b"".join(topics[name].encode() + bytes([END]) for name in sorted(topics))
-    cut = len(text) * 9 // 10
-    tokens = np.frombuffer(text[:cut] if part == "train" else text[cut:], dtype=np.uint8)
-    path = Path(folder).expanduser() / f"manual-{part}-{hashlib.sha256(tokens).hexdigest()[:12]}.bin"
+    path = Path(folder).expanduser() / f"manual-{name}-{hashlib.sha256(text).hexdigest()[:12]}.bin"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.uname().nodename}-{os.getpid()}")
-        tokens.astype(np.uint16).tofile(temporary)
+        np.frombuffer(text, dtype=np.uint8).astype(np.uint16).tofile(temporary)
         temporary.replace(path)  # in one step: other ranks may write it too
     return path
 

@@ -183,7 +183,8 @@ class Config(Declaration):
     num_workers: Annotated[NonNegative, FieldNote("processes", may_change=True, harmless=True)] = 0
     """The number of processes that load data, for each rank. 0: the rank loads its data itself."""
     collate: Annotated[Collate | None, FieldNote(takes="(samples) -> batch")] = None
-    """Makes a batch from a list of samples. None: torch's default_collate."""
+    """Makes a batch from a list of samples, in the training and, unless `validate.collate` is set, in the evaluation.
+    None: torch's default_collate."""
     backend: Annotated[BackendName, FieldNote(may_change=True, harmless=True)] = "auto"
     """The way in which ranks communicate. "auto": xla on a TPU; else single without a launcher; else nccl with CUDA and
     gloo on CPUs."""

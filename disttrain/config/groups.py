@@ -6,6 +6,7 @@
 from typing import Annotated, ClassVar, Literal
 
 from disttrain.config.annotations import (
+    Collate,
     FieldNote,
     Flag,
     Fraction,
@@ -65,7 +66,7 @@ class LedgerConfig(Declaration):
 
 
 class ValidateConfig(Declaration):
-    """The times at which the validation data is evaluated."""
+    """The times at which the validation data is evaluated, and the batches in which it is."""
 
     prefix: ClassVar[str] = "validate."
     every_steps: Annotated[NonNegative, FieldNote("steps", may_change=True, harmless=True)] = 0
@@ -73,6 +74,9 @@ class ValidateConfig(Declaration):
     batch_size: Annotated[Positive | None, FieldNote("samples", may_change=True)] = None
     """The number of samples in a batch of the evaluation; each batch lies on one rank. None: as many as in a slot of
     the training. Another number may round the values otherwise."""
+    collate: Annotated[Collate | None, FieldNote(takes="(samples) -> batch")] = None
+    """Makes a batch of the evaluation from a list of samples, if `collate` does what only a training wants, such as
+    mixup; torch.utils.data.default_collate is torch's own. None: `collate` makes these batches too."""
 
 
 class EarlyStopConfig(Declaration):

@@ -82,9 +82,10 @@ def build_valid_data(config: Config) -> Any:
     return None if config.valid_data is None else built("valid_data", config.valid_data)
 
 
-def collate_of(config: Config) -> Callable[[list[Any]], Any] | None:
+def collate_of(config: Config, *, evaluates: bool = False) -> Callable[[list[Any]], Any] | None:
     """Return the function that makes a batch of samples: with `weight`, one that computes the batch's weight too."""
-    return config.collate if config.weight is None else WeightedCollate(config.weight, config.collate)
+    collate = config.validate.collate or config.collate if evaluates else config.collate
+    return collate if config.weight is None else WeightedCollate(config.weight, collate)
 
 
 def loader_of(

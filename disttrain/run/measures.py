@@ -72,7 +72,7 @@ def build_evaluation(
             world_size=backend.world_size,
             seed=config.seed,
             num_workers=config.num_workers,
-            collate_fn=collate_of(config),
+            collate_fn=collate_of(config, evaluates=True),
             pin_memory=device_row(backend.device).copies_ahead,
             num_together=num_together,
         ),

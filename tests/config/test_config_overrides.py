@@ -160,7 +160,8 @@ def test_the_result_is_checked_as_a_whole() -> None:
         ("metrics.f1.num_classes=3", "metrics.f1.num_classes=3: metrics has no f1; it has accuracy."),
         (
             "validate=3",
-            "validate=3: validate is a group of fields; it has validate.every_steps and validate.batch_size.",
+            "validate=3: validate is a group of fields; it has validate.every_steps, validate.batch_size and "
+            "validate.collate.",
         ),
     ],
 )

@@ -147,6 +147,7 @@ def live(job: dict[str, Any], rank: int, port: int) -> NoReturn:
             sys.argv = [str(launch.__file__), *job["words"]]
             code = launch.main()
         else:
+            sys.path.insert(0, job["folder"])  # as Python does for a script, which may import a file beside it
             runpy.run_path(job["script"], run_name="__main__")
             code = 0
     except SystemExit as ended:
