@@ -21,6 +21,7 @@ from torch import Tensor
 from disttrain.checkpoint.agree import CheckpointRanks, on_every_rank
 from disttrain.checkpoint.check import verify
 from disttrain.checkpoint.disk_saver import load_file
+from disttrain.checkpoint.export_files import INDEX
 from disttrain.checkpoint.exports import other_parameters
 from disttrain.checkpoint.manifest import MANIFEST, Manifest
 from disttrain.checkpoint.state_reader import StateReader
@@ -30,8 +31,6 @@ from disttrain.checkpoint.tensor_reader import TensorReader
 from disttrain.errors import CheckpointError, DamagedError
 from disttrain.files import read_json
 
-INDEX = ".safetensors.index.json"
-"""The end of the name of an index of several safetensors files, as the Hugging Face Hub has them."""
 MODEL = "model"
 """The key of the model in the state of a run."""
 _INSIDE = (MODEL, "state_dict")

@@ -18,6 +18,7 @@ weight_source      finds and reads the weights that `init_from` names
 updates            around each update: gradient norm, clipping, schedule, updates that are left out
 freezing           the parameters that are trained, and the groups of the optimizer, while both change
 frozen_weights     frozen weights that checkpoints leave out
+pretrained         describes models of transformers, for checkpoints and exports
 module_settings    plain attributes of modules that handlers change
 ema                the moving average of the weights
 evaluation_point   the parameters of an optimizer that evaluates at another point than it trains at

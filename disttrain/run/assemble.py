@@ -48,6 +48,7 @@ from disttrain.run.length import total_steps
 from disttrain.run.measures import build_evaluation, build_train_metrics, moved_to
 from disttrain.run.module_settings import ModuleSettings
 from disttrain.run.monitors import build_best, build_early_stop
+from disttrain.run.pretrained import pretrained_position
 from disttrain.run.slot_results import SlotResults
 from disttrain.run.state import Run
 from disttrain.run.updates import Updates
@@ -133,6 +134,7 @@ def complete(run: Run) -> None:
         run.keep(EMA, run.ema)
     call_handlers(run)
     run.settings = ModuleSettings(run.step_function)
+    run.pretrained = pretrained_position(run.model)
     run.frozen = FrozenWeights(run.parts, run.layout, run.backend, leaves_out=run.config.checkpoint.leave_out_frozen)
 
 

@@ -22,7 +22,7 @@ from disttrain.checkpoint import (
     weights_of_checkpoint,
     weights_of_file,
 )
-from disttrain.checkpoint.weights import INDEX
+from disttrain.checkpoint.export_files import INDEX
 from disttrain.errors import CheckpointError, ConfigError, DamagedError
 from disttrain.run.checkpoint_target import find_target, other_place
 
