@@ -26,7 +26,8 @@ any number of ranks. `DirectorySaver` and `DiskSaver` are save handlers for `dis
     guarded_store    a store that is changed only while a guard allows it
     storage          the names in such a directory, and durable operations on files
     listing          lists the checkpoints of a store, and plans which of them to remove
-    weights          reads the weights of modules from a checkpoint of any run, or from a file
+    weights          reads the weights of modules from a checkpoint of any run, or from files
+    weight_files     opens files of weights, of which each rank reads its part
     exports          chooses the tensors of a model in a checkpoint, and writes them in a form for other programs
     export_files     the files of an export: safetensors in one file or several, a folder for transformers, torch.save
     agree            one outcome for all ranks

@@ -2,7 +2,7 @@
 
 The config's way: `Config` -> `assemble` -> `Run` -> `train`. Each part is built once, from the parts above it:
 
-    precision -> data -> model, weights to begin with -> strategy -> optimizer, schedule -> gradients, updates
+    precision -> data -> model -> strategy, weights to begin with -> optimizer, schedule -> gradients, updates
               -> trainer -> evaluation -> Run
 
 *Contract*: what can fail on one rank alone is agreed on by all before any rank acts (`backend.agree`). Data and model
@@ -23,10 +23,12 @@ from disttrain.config import Config, check_devices
 from disttrain.data.weighted import weight_of
 from disttrain.devices import device_row
 from disttrain.engine import Engine, RunEvents, create_supervised_trainer
+from disttrain.engine.supervised import StepFunction
 from disttrain.errors import ConfigError
 from disttrain.handlers.bad_steps import BadSteps
 from disttrain.parallel import Layout, Slots, World, strategy_for
 from disttrain.parallel.leaving_out import LeavingOut
+from disttrain.parallel.strategies import Strategy
 from disttrain.precision import Precision, choose_precision
 from disttrain.run.builders import (
     build_model,
@@ -43,7 +45,7 @@ from disttrain.run.factories import build
 from disttrain.run.freezing import Freezing
 from disttrain.run.frozen_weights import FrozenWeights
 from disttrain.run.global_loss import GlobalStep, minimize_together
-from disttrain.run.initial_weights import InitialWeights
+from disttrain.run.initial_weights import InitialWeights, Taken
 from disttrain.run.length import total_steps
 from disttrain.run.measures import build_evaluation, build_train_metrics, moved_to
 from disttrain.run.module_settings import ModuleSettings
@@ -64,7 +66,7 @@ def assemble(
 ) -> Run:
     """Build every part of a run and call the config's handlers.
 
-    `left_out`: steps to leave out, and the reasons. `initial`: weights that the model takes before it is spread.
+    `left_out`: steps to leave out, and the reasons. `initial`: weights that the model takes.
     """
     slots = slots_of(config, backend)
     with backend.agree("choosing the precision"):
@@ -73,10 +75,8 @@ def assemble(
         data = build_data(config, slots, backend)
     with backend.agree("building the model"):
         step_function = build_step_function(config, build_model(config, backend), backend)
-    taken = None if initial is None else initial.take(step_function, backend)
-    with backend.agree("spreading the model over the ranks"):
-        strategy = strategy_for(config.strategy, step_function, world_of(config, slots, backend))
-        layout = strategy.layout
+    strategy, taken = spread(config, step_function, slots, backend, initial)
+    layout = strategy.layout
     with backend.agree("building the optimizer and the schedule"):
         optimizer = build_optimizer(config, step_function, layout)
         forgotten = forgotten_parameters(config, optimizer, step_function)
@@ -123,6 +123,19 @@ def assemble(
     )
     complete(run)
     return run
+
+
+def spread(
+    config: Config, step_function: StepFunction, slots: Slots, backend: Backend, initial: InitialWeights | None
+) -> tuple[Strategy, Taken | None]:
+    """Spread the model over the ranks and let it take the weights to begin with; return the strategy and the report."""
+    is_lazy = device_row(backend.device).is_lazy  # its layouts take a model that has its values
+    taken = initial.take(step_function, backend) if initial is not None and is_lazy else None
+    with backend.agree("spreading the model over the ranks"):
+        strategy = strategy_for(config.strategy, step_function, world_of(config, slots, backend))
+    if initial is not None and not is_lazy:
+        taken = initial.take(step_function, backend, strategy.layout)
+    return strategy, taken
 
 
 def complete(run: Run) -> None:
