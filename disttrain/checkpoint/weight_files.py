@@ -118,7 +118,8 @@ def _identity(path: Path) -> tuple[Any, ...]:
     try:
         stat = path.stat()
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+        kind = DamagedError if isinstance(error, FileNotFoundError) else CheckpointError
+        raise kind(f"cannot read {path}: {error.strerror or error}") from error
     boot = Path("/proc/sys/kernel/random/boot_id")
     host = boot.read_text().strip() if boot.exists() else socket.gethostname()
     return (host, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)

@@ -147,8 +147,7 @@ def _from_file(path: str, file: str, backend: Backend, choose: Choose) -> Source
     except DamagedError as error:
         raise ConfigError(f"init_from={path}: {error}") from error
     except CheckpointError as error:
-        is_there = all(backend.all_gather(Path(file).exists()))
-        raise (CheckpointError if is_there else ConfigError)(f"init_from={path}: {error}") from error
+        raise CheckpointError(f"init_from={path}: {error}") from error
     return Source(weights, Begin(path, None, weights.sha256), [])
 
 
