@@ -25,9 +25,9 @@ from disttrain.checkpoint import (
     tensors_of,
 )
 from disttrain.commands.exit_codes import ALL_GOOD, DAMAGE_FOUND, USAGE
-from disttrain.commands.export import add_export_options, count_bytes, export_model
+from disttrain.commands.export import add_export_options, export_model
 from disttrain.errors import CheckpointError, ConfigError, DisttrainError
-from disttrain.files import printable
+from disttrain.files import count_bytes, printable
 from disttrain.run.checkpoint_target import find_target, hint_of, refuse_link
 
 WIDTH_OF_A_FILE = 160

@@ -14,6 +14,7 @@ from rich.console import Console
 from disttrain.checkpoint import EXPORT_DTYPES, CheckpointStore, ExportForm, ExportWeights, export, step_in
 from disttrain.commands.exit_codes import ALL_GOOD
 from disttrain.errors import ConfigError
+from disttrain.files import count_bytes
 
 _ENDS = {"safetensors": ".safetensors", "torch": ".pt", "hf": ""}
 _TORCH_ENDS = (".pt", ".pth", ".bin")
@@ -88,13 +89,3 @@ def _size_bytes(text: str) -> int:
     if match is None or unit is None or float(match[1]) * unit < 1:
         raise argparse.ArgumentTypeError(f"expected a size such as 5GB, 200MB or 4GiB, got {text}")
     return int(float(match[1]) * unit)
-
-
-def count_bytes(number: int) -> str:
-    """Return a size as text, such as "3.4 MB"."""
-    size = float(number)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:,.1f} TB"

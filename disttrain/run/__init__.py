@@ -39,6 +39,10 @@ restored           checks that what was restored is what was saved
 built_values       new values of optimizer and schedule, which a checkpoint's replace
 handler_state      state that handlers hold and no checkpoint holds
 rollback           going back to a checkpoint after a bad step
+tensor_memory      the bytes of the tensors that come and go while code runs
+memory_table       the memory that a rank needs, in rows, and what to set
+memory_trial       two steps of a run, to measure it
+memory_shortage    a run that does not fit, before its first step or when it dies
 saving             when and where a checkpoint is saved, also when little time is left
 checkpoint_places  the places of a run's checkpoints
 checkpoint_target  finds the checkpoints that a person names

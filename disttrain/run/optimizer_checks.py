@@ -88,6 +88,17 @@ def required_arguments(method: Callable[..., Any]) -> list[str]:
 @keep_random_state
 def stepped(optimizer: Optimizer, rows: slice) -> list[Tensor] | None:
     """Return the parameters of a copy of the optimizer, `rows` of each, after some steps; None if it has no copy."""
+    copied = small_copy_after_steps(optimizer, rows)
+    if copied is None:
+        return None
+    return [parameter.detach().cpu() for group in copied.param_groups for parameter in group["params"]]
+
+
+def small_copy_after_steps(optimizer: Optimizer, rows: slice, num_steps: int = NUM_STEPS) -> Optimizer | None:
+    """Return a copy of the optimizer over `rows` of small parameters, after some steps; None if it has no copy.
+
+    It draws from torch's global generator.
+    """
     torch.default_generator.manual_seed(0)
     given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     small = [_like(parameter)[rows] if parameter.ndim else _like(parameter) for parameter in given]
@@ -96,13 +107,19 @@ def stepped(optimizer: Optimizer, rows: slice) -> list[Tensor] | None:
         return None
     begin_training(copied)
     parameters = [parameter for group in copied.param_groups for parameter in group["params"]]
-    gradients = [[_like(parameter) for parameter in given] for _ in range(NUM_STEPS)]
+    gradients = [[_like(parameter) for parameter in given] for _ in range(num_steps)]
     torch.default_generator.manual_seed(1)
     for of_step in gradients:
         for parameter, gradient in zip(parameters, of_step, strict=True):
             parameter.grad = (gradient[rows] if gradient.ndim else gradient).clone()
         copied.step()
-    return [parameter.detach().cpu() for parameter in parameters]
+    return copied
+
+
+@keep_random_state
+def small_copy_after_a_step(optimizer: Optimizer) -> Optimizer | None:
+    """Return a copy of the optimizer over small parameters, after one step; None if it has no copy."""
+    return small_copy_after_steps(optimizer, slice(0, ROWS), 1)
 
 
 def _like(parameter: Tensor) -> Tensor:
