@@ -118,7 +118,8 @@ def attempt(
                     run.trainer.run(run.loader, **run.maximum, epoch_length=run.epoch_length)
             if not end.interrupted:
                 run.note_end()
-                end.finish(run.trainer, anew=run.terminated is not None and not is_over)
+                with told_of_memory(run):
+                    end.finish(run.trainer, anew=run.terminated is not None and not is_over)
         except NonFiniteError as error:
             if config.on_nan != "rollback":
                 raise
