@@ -37,6 +37,8 @@ class DeviceType:
     """A tensor's view as bytes is free; without this it would be copied to the host and back."""
     hashes: bool = False
     """`torch.hash_tensor` runs on it; without this a tensor is copied to the host for its hash."""
+    counts_memory: bool = False
+    """torch.accelerator tells the bytes of its tensors, now and at most, and those of the device."""
     autocasts: bool = True
     """`torch.autocast` supports it, for the factories' `amp_mode`."""
     is_lazy: bool = False
@@ -45,8 +47,15 @@ class DeviceType:
 
 DEVICE_TYPES = {
     "cpu": DeviceType("gloo", ("fp32", "bf16", "fp16"), "fp32", has_index=False, hashes=True),
-    "cuda": DeviceType("nccl", ("fp32", "bf16", "fp16", "apex"), copies_ahead=True, pins_checkpoints=True, hashes=True),
-    "xpu": DeviceType(copies_ahead=True),
+    "cuda": DeviceType(
+        "nccl",
+        ("fp32", "bf16", "fp16", "apex"),
+        copies_ahead=True,
+        pins_checkpoints=True,
+        hashes=True,
+        counts_memory=True,
+    ),
+    "xpu": DeviceType(copies_ahead=True, counts_memory=True),
     "xla": DeviceType(auto_precision="bf16", views_bytes=False, autocasts=False, is_lazy=True),
     "mps": DeviceType(precisions=("fp32",), has_index=False, autocasts=False),
 }

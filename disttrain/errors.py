@@ -36,6 +36,10 @@ class DataError(DisttrainError, RuntimeError):
     exit_code = 2
 
 
+class OutOfMemory(DisttrainError, MemoryError):
+    """A run that died because its device, or its host, had no memory left for it."""
+
+
 class CheckpointError(DisttrainError, RuntimeError):
     """A checkpoint that cannot be written, or that is damaged, incomplete or of another run."""
 

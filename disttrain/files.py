@@ -33,6 +33,16 @@ def keep_socket_paths_short() -> None:
         tempfile.tempdir = before
 
 
+def count_bytes(number: int) -> str:
+    """Return a size as text, such as "3.4 MB"."""
+    size = float(number)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:,.1f} TB"
+
+
 def write_text(path: Path, text: str | bytes) -> None:
     """Write `text` to the file `path`, flushed to the disk, by one rename."""
     temporary = path.with_name(f".{path.name}.tmp")

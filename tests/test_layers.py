@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "disttrain"
 # From the ground up. A room imports from floors below its own and from itself, never from a room beside it.
 FLOORS = [
     ["version", "errors", "process"],
-    ["decay", "devices", "environment", "files", "mistakes", "seeding"],
+    ["decay", "devices", "environment", "files", "host_memory", "mistakes", "seeding"],
     ["config", "backend", "data", "precision", "parallel", "launching"],
     ["engine", "checkpoint"],
     ["handlers", "evidence"],

@@ -26,8 +26,10 @@ any number of ranks. `DirectorySaver` and `DiskSaver` are save handlers for `dis
     guarded_store    a store that is changed only while a guard allows it
     storage          the names in such a directory, and durable operations on files
     listing          lists the checkpoints of a store, and plans which of them to remove
-    weights          reads the weights of modules from a checkpoint of any run, or from a file
-    exports          writes the tensors of a model as one safetensors file
+    weights          reads the weights of modules from a checkpoint of any run, or from files
+    weight_files     opens files of weights, of which each rank reads its part
+    exports          chooses the tensors of a model in a checkpoint, and writes them in a form for other programs
+    export_files     the files of an export: safetensors in one file or several, a folder for transformers, torch.save
     agree            one outcome for all ranks
 
 | noun     | meaning                                                                                              |
@@ -48,7 +50,16 @@ from disttrain.checkpoint.background import AsynchronousSaver
 from disttrain.checkpoint.check import verify
 from disttrain.checkpoint.directory_saver import DirectorySaver
 from disttrain.checkpoint.disk_saver import DiskSaver, load_file
-from disttrain.checkpoint.exports import EVALUATION_POINT, LEFT_OUT, Exported, ExportWeights, export
+from disttrain.checkpoint.exports import (
+    EVALUATION_POINT,
+    EXPORT_DTYPES,
+    LEFT_OUT,
+    PRETRAINED,
+    Exported,
+    ExportForm,
+    ExportWeights,
+    export,
+)
 from disttrain.checkpoint.listing import (
     BestStep,
     ListedCheckpoint,
@@ -79,8 +90,10 @@ from disttrain.errors import DamagedError
 __all__ = [
     "ELSEWHERE",
     "EVALUATION_POINT",
+    "EXPORT_DTYPES",
     "LEFT_OUT",
     "MANIFEST",
+    "PRETRAINED",
     "AsynchronousSaver",
     "BestStep",
     "CheckpointInfo",
@@ -88,6 +101,7 @@ __all__ = [
     "DamagedError",
     "DirectorySaver",
     "DiskSaver",
+    "ExportForm",
     "ExportWeights",
     "Exported",
     "FileRecord",

@@ -81,10 +81,10 @@ class TensorReader:
         self.read(start, shape, [0] * len(shape), values)
         return values
 
-    def fetch_all(self) -> dict[str, Tensor]:
-        """Return every tensor of the file, by name, with the dtype that the file says."""
-        dtypes = {code: dtype_name(dtype) for dtype, code in DTYPE_CODES.items()}
-        return {name: self.fetch(name, dtypes[e.code], tuple(e.shape)) for name, e in self._entries.items()}
+    def described(self) -> dict[str, Tensor]:
+        """Return every tensor of the file, by name, without its values, with the dtype that the file says."""
+        dtypes = {code: dtype for dtype, code in DTYPE_CODES.items()}
+        return {name: torch.empty(e.shape, dtype=dtypes[e.code], device="meta") for name, e in self._entries.items()}
 
     def find(self, name: str, dtype: str, shape: tuple[int, ...]) -> int:
         """Return the position at which tensor `name` begins; DamagedError if there is no such tensor."""

@@ -2,40 +2,40 @@
 
 *Contract*: nothing is unpickled but tensors and plain values, and the source is not changed: a damaged checkpoint of
 another run is not set aside. Of a checkpoint only the modules are read, and no state of an optimizer. Their parameters
-are those that the run evaluated, as in an export: an average (`ema`), or the evaluation point of its optimizer.
+are those that the run evaluated, as in an export: an average (`ema`), or the evaluation point of its optimizer. A
+caller sees the contents first, tensors without values, and says what is to be read: a tensor that is cut over the ranks
+is read only as far as this rank holds it.
 
-*Errors*: CheckpointError for a file or a checkpoint that cannot be read, DamagedError for a damaged one; of a
-checkpoint the same on every rank.
+*Errors*: CheckpointError for a file or a checkpoint that cannot be read, DamagedError for a damaged one; the same on
+every rank.
 
-*Cost*: each rank reads the modules into host memory; all ranks together hash the files of a checkpoint.
+*Cost*: memory for what is read. All ranks together hash the files, once on each host.
 """
 
 import hashlib
-from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from disttrain.checkpoint import dtensors
 from disttrain.checkpoint.agree import CheckpointRanks, on_every_rank
 from disttrain.checkpoint.check import verify
-from disttrain.checkpoint.disk_saver import load_file
+from disttrain.checkpoint.dtensors import MeshPlacements
 from disttrain.checkpoint.exports import other_parameters
 from disttrain.checkpoint.manifest import MANIFEST, Manifest
 from disttrain.checkpoint.state_reader import StateReader
-from disttrain.checkpoint.state_tree import restore_state
+from disttrain.checkpoint.state_tree import Json, restore_state
 from disttrain.checkpoint.store import CheckpointStore
-from disttrain.checkpoint.tensor_reader import TensorReader
-from disttrain.errors import CheckpointError, DamagedError
-from disttrain.files import read_json
+from disttrain.checkpoint.tensor_reader import dtype_of
+from disttrain.checkpoint.weight_files import WeightFiles, state_of_model
+from disttrain.errors import CheckpointError
 
-INDEX = ".safetensors.index.json"
-"""The end of the name of an index of several safetensors files, as the Hugging Face Hub has them."""
 MODEL = "model"
 """The key of the model in the state of a run."""
-_INSIDE = (MODEL, "state_dict")
-"""The keys under which files keep the state of a model beside other things."""
 
 
 class Weights(NamedTuple):
@@ -50,87 +50,124 @@ class Weights(NamedTuple):
     """The manifest of the checkpoint; None for a file."""
 
 
+Chosen = Mapping[str, Mapping[str, MeshPlacements | None]]
+"""For each module the names that are to be read, each with the mesh and the placements of its DTensor; None: whole."""
+Choose = Callable[[Weights], Chosen]
+"""(contents, in which tensors have no values yet) -> what is to be read; every rank calls it at the same point."""
+
+
+def everything(contents: Weights) -> Chosen:
+    """Choose every tensor, whole."""
+    return {part: dict.fromkeys(state) for part, state in contents.modules.items()}
+
+
 def weights_of_checkpoint(
-    store: CheckpointStore, name: str, modules: Collection[str], backend: CheckpointRanks
+    store: CheckpointStore,
+    name: str,
+    modules: Collection[str],
+    backend: CheckpointRanks | None,
+    choose: Choose = everything,
 ) -> Weights:
-    """Verify a checkpoint of any run and read those of `modules` that it holds; every rank calls this."""
-    rank, world_size = (backend.rank, backend.world_size) if store.shared else (0, 1)
+    """Verify a checkpoint of any run and read what is chosen of those of `modules` that it holds; every rank calls."""
+    shares = store.shared and backend is not None
+    rank, world_size = (backend.rank, backend.world_size) if shares and backend is not None else (0, 1)
     with ExitStack() as stack:
         directory = on_every_rank(backend, lambda: stack.enter_context(store.opened(name)))
         manifest = on_every_rank(backend, lambda: verify(directory, rank=rank, world_size=world_size))
-        return on_every_rank(backend, lambda: _read(directory, manifest, modules))
+        found = on_every_rank(backend, lambda: stack.enter_context(_Stored(directory, manifest, modules)))
+        sha256 = hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest()
+        contents = Weights(found.contents, sha256, manifest)
+        chosen = choose(contents)
+        return contents._replace(modules=on_every_rank(backend, lambda: _read(contents, chosen, found.fetch)))
 
 
-def _read(directory: Path, manifest: Manifest, modules: Collection[str]) -> Weights:
-    state = manifest.state
-    is_run = isinstance(state, dict) and MODEL in state
-    trees = {key: state[key] for key in modules if key in state} if is_run else {MODEL: state}
-    with StateReader(directory, manifest) as reader:
-        read = {key: restore_state(tree, reader.fetch) for key, tree in trees.items()}
-        for key in trees if is_run else ():
+def weights_of_file(path: Path, backend: CheckpointRanks | None = None, choose: Choose = everything) -> Weights:
+    """Read what is chosen of a safetensors file, a file of `torch.save`, or the index of several; every rank calls."""
+    with ExitStack() as stack:
+        files = on_every_rank(backend, lambda: stack.enter_context(closing(WeightFiles(path))))
+        contents = Weights({MODEL: files.contents}, files.sha256(backend))
+
+        def fetch(part: str, name: str, spread: MeshPlacements | None) -> Tensor:
+            shape = tuple(files.contents[name].shape)
+            sizes, offsets = (shape, (0,) * len(shape)) if spread is None else dtensors.local_box(spread, shape)
+            values = files.read(name, sizes, offsets)
+            return values if spread is None else dtensors.dtensor_from_local(values, spread, shape)
+
+        chosen = choose(contents)
+        return contents._replace(modules=on_every_rank(backend, lambda: _read(contents, chosen, fetch)))
+
+
+def _read(
+    contents: Weights, chosen: Chosen, fetch: Callable[[str, str, MeshPlacements | None], Tensor]
+) -> dict[str, Mapping[str, Any]]:
+    """Return the chosen part of the contents, with its values."""
+    read: dict[str, Mapping[str, Any]] = {}
+    for part, names in chosen.items():
+        state: dict[str, Any] = {}
+        for name, spread in names.items():
+            value = contents.modules[part][name]
+            if not isinstance(value, Tensor):
+                state[name] = value
+            else:
+                state[name] = fetch(part, name, spread) if value.is_meta else _cut(value, spread)
+        read[part] = state
+    return read
+
+
+def _cut(tensor: Tensor, spread: MeshPlacements | None) -> Tensor:
+    """Return a tensor that was read whole, or the DTensor of it of which this rank holds a copy of its part."""
+    if spread is None:
+        return tensor
+    shape = tuple(tensor.shape)
+    part = tensor
+    for dim, (size, offset) in enumerate(zip(*dtensors.local_box(spread, shape), strict=True)):
+        part = part.narrow(dim, offset if size else 0, size)
+    return dtensors.dtensor_from_local(part.clone(), spread, shape)
+
+
+class _Stored:
+    """The states of modules in a verified checkpoint; a context. `contents` has their tensors without values."""
+
+    def __init__(self, directory: Path, manifest: Manifest, modules: Collection[str]) -> None:
+        self._where: dict[str, dict[str, tuple[str, str, tuple[int, ...]]]] = {}
+        self._spread: MeshPlacements | None = None
+        self._reader = StateReader(directory, manifest, lambda path, shape: self._spread)
+        self.contents: dict[str, Mapping[str, Any]] = {}
+        state = manifest.state
+        if not isinstance(state, dict) or MODEL not in state:  # of a loop of one's own
+            read = restore_state(state, self._reader.fetch)
+            self.contents[MODEL] = state_of_model(read, f"the checkpoint {directory}")
+            return
+        for key in [key for key in modules if key in state]:
             point, average = other_parameters(manifest, "evaluated", key)
-            if evaluated := restore_state(point if average is None else average, reader.fetch):
-                read[key] = {**read[key], **evaluated}
-    sha256 = hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest()
-    if not is_run:
-        read[MODEL] = _state_of_model(read[MODEL], f"the checkpoint {directory}")
-    return Weights(read, sha256, manifest)
+            instead = point if average is None else average
+            # In the place of the parameters of the same names.
+            self.contents[key] = {**self._described(key, state[key]), **(self._described(key, instead) or {})}
 
+    def _described(self, part: str, tree: Json) -> Any:
+        """Return the state of a module: its tensors without values, and whatever lies deeper in it with its values."""
+        where = self._where.setdefault(part, {})
+        inner = tree.get("$ordered", tree) if isinstance(tree, dict) else {}
+        plain = {name for name, item in inner.items() if isinstance(item, dict) and "$tensor" in item}
 
-def weights_of_file(path: Path) -> Weights:
-    """Read a safetensors file, the index of several, or a file of `torch.save`.
+        def describe(name: str, dtype: str, shape: tuple[int, ...], path: str) -> Tensor:
+            if path not in plain:
+                return self._reader.fetch(name, dtype, shape, path)
+            where[path] = name, dtype, shape
+            try:
+                return torch.empty(shape, dtype=dtype_of(dtype), device="meta")
+            except RuntimeError as error:  # such as 2^62 x 2^62
+                raise CheckpointError(f"cannot hold {name}, {dtype} of shape {list(shape)}: {error}") from error
 
-    The latter holds a state_dict, alone or as "model" or "state_dict".
-    """
-    if path.name.endswith(INDEX):
-        return _weights_of_index(path)
-    sha256 = _sha256_of(path)
-    if path.suffix == ".safetensors":
-        return Weights({MODEL: _tensors_of_file(path)}, sha256)
-    return Weights({MODEL: _state_of_model(load_file(path), str(path))}, sha256)
+        return restore_state(tree, describe)
 
+    def fetch(self, part: str, name: str, spread: MeshPlacements | None) -> Tensor:
+        """Return a tensor, or the DTensor of it of which only this rank's part is read."""
+        self._spread = spread
+        return self._reader.fetch(*self._where[part][name])
 
-def _weights_of_index(path: Path) -> Weights:
-    """Read the files that an index lists, `{"weight_map": {NAME: FILE}}`; they lie beside it."""
-    try:
-        by_name = read_json(path)["weight_map"]
-        files = sorted(set(by_name.values()))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DamagedError(f"{path} is no index of safetensors files: {type(error).__name__} {error}") from error
-    if wrong := [file for file in files if not isinstance(file, str) or Path(file).name != file or not file.strip(".")]:
-        raise DamagedError(f"{path} lists {wrong[0]!r}, expected the plain name of a file beside it")
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors |= _tensors_of_file(path.parent / file)
-    if missing := [name for name in by_name if name not in tensors]:
-        raise DamagedError(f"{path} lists {missing[0]}, which none of its files holds")
-    hashes = "".join(f"{_sha256_of(path.parent / file)}  {file}\n" for file in files)
-    return Weights({MODEL: tensors}, hashlib.sha256(hashes.encode()).hexdigest())
+    def __enter__(self) -> "_Stored":
+        return self
 
-
-def _tensors_of_file(path: Path) -> dict[str, Tensor]:
-    with TensorReader(path.resolve()) as reader:  # a link is a usual form of a file that a hub keeps
-        return reader.fetch_all()
-
-
-def _sha256_of(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _state_of_model(content: Any, place: str) -> Mapping[str, Any]:
-    """Return the state of a model in the content of a file: the content itself, or what it keeps as "model"."""
-    if isinstance(content, Mapping):
-        for inside in (content, *(content[key] for key in _INSIDE if isinstance(content.get(key), Mapping))):
-            if any(isinstance(value, Tensor) for value in inside.values()):
-                return {str(name): value for name, value in inside.items()}
-    holds = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
-    raise DamagedError(
-        f"{place} holds no state of a model: expected names with tensors, alone or as 'model' or 'state_dict', got "
-        f"{holds[:200] or 'nothing'}"
-    )
+    def __exit__(self, *error: object) -> None:
+        self._reader.__exit__(None, None, None)

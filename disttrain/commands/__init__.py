@@ -12,7 +12,8 @@ causes       finds the setting because of which a scenario differs or cannot be 
 lost_state   finds the state of handlers that a kill loses, for `verify`
 compare      finds the first difference of two runs
 runs         lists the runs of a folder, what differs in their configs, and their results
-checkpoint   lists, shows, verifies, prunes and exports checkpoints
+checkpoint   lists, shows, verifies and prunes checkpoints
+export       writes the weights of a run for other programs
 evaluate     evaluates a checkpoint of a run on its validation data
 doctor       prints the versions and devices of this machine
 closed_output  drops what nobody reads any more

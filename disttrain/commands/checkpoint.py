@@ -1,15 +1,14 @@
 """`disttrain checkpoint ls | show | verify | prune | export RUN`: list, show, verify, prune and export checkpoints.
 
 *Contract*: RUN is a run directory, its folder of checkpoints, or one checkpoint in it. Only `prune --yes` changes
-anything there; `export` writes one file elsewhere. A run directory may be a stranger's: another place that it names is
-looked into only with --elsewhere. Exit code 0: done, and every checkpoint that was read is good; 1: a checkpoint is
-damaged; 2: the command cannot be run.
+anything there; `export` writes elsewhere, and `disttrain export` is its short name. A run directory may be a
+stranger's: another place that it names is looked into only with --elsewhere. Exit code 0: done, and every checkpoint
+that was read is good; 1: a checkpoint is damaged; 2: the command cannot be run.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -17,10 +16,8 @@ from rich.table import Table
 from disttrain.checkpoint import (
     CheckpointStore,
     DamagedError,
-    ExportWeights,
     Manifest,
     best_of,
-    export,
     inspect,
     plan_prune,
     step_in,
@@ -28,8 +25,9 @@ from disttrain.checkpoint import (
     tensors_of,
 )
 from disttrain.commands.exit_codes import ALL_GOOD, DAMAGE_FOUND, USAGE
+from disttrain.commands.export import add_export_options, export_model
 from disttrain.errors import CheckpointError, ConfigError, DisttrainError
-from disttrain.files import printable
+from disttrain.files import count_bytes, printable
 from disttrain.run.checkpoint_target import find_target, hint_of, refuse_link
 
 WIDTH_OF_A_FILE = 160
@@ -98,14 +96,8 @@ def checkpoint_parser() -> argparse.ArgumentParser:
     prune.add_argument("--keep", metavar="N", type=int, default=2, help="good ones to keep, at least 1 (default: 2)")
     prune.add_argument("--damaged", action="store_true", help="remove damaged checkpoints too")
     prune.add_argument("--yes", action="store_true", help="remove them; without --yes they are only listed")
-    model = add("export", export_model, "write the model of a checkpoint, by default the newest, as a safetensors file")
-    model.add_argument("file", metavar="FILE", help="the new file, such as model.safetensors")
-    model.add_argument(
-        "--weights",
-        choices=get_args(ExportWeights),
-        default="evaluated",
-        help="the weights that the run evaluated (default), that it trains, or their moving average",
-    )
+    model = add("export", export_model, "write the weights of a checkpoint, by default the newest, for other programs")
+    add_export_options(model)
     for subparser in (show, verify, model):
         choice = subparser.add_mutually_exclusive_group()
         choice.add_argument("--step", metavar="N", type=int, help="the checkpoint of this step")
@@ -207,35 +199,9 @@ def prune_checkpoints(root: CheckpointStore, name: str | None, options: argparse
     return ALL_GOOD
 
 
-def export_model(root: CheckpointStore, name: str | None, options: argparse.Namespace, console: Console) -> int:
-    """Write the model of one checkpoint, by default the newest, as one file."""
-    name = name or next(iter(root.committed()), None)
-    if name is None:
-        raise ConfigError(f"there are no checkpoints in {root}")
-    with root.opened(name) as directory:
-        exported = export(directory, options.file, options.weights)
-    content = f"{exported.num_tensors} tensors of step {exported.step}, {count_bytes(exported.size_bytes)}"
-    point = ", the parameters at the optimizer's evaluation point" if exported.evaluation_point else ""
-    average = ", the moving average of the weights" if exported.average else ""
-    without = f", without the {exported.num_left_out} frozen ones that the checkpoint leaves out"
-    without *= bool(exported.num_left_out)
-    console.print(f"wrote {options.file}: {content}{point}{average}{without}", soft_wrap=True)
-    return ALL_GOOD
-
-
 def epoch_of(manifest: Manifest | None) -> str:
     """Return the number of epochs that were begun, as text; "-" if the manifest does not hold it."""
     epoch = None if manifest is None else manifest.position.get("epoch")
     if not isinstance(epoch, int) or manifest is None:
         return "-"
     return str(epoch + bool(manifest.position.get("step_in_epoch")))
-
-
-def count_bytes(number: int) -> str:
-    """Return a size as text, such as "3.4 MB"."""
-    size = float(number)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:,.1f} TB"

@@ -45,6 +45,7 @@ from disttrain.launching.torchrun import report_exit_code
 from disttrain.process import set_process_variables
 from disttrain.run.directory import RunDirectory
 from disttrain.run.length import run_length
+from disttrain.run.memory_trial import measure_memory
 from disttrain.run.train import train
 from disttrain.version import __version__
 
@@ -151,6 +152,7 @@ def launch_parser() -> argparse.ArgumentParser:
     add("--fresh", action="store_true", help="start a new run; keep the old one under another name")
     add("--print-config", action="store_true", help="print the resolved config, and exit")
     add("--check", action="store_true", help="check the config without starting ranks, and exit")
+    add("--memory", action="store_true", help="measure the memory that a rank needs by two steps, print it, and exit")
     add("--traceback", action="store_true", help="print the traceback of every error")
     add_options(parser)
     add("--version", action="version", version=f"disttrain {__version__}", help="print the version, and exit")
@@ -196,6 +198,9 @@ def check_and_train(config: Config, options: argparse.Namespace, backend: Backen
     with backend.agree("checking the config"):
         config = resolve_slots(config, stored, backend.world_size)
     check_config(config, stored, directory, backend)
+    if options.memory:
+        console.print(measure_memory(config, backend, directory).text(), soft_wrap=True)
+        return COMPLETED
     if stored is not None and result is not None and is_finished(result, config):
         if "stopped" in result:
             console.print(

@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_words(words: Sequence[str]) -> int:
     """Run the command that the first word names; return the exit code."""
+    if words and words[0] == "export":  # the short name of a command
+        words = ["checkpoint", *words]
     if words and words[0] in _OWN_PARSERS:
         code: int = import_module(f"disttrain.commands.{words[0]}").main(words[1:])
         return code
@@ -49,6 +51,7 @@ def run_words(words: Sequence[str]) -> int:
     commands.add_parser(
         "checkpoint", add_help=False, help="list, show, verify, prune or export the checkpoints of a run"
     )
+    commands.add_parser("export", add_help=False, help="write the weights of a run for other programs")
     commands.add_parser("runs", add_help=False, help="list the runs of a folder, what differs in them, and results")
     commands.add_parser("evaluate", add_help=False, help="evaluate a checkpoint of a run on its validation data")
     compare = commands.add_parser(

@@ -73,10 +73,10 @@ def start_ranks(options: argparse.Namespace) -> int:
         endpoint=options.rdzv,
         opens_store=False if options.no_rdzv_host else options.opens_store,
         run_id=str(config.name),
-        max_restarts=3 if options.max_restarts is None else options.max_restarts,
+        max_restarts=0 if options.memory else 3 if options.max_restarts is None else options.max_restarts,
     )
     arguments = [options.config, *options.overrides, "--runs", str(options.runs)]
-    arguments += ["--fresh"] * options.fresh + ["--traceback"] * options.traceback
+    arguments += ["--fresh"] * options.fresh + ["--memory"] * options.memory + ["--traceback"] * options.traceback
     return run_ranks(words, "disttrain.launch", arguments, config, grace_s=options.grace)
 
 

@@ -38,6 +38,7 @@ import torch
 from disttrain import environment
 from disttrain.errors import ConfigError, Interrupted
 from disttrain.files import keep_socket_paths_short
+from disttrain.host_memory import num_killed_for_memory
 from disttrain.launching.local_ranks import as_if_started_by_hand
 from disttrain.launching.pet_variables import hidden_variables
 
@@ -46,6 +47,9 @@ _EXIT_CODES_FOLDER = "DISTTRAIN_EXIT_CODES"
 
 _FINAL_CODES = (2, Interrupted.exit_code)
 """Exit codes after which a restart would change nothing."""
+
+_killed_before: int | None = None
+"""The processes that the kernel had killed for want of memory when the newest launch of this process began."""
 
 _OTHERS_STOP_WITHIN_S = 2.0
 """How long a rank that a signal stopped waits for the other ranks of its host; they stop at the same step."""
@@ -101,6 +105,9 @@ def run_torchrun(
     from torch.distributed.launcher.api import elastic_launch
 
     from disttrain.launching import elastic  # it imports torchrun's modules
+
+    global _killed_before
+    _killed_before = num_killed_for_memory()
 
     elastic.register()
     for name in list(logging.root.manager.loggerDict):
@@ -267,5 +274,17 @@ def _report_killed_rank(record: logging.LogRecord) -> bool:
     code, local_rank = (*record.args, None, None)[:2] if isinstance(record.args, tuple) else (None, None)
     if str(record.msg).startswith("failed (exitcode") and isinstance(code, int) and code < 0:
         name = signal.Signals(-code).name
-        print(f"the rank with local rank {local_rank} was ended by {name}", file=sys.stderr)
+        why = _hint_at_memory() if -code == signal.SIGKILL else ""
+        print(f"the rank with local rank {local_rank} was ended by {name}{why}", file=sys.stderr)
     return False
+
+
+def _hint_at_memory() -> str:
+    """Return a hint if the kernel has killed processes for want of memory since this launcher began."""
+    now = num_killed_for_memory()
+    if now is None or _killed_before is None or now <= _killed_before:
+        return ""
+    return (
+        ": the kernel of this host has killed a process for want of memory meanwhile; --memory tells what a rank needs "
+        "(docs/memory.md)"
+    )

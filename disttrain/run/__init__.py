@@ -21,6 +21,7 @@ part_results       the results and the outcome of several updates, as those of o
 stepping           builds the engine's step, with one update or several
 freezing           the parameters that are trained, and the groups of the optimizer, while both change
 frozen_weights     frozen weights that checkpoints leave out
+pretrained         describes models of transformers, for checkpoints and exports
 module_settings    plain attributes of modules that handlers change
 ema                the moving average of the weights
 evaluation_point   the parameters of an optimizer that evaluates at another point than it trains at
@@ -41,6 +42,10 @@ restored           checks that what was restored is what was saved
 built_values       new values of optimizer and schedule, which a checkpoint's replace
 handler_state      state that handlers hold and no checkpoint holds
 rollback           going back to a checkpoint after a bad step
+tensor_memory      the bytes of the tensors that come and go while code runs
+memory_table       the memory that a rank needs, in rows, and what to set
+memory_trial       two steps of a run, to measure it
+memory_shortage    a run that does not fit, before its first step or when it dies
 saving             when and where a checkpoint is saved, also when little time is left
 checkpoint_places  the places of a run's checkpoints
 checkpoint_target  finds the checkpoints that a person names

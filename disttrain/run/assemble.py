@@ -2,7 +2,7 @@
 
 The config's way: `Config` -> `assemble` -> `Run` -> `train`. Each part is built once, from the parts above it:
 
-    precision -> data -> model, weights to begin with -> strategy -> optimizer, schedule -> gradients, updates
+    precision -> data -> model -> strategy, weights to begin with -> optimizer, schedule -> gradients, updates
               -> trainer -> evaluation -> Run
 
 *Contract*: what can fail on one rank alone is agreed on by all before any rank acts (`backend.agree`). Data and model
@@ -17,9 +17,12 @@ from functools import partial
 from disttrain.backend import Backend, set_cpu_threads
 from disttrain.config import Config, check_devices
 from disttrain.data.weighted import weight_of
+from disttrain.devices import device_row
+from disttrain.engine.supervised import StepFunction
 from disttrain.errors import ConfigError
 from disttrain.handlers.bad_steps import BadSteps
 from disttrain.parallel import Slots, World, strategy_for
+from disttrain.parallel.strategies import Strategy
 from disttrain.run.builders import (
     build_model,
     build_step_function,
@@ -30,11 +33,12 @@ from disttrain.run.ema import EMA, build_ema
 from disttrain.run.factories import build
 from disttrain.run.freezing import Freezing
 from disttrain.run.frozen_weights import FrozenWeights
-from disttrain.run.initial_weights import InitialWeights
+from disttrain.run.initial_weights import InitialWeights, Taken
 from disttrain.run.length import total_steps
 from disttrain.run.measures import build_evaluation
 from disttrain.run.module_settings import ModuleSettings
 from disttrain.run.monitors import build_best, build_early_stop
+from disttrain.run.pretrained import pretrained_position
 from disttrain.run.state import Run
 from disttrain.run.stepping import build_stepping, choose
 from disttrain.run.validation_sets import evaluations_of
@@ -49,7 +53,7 @@ def assemble(
 ) -> Run:
     """Build every part of a run and call the config's handlers.
 
-    `left_out`: steps to leave out, and the reasons. `initial`: weights that the model takes before it is spread.
+    `left_out`: steps to leave out, and the reasons. `initial`: weights that the model takes.
     """
     slots = slots_of(config, backend)
     with backend.agree("choosing the precision"):
@@ -58,10 +62,8 @@ def assemble(
         data = build_data(config, slots, backend)
     with backend.agree("building the model"):
         step_function = build_step_function(config, build_model(config, backend), backend)
-    taken = None if initial is None else initial.take(step_function, backend)
-    with backend.agree("spreading the model over the ranks"):
-        strategy = strategy_for(config.strategy, step_function, world_of(config, slots, backend))
-        layout = strategy.layout
+    strategy, taken = spread(config, step_function, slots, backend, initial)
+    layout = strategy.layout
     num_steps = total_steps(config, data.identity)
     stepping = build_stepping(config, step_function, strategy, slots, precision, backend, num_steps, left_out)
     with backend.agree("building the average of the weights and the metrics"):
@@ -98,6 +100,19 @@ def assemble(
     return run
 
 
+def spread(
+    config: Config, step_function: StepFunction, slots: Slots, backend: Backend, initial: InitialWeights | None
+) -> tuple[Strategy, Taken | None]:
+    """Spread the model over the ranks and let it take the weights to begin with; return the strategy and the report."""
+    is_lazy = device_row(backend.device).is_lazy  # its layouts take a model that has its values
+    taken = initial.take(step_function, backend) if initial is not None and is_lazy else None
+    with backend.agree("spreading the model over the ranks"):
+        strategy = strategy_for(config.strategy, step_function, world_of(config, slots, backend))
+    if initial is not None and not is_lazy:
+        taken = initial.take(step_function, backend, strategy.layout)
+    return strategy, taken
+
+
 def complete(run: Run) -> None:
     """Call the config's handlers with the assembled run, and note what they have not changed yet."""
     follows = bool(run.config.handlers) or run.updates.follows_values or run.early_stop is not None
@@ -107,6 +122,7 @@ def complete(run: Run) -> None:
         run.keep(EMA, run.ema)
     call_handlers(run)
     run.settings = ModuleSettings(run.step_function)
+    run.pretrained = pretrained_position(run.model)
     run.frozen = FrozenWeights(run.parts, run.layout, run.backend, leaves_out=run.config.checkpoint.leave_out_frozen)
 
 

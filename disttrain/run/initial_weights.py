@@ -1,9 +1,9 @@
-"""The weights with which a new run begins, `init_from`: taken into the model before its strategy spreads it.
+"""The weights with which a new run begins, `init_from`: taken into the model after its strategy has spread it.
 
 *Contract*: every rank reads the same weights and takes them into the model, the loss and the forward, by the names of
-their state_dicts; those of a loss are `loss.NAME`. Values of another dtype of the same kind are converted. A tensor
-with several names needs one of them. A resumed run takes nothing: its checkpoint wins. Only if its checkpoint leaves
-frozen weights out, these are taken again.
+their state_dicts; those of a loss are `loss.NAME`. Of a tensor that is cut over the ranks each rank reads its own part.
+Values of another dtype of the same kind are converted. A tensor with several names needs one of them. A resumed run
+takes nothing: its checkpoint wins. Only if its checkpoint leaves frozen weights out, these are taken again.
 
 *Errors*: ConfigError, the same on one rank as on many, if nothing fits; with `strict` also for a name that is missing
 or has another shape and is not listed in `skip`.
@@ -17,12 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from disttrain.backend import Backend
+from disttrain.checkpoint import Weights
+from disttrain.checkpoint.dtensors import MeshPlacements
 from disttrain.checkpoint.state_tree import dtype_name
+from disttrain.checkpoint.weights import Chosen
 from disttrain.config import InitFromConfig
 from disttrain.engine.supervised import StepFunction
 from disttrain.errors import ConfigError
 from disttrain.evidence.ledger import shortened
 from disttrain.handlers.stateful import bare
+from disttrain.parallel import Layout
+from disttrain.parallel.layout import part_here
 from disttrain.run.factories import build
 from disttrain.run.frozen_weights import left_out_of, sha256_of
 from disttrain.run.weight_names import NamePairs, pair_names, renaming_that_fits
@@ -76,6 +81,20 @@ class LeftOut:
     digest: str
 
 
+@dataclass(frozen=True)
+class _Pairing:
+    """The names of this model as they belong to those of the source, and what is to be read there."""
+
+    pairs: NamePairs
+    taken: dict[str, str]
+    """The stored name for each name of this model that is taken."""
+    missing: list[str]
+    misfits: dict[str, str]
+    chosen: Chosen
+    states: dict[str, dict[str, Any]]
+    """The states of the modules here, with their own tensors."""
+
+
 class InitialWeights:
     """The weights that `init_from` asks for.
 
@@ -90,43 +109,73 @@ class InitialWeights:
         self._before = before
         self._resumes = resumes
 
-    def take(self, step_function: StepFunction, backend: Backend) -> Taken:
-        """Read the weights and take them into the modules of `step_function`; every rank calls this."""
+    def take(self, step_function: StepFunction, backend: Backend, layout: Layout | None = None) -> Taken:
+        """Read the weights and take them into the modules of `step_function`; every rank calls this.
+
+        `layout`: that of the modules, if they have been spread over the ranks: each rank then reads its parts alone.
+        """
         modules = modules_of(step_function)
+        pairing: _Pairing | None = None
+
+        def choose(contents: Weights) -> Chosen:
+            nonlocal pairing
+            hashes = _hashes_of_left_out(contents, modules, layout)
+            with backend.agree("pairing the weights of init_from"):
+                pairing = self._pair(modules, contents, hashes)
+            return pairing.chosen
+
         try:
-            source = read_source(self._path, self._before, list(modules), backend)
+            source = read_source(self._path, self._before, list(modules), backend, choose)
         except ConfigError as error:
-            if not self._resumes:
+            if not self._resumes or pairing is not None:
                 raise
             raise ConfigError(
                 f"{error}. The run's checkpoints leave frozen weights out, which come from there: restore it, or name "
                 "the place where it is now by init_from"
             ) from error
+        assert pairing is not None
         with backend.agree("taking the weights of init_from"):
-            return self._taken(modules, source)
+            return self._taken(modules, source, pairing)
 
-    def _taken(self, modules: Mapping[str, nn.Module], source: Source) -> Taken:
-        stored = {**_left_out_there(source), **by_name(source.weights.modules)}
+    def _pair(self, modules: Mapping[str, nn.Module], contents: Weights, hashes: Mapping[str, str]) -> "_Pairing":
+        """Pair the names here with the contents of the source, which are the same on every rank."""
+        stored = {**_left_out_there(contents), **by_name(contents.modules)}
         states = {name: bare(module).state_dict(keep_vars=True) for name, module in modules.items()}
         present = by_name(states)
         # A file holds a model alone: a loss with a state is then no one's fault.
-        wanted = [name for part in states for name in by_name({part: states[part]}) if part in source.weights.modules]
+        wanted = [name for part in states for name in by_name({part: states[part]}) if part in contents.modules]
         pairs = pair_names(stored, wanted, self._wanted.rename, self._wanted.skip)
-        kinds = {here: _misfit(stored[there], present[here]) for here, there in pairs.taken.items()}
+        kinds = {here: _misfit(stored[there], present[here], hashes.get(here)) for here, there in pairs.taken.items()}
         misfits = {name: text for name, text in kinds.items() if text}
-        taken = {here: stored[there] for here, there in pairs.taken.items() if here not in misfits}
+        taken = {here: there for here, there in pairs.taken.items() if here not in misfits}
         filled = {id(present[name]) for name in taken}
         missing = [name for name in pairs.missing if id(present[name]) not in filled]
         self._check(pairs, taken, missing, misfits, stored)
-        self._check_ties(taken, present)
+        keys = {
+            name: (part, key)
+            for part, state in contents.modules.items()
+            for key, name in _names_of(part, state).items()
+        }
+        chosen: dict[str, dict[str, Any]] = {part: {} for part in contents.modules}
+        for here, there in taken.items():
+            if there in keys:  # not what is left out there, and is here already
+                part, key = keys[there]
+                chosen[part][key] = _spread_of(present[here])
+        return _Pairing(pairs, taken, missing, misfits, chosen, states)
+
+    def _taken(self, modules: Mapping[str, nn.Module], source: Source, pairing: "_Pairing") -> Taken:
+        """Load what was read into the modules, and return the report."""
+        read, pairs = by_name(source.weights.modules), pairing.pairs
+        values = {here: read[there] for here, there in pairing.taken.items() if there in read}
+        self._check_ties(values, by_name(pairing.states))
         for part, module in modules.items():
-            names = _names_of(part, states[part]).items()
-            own = {key: taken[name] for key, name in names if not isinstance(taken.get(name, LeftOut("")), LeftOut)}
+            own = {key: values[name] for key, name in _names_of(part, pairing.states[part]).items() if name in values}
             if own:
                 build(f"init_from: load_state_dict of the {part}", bare(module).load_state_dict, own, False)
-        texts = [f"{name} {text}" for name, text in misfits.items()]
-        absent = [part for part in modules if part not in source.weights.modules]
-        return Taken(source.begin, list(taken), pairs.skipped, missing, texts, pairs.left_over, absent, source.notes)
+        texts = [f"{name} {text}" for name, text in pairing.misfits.items()]
+        absent = [part for part in modules if part not in pairing.chosen]
+        taken = list(pairing.taken)
+        return Taken(source.begin, taken, pairs.skipped, pairing.missing, texts, pairs.left_over, absent, source.notes)
 
     def _check(
         self,
@@ -143,8 +192,14 @@ class InitialWeights:
         problems += [f"no {shortened(missing, _SHOWN)}"] if missing else []
         problems += [f"{name} {text}" for name, text in list(misfits.items())[:_SHOWN]]
         names = [*missing, *misfits]
-        renaming = renaming_that_fits(missing, pairs.left_over)
-        advice = f"map the names by init_from.rename={renaming}" if renaming else "map other names by init_from.rename"
+        fitting = renaming_that_fits(missing, pairs.left_over)
+        fitting = None if fitting is not None and taken and "" in fitting.rename else fitting  # it would move those too
+        found = "" if fitting is None or fitting.num_found == len(missing) else f", which finds {fitting.num_found}"
+        advice = (
+            "map other names by init_from.rename"
+            if fitting is None
+            else f"map the names by init_from.rename={fitting.rename}{found}"
+        )
         raise ConfigError(
             f"init_from={self._path}: expected the weights of this model, got {'; '.join(problems)}; {advice}"
             + (f", list what the model is to begin itself, such as init_from.skip={names[0]}" if taken else "")
@@ -157,7 +212,11 @@ class InitialWeights:
         for name, value in taken.items():
             other = first.setdefault(id(present[name]), name)
             values = value, taken[other]
-            if other != name and all(isinstance(each, Tensor) for each in values) and not torch.equal(*values):
+            if (
+                other != name
+                and all(isinstance(each, Tensor) for each in values)
+                and not torch.equal(*map(part_here, values))
+            ):
                 raise ConfigError(
                     f"init_from={self._path}: {other} and {name} are one tensor in this model, but differ there; take "
                     f"one of them: init_from.skip={name}"
@@ -180,17 +239,30 @@ def by_name(states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {name: states[part][key] for part in states for key, name in _names_of(part, states[part]).items()}
 
 
-def _left_out_there(source: Source) -> dict[str, LeftOut]:
-    manifest = source.weights.manifest
+def _left_out_there(contents: Weights) -> dict[str, LeftOut]:
+    manifest = contents.manifest
     left_out = {} if manifest is None else left_out_of(manifest.position)
     return {name.removeprefix("model."): LeftOut(digest) for name, digest in left_out.items()}
 
 
-def _misfit(there: Any, here: Any) -> str:
-    """Return the reason why a stored value does not fit the value `here`; empty if it does."""
+def _hashes_of_left_out(contents: Weights, modules: Mapping[str, nn.Module], layout: Layout | None) -> dict[str, str]:
+    """Return the sha256 of all tensors here, which may be cut, if the source leaves any out; every rank calls this."""
+    if not _left_out_there(contents):
+        return {}
+    states = by_name({name: bare(module).state_dict(keep_vars=True) for name, module in modules.items()})
+    tensors = {name: each for name, each in states.items() if isinstance(each, Tensor)}
+    return {name: sha256_of(each if layout is None else layout.whole(each)) for name, each in tensors.items()}
+
+
+def _spread_of(tensor: Any) -> MeshPlacements | None:
+    """Return the mesh and the placements of a tensor that is cut over the ranks; None for a whole one."""
+    return (tensor.device_mesh, tensor.placements) if hasattr(tensor, "placements") else None
+
+
+def _misfit(there: Any, here: Any, sha256: str | None) -> str:
+    """Return the reason why a stored value does not fit the value `here`, of that hash; empty if it does."""
     if isinstance(there, LeftOut):
-        same = isinstance(here, Tensor) and sha256_of(here) == there.digest
-        return "" if same else "is frozen there and not in its checkpoint, and another tensor here"
+        return "" if sha256 == there.digest else "is frozen there and not in its checkpoint, and another tensor here"
     if not (isinstance(there, Tensor) and isinstance(here, Tensor)):
         kinds = ["a tensor" if isinstance(value, Tensor) else "no tensor" for value in (there, here)]
         return "" if kinds[0] == kinds[1] else f"is {kinds[0]} there and {kinds[1]} here"

@@ -120,6 +120,21 @@ def stepped(optimizer: Optimizer, rows: slice, share: int | None = None) -> Trie
 
     With `share`, its groups hold only the parameters whose number leaves that remainder.
     """
+    copied = small_copy_after_steps(optimizer, rows, share=share)
+    if copied is None:
+        return None
+    optimizer, parameters, drew = copied
+    values = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    return Tried([parameter.detach().cpu() for parameter in parameters], values, drew)
+
+
+def small_copy_after_steps(
+    optimizer: Optimizer, rows: slice, num_steps: int = NUM_STEPS, share: int | None = None
+) -> tuple[Optimizer, list[Tensor], bool] | None:
+    """Return a copy of the optimizer after some steps, all its small parameters, and whether it drew random numbers.
+
+    None if it has no copy. It draws from torch's global generator itself.
+    """
     torch.default_generator.manual_seed(0)
     given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     small = [_like(parameter)[rows] if parameter.ndim else _like(parameter) for parameter in given]
@@ -128,7 +143,7 @@ def stepped(optimizer: Optimizer, rows: slice, share: int | None = None) -> Trie
         return None
     begin_training(copied)
     parameters = [parameter for group in copied.param_groups for parameter in group["params"]]
-    gradients = [[_like(parameter) for parameter in given] for _ in range(NUM_STEPS)]
+    gradients = [[_like(parameter) for parameter in given] for _ in range(num_steps)]
     if share is not None:
         numbers = {id(parameter): index for index, parameter in enumerate(parameters)}
         for group in copied.param_groups:
@@ -139,9 +154,14 @@ def stepped(optimizer: Optimizer, rows: slice, share: int | None = None) -> Trie
         for parameter, gradient in zip(parameters, of_step, strict=True):
             parameter.grad = (gradient[rows] if gradient.ndim else gradient).clone()
         copied.step()
-    drew = not torch.equal(before, torch.default_generator.get_state())
-    values = [{key: value for key, value in group.items() if key != "params"} for group in copied.param_groups]
-    return Tried([parameter.detach().cpu() for parameter in parameters], values, drew)
+    return copied, parameters, not torch.equal(before, torch.default_generator.get_state())
+
+
+@keep_random_state
+def small_copy_after_a_step(optimizer: Optimizer) -> Optimizer | None:
+    """Return a copy of the optimizer over small parameters, after one step; None if it has no copy."""
+    copied = small_copy_after_steps(optimizer, slice(0, ROWS), 1)
+    return None if copied is None else copied[0]
 
 
 def _like(parameter: Tensor) -> Tensor:
@@ -157,7 +177,10 @@ def _copy(optimizer: Optimizer, given: Sequence[Tensor], instead: Sequence[Tenso
     memo: dict[int, Any] = {id(parameter): other for parameter, other in zip(given, instead, strict=True)}
     copied: Optimizer = object.__new__(type(optimizer))
     try:
-        vars(copied).update(copy.deepcopy(vars(optimizer), memo))  # Optimizer's own __getstate__ drops attributes
+        # Optimizer's own __getstate__ drops attributes. A schedule, or a step over whole parameters, puts a `step` into
+        # the optimizer that would step the optimizer itself.
+        attributes = {name: value for name, value in vars(optimizer).items() if name != "step"}
+        vars(copied).update(copy.deepcopy(attributes, memo))
     except Exception:  # noqa: BLE001 - anything may be an attribute of an optimizer of somebody's own
         return None
     copied.state = defaultdict(dict)

@@ -96,6 +96,8 @@ class Run:
     """The weights of `init_from` with which the run began; None without."""
     frozen: FrozenWeights | None = None
     """The frozen weights that checkpoints leave out; set when the run is assembled."""
+    pretrained: dict[str, Any] = field(default_factory=dict)
+    """What checkpoints keep of the models of transformers; empty without one. Set when the run is assembled."""
     evaluated: Evaluated = field(default_factory=Evaluated)
     """The newest whole evaluation."""
     evaluation_due: bool = False
@@ -232,6 +234,7 @@ class Run:
             **self.freezing.position(),
             **({} if self.begin is None else {"init_from": self.begin._asdict()}),
             **({} if self.frozen is None else self.frozen.position()),
+            **self.pretrained,
             **self.data,
             **({"samples": self.samples} if self.samples else {}),
         }

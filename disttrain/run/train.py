@@ -33,6 +33,7 @@ from disttrain.run.assemble import assemble
 from disttrain.run.beginning import initial_weights, note_beginning
 from disttrain.run.directory import RunDirectory
 from disttrain.run.handler_state import unkept_objects
+from disttrain.run.memory_shortage import check_memory, told_of_memory, told_of_memory_while_building
 from disttrain.run.monitors import check_monitors
 from disttrain.run.opening import lock_directory, open_directory
 from disttrain.run.outcome import outcome
@@ -85,9 +86,11 @@ def attempt(
     with ExitStack() as stack:
         lock_directory(directory, backend, stack)
         initial = initial_weights(config, directory, backend, fresh=fresh)
-        run = assemble(config, backend, directory, attempts.left_out, initial)
+        with told_of_memory_while_building(config, backend):
+            run = assemble(config, backend, directory, attempts.left_out, initial)
         stack.callback(run.close)
         check_state(run)
+        check_memory(run, console)
         if fresh:
             checkpoint_places.refuse_fresh(config, directory, backend)
         open_directory(directory, backend, console, fresh=fresh, stack=stack)
@@ -113,10 +116,12 @@ def attempt(
             elif run.evaluation_due:
                 run.trainer.fire_event(Events.STARTED)
             if goes_on:
-                run.trainer.run(run.loader, **run.maximum, epoch_length=run.epoch_length)
+                with told_of_memory(run):
+                    run.trainer.run(run.loader, **run.maximum, epoch_length=run.epoch_length)
             if not end.interrupted:
                 run.note_end()
-                end.finish(run.trainer, anew=run.terminated is not None and not is_over)
+                with told_of_memory(run):
+                    end.finish(run.trainer, anew=run.terminated is not None and not is_over)
         except NonFiniteError as error:
             if config.on_nan != "rollback":
                 raise

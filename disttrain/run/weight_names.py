@@ -6,6 +6,7 @@ name is in `taken`, in `left_over`, or belongs to a skipped one.
 *Errors*: ConfigError for a beginning in `rename` that no stored name has, and for two stored names that become one.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -67,12 +68,28 @@ def is_listed(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) if _WILD & set(pattern) else name.startswith(pattern) for pattern in patterns)
 
 
-def renaming_that_fits(missing: Sequence[str], left_over: Sequence[str]) -> dict[str, str] | None:
-    """Return the renaming by which the first missing name is found among those left over; None without one."""
-    for here in missing[:1]:
-        for there in left_over:
-            if there.endswith(f".{here}"):
-                return {there.removesuffix(here): ""}
-            if here.endswith(f".{there}"):
-                return {"": here.removesuffix(there)}
-    return None
+class Renaming(NamedTuple):
+    """A renaming, and the number of missing names that are found by it."""
+
+    rename: dict[str, str]
+    num_found: int
+
+
+def renaming_that_fits(missing: Sequence[str], left_over: Sequence[str]) -> Renaming | None:
+    """Return the renaming of a beginning by which most missing names are found among those left over; None without one.
+
+    Such as that of a base model whose names lie under the "transformer." of one with a head, or the other way round.
+    """
+    here, there = set(missing), set(left_over)
+    pairs: Counter[tuple[str, str]] = Counter()
+    for longer, shorter, is_here in ((here, there, True), (there, here, False)):
+        for name in longer:
+            dot = -1
+            while (dot := name.find(".", dot + 1)) >= 0:
+                if name[dot + 1 :] in shorter:
+                    beginning = name[: dot + 1]
+                    pairs[("", beginning) if is_here else (beginning, "")] += 1
+    if not pairs:
+        return None
+    best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+    return Renaming({best[0]: best[1]}, pairs[best])

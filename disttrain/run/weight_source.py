@@ -18,17 +18,25 @@ from disttrain.checkpoint import (
     Weights,
     is_url,
     on_one_rank,
+    step_of,
     store_at,
     weights_of_checkpoint,
     weights_of_file,
 )
-from disttrain.checkpoint.weights import INDEX
+from disttrain.checkpoint.weight_files import INDEXES
+from disttrain.checkpoint.weights import Choose, Chosen, everything
 from disttrain.errors import CheckpointError, ConfigError, DamagedError
 from disttrain.run.checkpoint_target import find_target, other_place
 
 _WISH = re.compile(r"(.+)@(best|last|[0-9]{1,15})")
 WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin")
 """The usual ends of the names of files with weights."""
+PRETRAINED_FILES = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+"""The files with the weights of a folder for `from_pretrained`, in the order in which it looks for them."""
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _MOST_TRIES = 8
 """A run under way may remove the chosen checkpoint as often as this before the reading is given up."""
 
@@ -60,29 +68,36 @@ def begin_of(kept: Any) -> Begin | None:
     return None
 
 
-def read_source(path: str, before: Begin | None, modules: Collection[str], backend: Backend) -> Source:
-    """Read those of `modules` that the weights at `path` hold; every rank calls this.
+def read_source(
+    path: str, before: Begin | None, modules: Collection[str], backend: Backend, choose: Choose = everything
+) -> Source:
+    """Read what `choose` asks for of those of `modules` that the weights at `path` hold; every rank calls this.
 
     `before`: the weights with which this run has begun before; it takes the same checkpoint again.
     """
+
+    def choose_alike(contents: Weights) -> Chosen:
+        _same_on_all_ranks(path, contents.sha256, backend)
+        return choose(contents)
+
     before = before if before is not None and before.path == path else None
     place, wish = on_one_rank(backend, lambda: split(path))
     if before is not None and before.step is not None:
         wish = str(before.step)
-    if on_one_rank(backend, lambda: is_file(path, place)):
-        source = _from_file(path, backend)
+    if (file := on_one_rank(backend, lambda: file_at(path, place))) is not None:
+        source = _from_file(path, file, backend, choose_alike)
     else:
-        source = _from_checkpoint(path, place, wish, modules, backend)
-    first = _same_on_all_ranks(path, source.weights.sha256, backend)
-    if before is not None and before.sha256 != first:
+        source = _from_checkpoint(path, place, wish, modules, backend, choose_alike)
+    now = source.weights.sha256
+    if before is not None and before.sha256 != now:
         source.notes.append(
-            f"init_from={path} has another content now: sha256 {first[:12]}, and {before.sha256[:12]} when this run "
+            f"init_from={path} has another content now: sha256 {now[:12]}, and {before.sha256[:12]} when this run "
             "began before"
         )
     return source
 
 
-def _same_on_all_ranks(path: str, sha256: str, backend: Backend) -> str:
+def _same_on_all_ranks(path: str, sha256: str, backend: Backend) -> None:
     by_rank: list[str] = backend.all_gather(sha256)
     with backend.agree("comparing the weights of init_from"):
         for rank, other in enumerate(by_rank):
@@ -91,7 +106,6 @@ def _same_on_all_ranks(path: str, sha256: str, backend: Backend) -> str:
                     f"init_from={path}: the ranks read different weights there: sha256 {by_rank[0][:12]} on rank 0, "
                     f"{other[:12]} on rank {rank}; expected the same on every host"
                 )
-    return by_rank[0]
 
 
 def split(path: str) -> tuple[str, str]:
@@ -102,41 +116,51 @@ def split(path: str) -> tuple[str, str]:
     return match[1], match[2]
 
 
-def is_file(path: str, place: str) -> bool:
-    """Return whether the place is a file, and not one of checkpoints; ConfigError if it is nothing."""
+def file_at(path: str, place: str) -> str | None:
+    """Return the file that is meant, which may lie in a folder; None for checkpoints; ConfigError for nothing."""
     if is_url(place):
-        if place.endswith((*WEIGHT_FILES, INDEX)):
+        if place.endswith((*WEIGHT_FILES, *INDEXES)):
             raise ConfigError(f"init_from={path}: expected a folder of checkpoints behind the URL; copy the file here")
-        return False
+        return None
     if Path(place).is_dir():
-        return False
+        found = None if place != path else weights_in(Path(place))
+        return None if found is None else str(found)
     if place != path or not Path(path).is_file():
         raise ConfigError(
             f"init_from={path}: expected a run directory, a folder of checkpoints, or a file of weights; there is no "
             f"{'directory' if Path(place).exists() else 'file or directory'} {place}, seen from {Path.cwd()}"
+            + ("; a model of the Hugging Face Hub has to be downloaded first" if _HUB_ID.fullmatch(path) else "")
         )
-    return True
+    return path
 
 
-def _from_file(path: str, backend: Backend) -> Source:
-    with backend.agree("reading the weights of init_from"):
-        try:
-            weights = weights_of_file(Path(path))
-        except DamagedError as error:
-            raise ConfigError(f"init_from={path}: {error}") from error
-        except CheckpointError as error:
-            raise (CheckpointError if Path(path).exists() else ConfigError)(f"init_from={path}: {error}") from error
+def weights_in(folder: Path) -> Path | None:
+    """Return the file with the weights of a folder that `from_pretrained` loads; None if it is another folder."""
+    if (folder / "checkpoints").is_dir() or any(step_of(each.name) is not None for each in folder.iterdir()):
+        return None
+    return next((folder / name for name in PRETRAINED_FILES if (folder / name).is_file()), None)
+
+
+def _from_file(path: str, file: str, backend: Backend, choose: Choose) -> Source:
+    try:
+        weights = weights_of_file(Path(file), backend, choose)
+    except DamagedError as error:
+        raise ConfigError(f"init_from={path}: {error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"init_from={path}: {error}") from error
     return Source(weights, Begin(path, None, weights.sha256), [])
 
 
-def _from_checkpoint(path: str, place: str, wish: str, modules: Collection[str], backend: Backend) -> Source:
+def _from_checkpoint(
+    path: str, place: str, wish: str, modules: Collection[str], backend: Backend, choose: Choose
+) -> Source:
     """Read the checkpoint that is wished for; choose again if it is removed meanwhile."""
     damaged: dict[str, str] = {}
     for _ in range(_MOST_TRIES):
         root, name = on_one_rank(backend, lambda: _choose(path, place, wish, damaged))
         store = store_at(root)
         try:
-            weights = weights_of_checkpoint(store, name, modules, backend)
+            weights = weights_of_checkpoint(store, name, modules, backend, choose)
         except CheckpointError as error:  # the same on every rank
             if name not in on_one_rank(backend, store.committed):
                 continue
@@ -176,8 +200,8 @@ def _choose(path: str, place: str, wish: str, damaged: Collection[str]) -> tuple
 
 def _files_in(folder: Path) -> str:
     """Return a hint at files of weights in a folder, such as one of the Hugging Face Hub; empty without."""
-    names = sorted(each.name for each in folder.iterdir() if each.name.endswith((*WEIGHT_FILES, INDEX)))
-    names.sort(key=lambda name: not name.endswith(INDEX))
+    names = sorted(each.name for each in folder.iterdir() if each.name.endswith((*WEIGHT_FILES, *INDEXES)))
+    names.sort(key=lambda name: not name.endswith(INDEXES))
     return f"; name a file in it: init_from={folder / names[0]}" if names else ""
 
 

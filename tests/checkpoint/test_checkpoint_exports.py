@@ -1,4 +1,4 @@
-"""An export is one safetensors file with the names of the model's state_dict, or nothing."""
+"""An export has the names of the model's state_dict, in the form that was asked for, or is nothing."""
 
 import os
 import resource
@@ -13,7 +13,7 @@ from checkpoint_states import COMMON_DTYPES, raw_bytes, tensor_of
 from checkpoint_strangers import victim_in_two
 from torch import nn
 
-from disttrain.checkpoint import DamagedError, Exported, export, save
+from disttrain.checkpoint import CheckpointInfo, DamagedError, Exported, export, save
 from disttrain.errors import CheckpointError
 
 
@@ -96,3 +96,70 @@ def test_a_full_disk_is_an_error_and_leaves_no_file(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(tmp_path) == ["c"]
+
+
+def tied_checkpoint(folder: Path, **position: Any) -> tuple[nn.Module, Path]:
+    model = nn.ModuleDict({"net": tied_model(), "head": nn.Linear(3, 1)})
+    return model, save(folder / "c", 4, {"model": model.state_dict()}, info=CheckpointInfo(position=position))
+
+
+def test_a_folder_for_transformers_holds_a_tied_tensor_once(tmp_path: Path) -> None:
+    described = {"architecture": "Net", "config": {"a": 1}, "tied": ["2.weight"]}
+    model, path = tied_checkpoint(tmp_path, pretrained={"net": described})
+    done = export(path, tmp_path / "out", form="hf", module="net")
+    tensors = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors.keys() == model["net"].state_dict().keys() - {"2.weight"}
+    assert done.num_tensors == len(tensors)
+    (tmp_path / "empty").mkdir()  # as one that was made for it
+    assert export(path, tmp_path / "empty", form="hf", module="net", max_shard_bytes=40).num_files > 1
+    apart = {**described, "tied": ["0.weight", "2.weight"]}  # nothing else would hold it
+    _, path = tied_checkpoint(tmp_path / "apart", pretrained={"net": apart})
+    export(path, tmp_path / "both", form="hf", module="net")
+    assert {"0.weight", "2.weight"} <= safetensors.torch.load_file(tmp_path / "both" / "model.safetensors").keys()
+
+
+def test_what_from_pretrained_could_not_load_is_refused(tmp_path: Path) -> None:
+    described = {"architecture": "Net", "config": {}}
+    _, plain = tied_checkpoint(tmp_path / "plain")
+    _, inner = tied_checkpoint(tmp_path / "inner", pretrained={"net": described, "head": described})
+    _, frozen = tied_checkpoint(tmp_path / "frozen", pretrained={"": described}, frozen_left_out={"model.x": "0"})
+    _, odd = tied_checkpoint(tmp_path / "odd", pretrained={"": "no description"})
+    for path, fields, reason in (
+        (plain, {}, "its model is none, .*; use --format safetensors"),
+        (inner, {}, "choose a module that is one: --module net, of net, head"),
+        (frozen, {}, "leaves 1 frozen weights out, which from_pretrained would not find"),
+        (odd, {}, "describes no model of transformers"),
+        (
+            inner,
+            {"module": "tail"},
+            r"the model has no module tail with tensors; its first modules are \['head', 'net'\]",
+        ),
+    ):
+        with pytest.raises(CheckpointError, match=reason):
+            export(path, tmp_path / "out", form="hf", **fields)
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_are_converted_unless_they_would_become_infinite(tmp_path: Path) -> None:
+    state = {"w": torch.tensor([1.0, 70000.0]), "n": torch.tensor(7), "h": torch.ones(2, dtype=torch.bfloat16)}
+    path = save(tmp_path / "c", 1, {"model": state})
+    export(path, tmp_path / "b", dtype="bfloat16")
+    found = safetensors.torch.load_file(tmp_path / "b")
+    assert {name: each.dtype for name, each in found.items()} == {
+        **dict.fromkeys(("w", "h"), torch.bfloat16),
+        "n": torch.int64,
+    }
+    assert torch.equal(found["w"], state["w"].bfloat16())
+    with pytest.raises(CheckpointError, match="w holds numbers beyond those of float16"):
+        export(path, tmp_path / "h", dtype="float16")
+    with pytest.raises(CheckpointError, match="expected a dtype of float32, bfloat16, float16, float64, got int8"):
+        export(path, tmp_path / "h", dtype="int8")
+    assert not (tmp_path / "h").exists()
+
+
+def test_torch_reads_an_export_and_keeps_its_ties(tmp_path: Path) -> None:
+    model, path = tied_checkpoint(tmp_path)
+    export(path, tmp_path / "m.pt", form="torch")
+    state = torch.load(tmp_path / "m.pt", weights_only=True)
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert state["net.0.weight"].data_ptr() == state["net.2.weight"].data_ptr()

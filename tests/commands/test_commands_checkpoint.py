@@ -13,8 +13,8 @@ from disttrain.checkpoint import CheckpointInfo, save
 from disttrain.checkpoint.local_store import LocalStore
 from disttrain.checkpoint.manifest import Cut, Table, manifest_of, part_name
 from disttrain.checkpoint.state_tree import flatten
-from disttrain.commands.checkpoint import count_bytes
 from disttrain.commands.main import main
+from disttrain.files import count_bytes
 
 
 @pytest.fixture

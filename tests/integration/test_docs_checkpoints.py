@@ -1,6 +1,7 @@
 """The commands and the code of docs/checkpoints.md have the effects that the page describes."""
 
 import json
+import os
 import re
 import runpy
 import shlex
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from commands import ROOT, launch
 from ranks import Ranks
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
@@ -37,6 +39,26 @@ def test_its_commands_train_and_save_in_the_places_that_it_names(tmp_path: Path)
         more = [str(tmp_path / "model.safetensors")] if word == "export" else []
         assert main(["checkpoint", word, str(tmp_path / "kept" / "digits"), *more]) == 0
     assert (tmp_path / "model.safetensors").exists()
+    check_exports(tmp_path / "runs-0" / "digits", tmp_path)
+
+
+def check_exports(run: Path, folder: Path) -> None:
+    """Do the exports of the page with a run, in a folder."""
+    [lines] = re.findall(r"(?ms)^```bash export\n(.*?)^```$", PAGE)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        for line in lines.splitlines():
+            words = shlex.split(line)
+            assert words[:3] == ["disttrain", "export", "runs/digits"]
+            assert main(["export", str(run), *words[3:]]) == 0
+    finally:
+        os.chdir(before)
+    step = json.loads((run / "result.json").read_text())["best"]["step"]
+    assert (
+        torch.load(folder / f"digits-{step}.pt", weights_only=True).keys()
+        == load_file(folder / "digits.safetensors").keys()
+    )
 
 
 def test_its_code_saves_and_loads(tmp_path: Path) -> None:

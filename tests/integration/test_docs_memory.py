@@ -47,6 +47,18 @@ def test_its_command_trains_and_changes_no_bit_by_recomputing(tmp_path: Path) ->
     assert results[0] == results[1]
 
 
+def test_its_table_is_printed_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cfg.py").write_text(CFG)
+    (line,) = re.findall(r"(?m)^disttrain launch --ranks 2 cfg.py (.*)$", PAGE)
+    assert main([str(tmp_path / "cfg.py"), *shlex.split(line), "--runs", str(tmp_path / "runs")]) == 0
+    [table] = re.findall(r"(?ms)^```\n(memory of a rank .*?)^```$", PAGE)
+    names = {row[2:38].strip() for row in table.splitlines()[1:]}
+    shown = capsys.readouterr().out.splitlines()
+    assert {row[2:38].strip() for row in shown[1:]} <= {*names, "states of SGD"}
+    assert {"parameters", "activations of a microbatch", "together"} <= {row[2:38].strip() for row in shown}
+    assert not (tmp_path / "runs").exists()
+
+
 def test_slots_are_the_microbatches_of_gradient_accumulation() -> None:
     size, slots, ranks, accumulated = map(
         int,

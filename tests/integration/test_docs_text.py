@@ -1,5 +1,6 @@
 """docs/text.md and examples/gpt.py: all that the page tells to type runs, and is killed and resumed elsewhere."""
 
+import contextlib
 import importlib.util
 import random
 import re
@@ -11,7 +12,9 @@ from pydoc_data.topics import topics
 import pytest
 from commands import ROOT, Done, launch, lines, result
 
+from disttrain.commands.main import main
 from disttrain.data import TokenFiles
+from disttrain.evidence import params_sha256
 
 PAGE = (ROOT / "docs" / "text.md").read_text()
 FILES = dict(re.findall(r"(?ms)^```python file=(\S+)\n(.*?)^```$", PAGE))
@@ -154,3 +157,23 @@ def test_the_gpt_learns(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["hugging_face", "hugging_face_packed"])
 def test_the_configs_with_hugging_face_killed_and_resumed_have_the_same_bits(folder: Path, name: str) -> None:
     check_killed_and_resumed(folder, name, short(folder) if name == "hugging_face_packed" else SHORT)
+
+
+@slow
+@hugging_face
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_model_of_hugging_face_is_exported_loaded_and_trained_on(folder: Path, strategy: str) -> None:
+    from transformers import GPT2LMHeadModel
+
+    done = run(folder, "hugging_face.py", *SHORT, f"strategy={strategy}", ranks=2)
+    assert done.code == 0, done.text
+    (words,) = re.findall(r"(?m)^disttrain (export .*)$", PAGE)
+    with contextlib.chdir(folder):
+        assert main(words.split()) == 0
+        runpy.run_path("generate.py")
+        model, report = GPT2LMHeadModel.from_pretrained("manual-gpt2", output_loading_info=True)
+    assert not any(report.values()), report
+    assert params_sha256(model) == result(folder / "runs/hugging-face")["params_sha256"]
+    begun = run(folder, "hugging_face.py", "max_steps=1", *SHORT[1:], "init_from=manual-gpt2", "name=on", ranks=2)
+    assert begun.code == 0, begun.text
+    assert "begins with manual-gpt2: 28 tensors taken" in begun.out

@@ -134,6 +134,27 @@ def test_torchruns_log_is_suppressed_and_a_killed_rank_is_named(capsys: pytest.C
     assert capsys.readouterr().err == "the rank with local rank 1 was ended by SIGKILL\n"
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "code", "hints"),
+    [(3, 4, -9, True), (3, 3, -9, False), (3, 4, -15, False), (None, 4, -9, False), (3, None, -9, False)],
+)
+def test_a_kill_for_want_of_memory_is_hinted_at(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    before: int | None,
+    now: int | None,
+    code: int,
+    hints: bool,
+) -> None:
+    monkeypatch.setattr(torchrun, "_killed_before", before)
+    monkeypatch.setattr(torchrun, "num_killed_for_memory", lambda: now)
+    record = logging.LogRecord(
+        "torch", logging.ERROR, "api.py", 1, "failed (exitcode: %s) local_rank: %s", (code, 0), None
+    )
+    torchrun._report_killed_rank(record)
+    assert ("has killed a process for want of memory meanwhile; --memory tells" in capsys.readouterr().err) == hints
+
+
 def test_torch_logs_a_failed_rank_in_the_words_that_are_matched() -> None:
     assert '"failed (exitcode: %s)' in Path(api.__file__).read_text()  # launching/torchrun.py matches this text
 

@@ -14,6 +14,7 @@ from small_run import console, net, points, printed, single, small_config, small
 from torch import Tensor, nn
 
 from disttrain.backend import Backend
+from disttrain.checkpoint.export_files import write_in_shards
 from disttrain.config import InitFromConfig
 from disttrain.errors import ConfigError
 from disttrain.evidence import params_sha256
@@ -226,14 +227,17 @@ def begin(backend: Backend, folder: Path, source: str, strategy: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "strategy"), [(3, "ddp"), (3, "fsdp"), pytest.param(8, "ddp", marks=pytest.mark.slow)]
+    ("world_size", "strategy", "file"),
+    [(3, "ddp", "w.pt"), (3, "fsdp", "w.pt"), (2, "fsdp", ""), pytest.param(8, "ddp", "w.pt", marks=pytest.mark.slow)],
 )
 def test_the_bits_are_those_of_a_model_that_holds_them_on_any_number_of_ranks(
-    tmp_path: Path, ranks: Ranks, world_size: int, strategy: str
+    tmp_path: Path, ranks: Ranks, world_size: int, strategy: str, file: str
 ) -> None:
     torch.manual_seed(99)
     weights = net().state_dict()
-    torch.save({f"body.{name}": value for name, value in weights.items()}, tmp_path / "w.pt")
+    stored = {f"body.{name}": value for name, value in weights.items()}
+    torch.save(stored, tmp_path / "w.pt")
+    write_in_shards(tmp_path / "model.safetensors", stored, stored.__getitem__, 50)  # a folder, as of a hub
 
     def holds_them() -> nn.Module:
         model = net()
@@ -241,7 +245,7 @@ def test_the_bits_are_those_of_a_model_that_holds_them_on_any_number_of_ranks(
         return model
 
     trained(tmp_path / "whole", **CHANGES, model=holds_them)
-    shown = ranks(world_size, begin, tmp_path, str(tmp_path / "w.pt"), strategy, timeout_s=120)
+    shown = ranks(world_size, begin, tmp_path, str(tmp_path / file), strategy, timeout_s=120)
     assert "9 tensors taken" in shown[0]
     ledger = (tmp_path / "small" / "ledger.jsonl").read_text()
     assert ledger == (tmp_path / "whole" / "small" / "ledger.jsonl").read_text()

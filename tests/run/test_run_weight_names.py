@@ -39,10 +39,18 @@ def test_mistakes_in_rename_are_named() -> None:
 
 
 def test_a_renaming_that_would_fit_is_found() -> None:
-    assert renaming_that_fits(["0.weight"], ["other", "module.0.weight"]) == {"module.": ""}
-    assert renaming_that_fits(["net.0.weight"], ["0.weight"]) == {"": "net."}
+    assert renaming_that_fits(["0.weight"], ["other", "module.0.weight"]) == ({"module.": ""}, 1)
+    assert renaming_that_fits(["net.0.weight"], ["0.weight"]) == ({"": "net."}, 1)
     assert renaming_that_fits(["0.weight"], ["1.weight"]) is None
     assert renaming_that_fits([], ["1.weight"]) is None
+
+
+def test_the_renaming_is_that_by_which_most_names_are_found() -> None:
+    base = ["h.0.weight", "h.1.weight", "wte.weight"]
+    head = ["lm_head.weight", "transformer.h.0.weight", "transformer.h.1.weight", "transformer.wte.weight"]
+    assert renaming_that_fits(head, base) == ({"": "transformer."}, 3)
+    assert renaming_that_fits(base, head) == ({"transformer.": ""}, 3)
+    assert renaming_that_fits(["a.b.w", "a.c.w", "v"], ["b.w", "c.w", "x.v"]) == ({"": "a."}, 2)
 
 
 NAMES = st.lists(st.text("ab.", min_size=1, max_size=4), unique=True, max_size=6)

@@ -1,5 +1,6 @@
 """`init_from` finds a checkpoint of another run, which may be under way, or a file; all ranks read the same one."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from ranks import Ranks
 from small_run import single
@@ -82,10 +84,10 @@ def test_a_run_without_a_checkpoint_a_file_with_a_wish_and_a_file_behind_a_url(t
     with pytest.raises(ConfigError, match=r"expected a checkpoint in .*, found none"):
         read(tmp_path / "run")
     (tmp_path / "hub").mkdir()
-    for name in ("config.json.txt", "model-1.safetensors", "model.safetensors.index.json"):
+    for name in ("config.json.txt", "model-1.safetensors", "weights.safetensors.index.json"):
         (tmp_path / "hub" / name).touch()
     with pytest.raises(
-        ConfigError, match=r"found none; name a file in it: init_from=.*/model\.safetensors\.index\.json$"
+        ConfigError, match=r"found none; name a file in it: init_from=.*/weights\.safetensors\.index\.json$"
     ):
         read(tmp_path / "hub")
     torch.save({"weight": torch.ones(2)}, tmp_path / "w.pt")
@@ -185,5 +187,25 @@ def test_a_file_that_one_rank_lacks_or_has_otherwise_is_one_error_for_all(tmp_pa
     assert {type(error) for error in errors} == {ConfigError}
     assert "the ranks read different weights there" in str(errors[0])
     errors = [each.error for each in ranks.outcomes(2, read_in_a_folder_of_its_own, [a, d])]  # type: ignore[union-attr]
-    assert [type(error) for error in errors] == [RemoteError, ConfigError]
-    assert "init_from=w.pt: cannot read w.pt: No such file" in str(errors[0])
+    assert ConfigError in {type(error) for error in errors} <= {ConfigError, RemoteError}
+    assert all("init_from=w.pt: cannot read w.pt: No such file" in str(error) for error in errors)
+
+
+def test_a_folder_that_from_pretrained_loads_is_read_by_its_files(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")  # a run directory has one too
+    torch.save({"weight": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    assert step_of(read(tmp_path)) == 1.0
+    safetensors.torch.save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    source = read(tmp_path)
+    assert step_of(source) == 0.0  # the one that from_pretrained takes
+    content = (tmp_path / "model.safetensors").read_bytes()
+    assert source.begin == Begin(str(tmp_path), None, hashlib.sha256(content).hexdigest())
+    (tmp_path / "config.json").unlink()
+    saved(tmp_path, 7)
+    assert step_of(read(tmp_path)) == 7.0  # a run is a run, whatever lies in it
+
+
+def test_a_model_of_a_hub_has_to_be_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="a model of the Hugging Face Hub has to be downloaded first"):
+        read("openai/gpt2")
