@@ -14,6 +14,7 @@ compare      finds the first difference of two runs
 runs         lists the runs of a folder, what differs in their configs, and their results
 checkpoint   lists, shows, verifies, prunes and exports checkpoints
 evaluate     evaluates a checkpoint of a run on its validation data
+launchers    lists and copies the launchers that are installed with the package
 doctor       prints the versions and devices of this machine
 closed_output  drops what nobody reads any more
 failures     reports the error that ended a run, once for all ranks
