@@ -40,6 +40,7 @@ from disttrain.errors import ConfigError, Interrupted
 from disttrain.files import keep_socket_paths_short
 from disttrain.launching.local_ranks import as_if_started_by_hand
 from disttrain.launching.pet_variables import hidden_variables
+from disttrain.pod import note_end
 
 _EXIT_CODES_FOLDER = "DISTTRAIN_EXIT_CODES"
 """The variable that holds the folder into which the ranks of this host write their exit codes."""
@@ -267,5 +268,7 @@ def _report_killed_rank(record: logging.LogRecord) -> bool:
     code, local_rank = (*record.args, None, None)[:2] if isinstance(record.args, tuple) else (None, None)
     if str(record.msg).startswith("failed (exitcode") and isinstance(code, int) and code < 0:
         name = signal.Signals(-code).name
-        print(f"the rank with local rank {local_rank} was ended by {name}", file=sys.stderr)
+        text = f"the rank with local rank {local_rank} was ended by {name}"
+        note_end(text)
+        print(text, file=sys.stderr)
     return False

@@ -1,4 +1,4 @@
-"""Runs whose checkpoints are in a bucket of an S3 server on this machine: killed, resumed, in several parts, refused."""
+"""Runs with checkpoints in a bucket of an S3 server on this machine: killed, resumed, in several parts, refused."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import environment, kill, launch, result, start, write_cfg
+from commands import kill, launch, result, start, write_cfg
 
 pytest.importorskip("moto", reason="the S3 server is not installed: pip install 'disttrain[test]'")
 s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'disttrain[test]'")
