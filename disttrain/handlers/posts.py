@@ -38,7 +38,7 @@ class ProgressPosts:
         self._tell = tell
         self._every_s = every_s
         self._metrics: dict[str, str] = {}
-        self._newest: dict[str, Any] | None = None
+        self._reached = (0, 0.0)
         self._next_post = 0.0
         self._start = (0, 0.0)
         self._wake = threading.Event()
@@ -67,7 +67,7 @@ class ProgressPosts:
     def step(self, engine: Engine) -> None:
         """Post the progress if it is time."""
         now, step = time.monotonic(), engine.state.iteration
-        self._newest = self._status(now, step)
+        self._reached = (step, now)
         if now >= self._next_post:
             self._next_post = now + self._every_s
             self._wake.set()
@@ -83,15 +83,16 @@ class ProgressPosts:
     def _store(self, prefix: str, values: Mapping[str, Any]) -> None:
         numbers = {f"{prefix}{name}": value for name, value in values.items()}
         fit = {name: str(value) for name, value in numbers.items() if isinstance(value, int | float)}
-        self._metrics |= {name: value for name, value in fit.items() if len(name) <= LONGEST_NAME}
+        fit = {name: value for name, value in fit.items() if len(name) <= LONGEST_NAME}
+        self._metrics = {**self._metrics, **fit}  # a new dict: the thread may be reading the old one
 
-    def _status(self, now: float, step: int) -> dict[str, Any]:
-        first_step, began = self._start
+    def _status(self) -> dict[str, Any]:
+        (first_step, began), (step, now) = self._start, self._reached
         status: dict[str, Any] = {
             # 100 means that the run is over, so it is not rounded up.
             "progressPercentage": math.floor(100 * min(step, self._total_steps) / max(self._total_steps, 1)),
             "lastUpdatedTime": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
-            "metrics": [{"name": name, "value": self._metrics[name]} for name in list(self._metrics)[:MAX_METRICS]],
+            "metrics": [{"name": name, "value": value} for name, value in [*self._metrics.items()][:MAX_METRICS]],
         }
         if step > first_step:
             left = max(self._total_steps - step, 0)
@@ -107,7 +108,7 @@ class ProgressPosts:
             self._wake.clear()
             ended = self._ended.is_set()
             try:
-                self._post({"trainerStatus": self._newest})
+                self._post({"trainerStatus": self._status()})
             except Exception as error:  # noqa: BLE001 - whatever it is, the run goes on
                 if not has_told:
                     self._tell(

@@ -120,7 +120,7 @@ def run_torchrun(
             with hidden_variables():
                 config, _, _ = config_of(parse([*words, "--start-method", "forkserver", "-m", module]))
             config.rdzv_backend = elastic.NAME
-            with _no_main_module():
+            with _no_main_module(), elastic.polite_agents():
                 _wait_for_server()
                 elastic_launch(config, _run_rank)(module, list(arguments), multiprocessing.get_start_method())
         except ChildFailedError as error:

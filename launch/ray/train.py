@@ -65,7 +65,7 @@ def main() -> int:
     except Exception as error:  # noqa: BLE001 - Ray has printed the errors of the workers
         print(f"Ray gave the run up: {type(error).__name__}; see the workers' errors above", file=sys.stderr)
         return 1
-    return int(result.metrics["exit_code"])
+    return int(result.return_value)
 
 
 def with_absolute_paths(words: list[str]) -> list[str]:
@@ -136,16 +136,14 @@ def set_variables(address: str, port: int) -> None:
     os.environ.update({name: str(number) for name, number in numbers.items()}, MASTER_ADDR=address)
 
 
-def train_on_worker(settings: dict[str, Any]) -> None:
-    """Train as one rank; Ray starts all workers again if this raises."""
-    import ray.train
-
+def train_on_worker(settings: dict[str, Any]) -> int:
+    """Train as one rank and return the exit code; Ray starts all workers again if this raises."""
     from disttrain.commands.launch import main as launch
 
     code = launch(settings["words"])
     if code not in (0, MISTAKE, INTERRUPTED):
         raise RuntimeError(f"the run failed with exit code {code}; its last checkpoint is kept")
-    ray.train.report({"exit_code": code})
+    return code
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import re
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from disttrain.handlers.losses import Pace
 from disttrain.handlers.posts import ProgressPosts
 from disttrain.pod import ProgressServer
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "run"))  # small_run.py
+
 x509 = pytest.importorskip(
     "cryptography.x509", reason="it makes the server's certificate: pip install 'disttrain[test]'"
 )
@@ -25,6 +28,7 @@ models = pytest.importorskip("kubeflow_trainer_api.models", reason="Kubeflow's m
 
 from cryptography.hazmat.primitives import hashes, serialization  # noqa: E402
 from cryptography.hazmat.primitives.asymmetric import ec  # noqa: E402
+from small_run import trained  # noqa: E402
 
 PACE = Pace(step=3, epoch=1, loss=0.125, learning_rate=0.1, samples_per_second=9.0, values={"hits": 0.5, "no": [1.0]})
 

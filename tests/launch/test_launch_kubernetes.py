@@ -6,7 +6,6 @@ API server checks beyond its schemas is checked here as far as it concerns these
 """
 
 import copy
-import os
 import signal
 import socket
 import subprocess
@@ -195,10 +194,9 @@ class Pods:
         self.pods = [self.start(index) for index in range(self.count)]
 
     def start(self, index: int) -> subprocess.Popen[bytes]:
-        words = [
-            word.replace("/job/", f"{self.folder}/").replace("/runs", f"{self.folder}/runs") for word in self.words
-        ]
-        assert words[0] == "disttrain"
+        here = {"/job/cfg.py": f"{self.folder}/cfg.py", "/runs": f"{self.folder}/runs"}
+        words = [here.get(word, word) for word in self.words]
+        assert words[:3] == ["disttrain", "launch", f"{self.folder}/cfg.py"]
         # Of a TrainJob the operator sets them.
         values = {"PET_NNODES": str(self.count), "PET_NPROC_PER_NODE": "1"}
         values |= {each["name"]: each["value"] for each in self.container["env"] if "value" in each}
