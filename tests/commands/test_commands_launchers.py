@@ -1,6 +1,8 @@
 """`disttrain launchers`: what it lists, what it copies, what it refuses; and what a wheel holds."""
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -77,3 +79,21 @@ def test_a_wheel_holds_the_folder_of_the_repository(tmp_path: Path, monkeypatch:
         str(path.relative_to(LAUNCH)) for path in FILES
     ]
     assert [path.read_bytes() for path in held] == [path.read_bytes() for path in FILES]
+
+
+def test_the_commands_of_the_pages_copy_what_they_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    copied = set()
+    for page in ("launching", "kubernetes", "ray", "skypilot"):
+        blocks = re.findall(r"(?ms)^```bash[^\n]*\n(.*?)^```$", (LAUNCH.parent / f"docs/{page}.md").read_text())
+        commands = [line for block in blocks for line in block.splitlines() if line.startswith("disttrain launchers")]
+        assert commands
+        for command in commands:
+            assert main(shlex.split(command)[1:]) == 0
+            copied |= set(shlex.split(command)[4:])
+        # What the page runs then is there.
+        for name in re.findall(r"\b(launch/(?:kubernetes|ray|skypilot)/\w+\.\w+)", "".join(blocks)):
+            assert (tmp_path / name).is_file(), name
+    assert copied == {"slurm", "kubernetes", "ray", "skypilot"}

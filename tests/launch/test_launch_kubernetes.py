@@ -59,7 +59,7 @@ def job_spec(path: Path) -> Object:
 
 
 def complaints(each: Object) -> list[str]:
-    """Return what is wrong with an object by the schema of its kind: fields unknown, missing or of another type."""
+    """Return the mistakes in an object by the schema of its kind: fields unknown, missing or of another type."""
     model = MODELS[each["kind"]]
     try:
         known = model.from_dict(copy.deepcopy(each)).to_dict()
@@ -212,7 +212,7 @@ class Pods:
         return self.folder / f"termination-{index}"
 
     def action(self, code: int) -> str:
-        """Return what Kubernetes does about a pod that ended with this code."""
+        """Return the action of Kubernetes on a pod that ended with this code."""
         for rule in self.spec["podFailurePolicy"]["rules"]:
             if code in rule.get("onExitCodes", {}).get("values", []):
                 return str(rule["action"])
@@ -270,7 +270,7 @@ def test_pods_that_are_evicted_save_and_come_back_to_the_same_bits(path: Path, t
 
 @pytest.mark.slow
 def test_a_mistake_fails_the_job_and_each_pod_says_which(tmp_path: Path) -> None:
-    write_cfg(tmp_path, "def wrong(model, batch):\n    raise ValueError('on purpose')\nfields.update(forward=wrong)\n")
+    write_cfg(tmp_path, "def wrong(y_pred, y):\n    raise ValueError('on purpose')\nfields.update(loss=wrong)\n")
     pods = Pods(ROOT / "launch/kubernetes/indexed_job.yaml", tmp_path)
     try:
         assert "FailJob" in pods.wait(), pods.output()

@@ -33,6 +33,7 @@ fields.update(handlers=[slow], max_epochs=4, checkpoint={"every_steps": 3})
 """
 
 
+@pytest.mark.slow
 def test_wrong_words_are_refused_before_ray_is_asked(tmp_path: Path) -> None:
     write_cfg(tmp_path)
     for words, message in (
@@ -122,7 +123,7 @@ def test_a_killed_worker_costs_no_bits(cluster: dict[str, str], tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_mistake_is_not_tried_again(cluster: dict[str, str], tmp_path: Path) -> None:
-    write_cfg(tmp_path, "def wrong(model, batch):\n    raise ValueError('on purpose')\nfields.update(forward=wrong)\n")
+    write_cfg(tmp_path, "def wrong(y_pred, y):\n    raise ValueError('on purpose')\nfields.update(loss=wrong)\n")
     assert train(cluster, tmp_path, "--workers", "2").wait(240) == 2
     text = (tmp_path / "out.txt").read_text()
     assert text.count("ValueError: on purpose") >= 1, text

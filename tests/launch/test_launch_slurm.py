@@ -219,7 +219,7 @@ def test_ranks_that_srun_started_save_or_come_back_without_torchrun(
 
 
 def test_a_mistake_under_srun_is_not_queued_again(slurm: Slurm, tmp_path: Path) -> None:
-    write_cfg(tmp_path, "def wrong(model, batch):\n    raise ValueError('on purpose')\nfields.update(forward=wrong)\n")
+    write_cfg(tmp_path, "def wrong(y_pred, y):\n    raise ValueError('on purpose')\nfields.update(loss=wrong)\n")
     job = slurm.submit(tmp_path, "--partition", "low", "--time", "60", script="srun_job.sh")
     slurm.wait_until(lambda: slurm.state(job) == "FAILED", 120)
     assert "ExitCode=2:0" in slurm.ask("scontrol", "show", "job", job)
