@@ -16,6 +16,7 @@ A worker that Ray lost costs the steps since the last checkpoint, as no signal w
 import argparse
 import os
 import sys
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ def main() -> int:
     options = parser.parse_args()
     if not options.words or options.workers < 1:
         parser.error("expected at least one worker and a CFG.PY")
+    if starting := [word for word in options.words if word.split("=")[0] in ("--ranks", "--nodes", "--rdzv")]:
+        parser.error(f"Ray starts the ranks: expected --workers N in front of the CFG.PY, got {starting[0]}")
     words = with_absolute_paths(options.words)
     if code := os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-m", "disttrain.launch", "--check", *words]):
         return code  # a mistake, reported once and before a cluster is asked for anything
@@ -45,8 +48,10 @@ def main() -> int:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-    # Variables that must be there when a worker's interpreter starts: its hash seed and its threads.
-    ray.init(address=options.address, runtime_env={"env_vars": dict(SETTINGS)})
+    # A worker's hash seed and threads must be there when its interpreter starts. By the id, workers that are started
+    # again know that --fresh has been obeyed.
+    variables = {**SETTINGS, "DISTTRAIN_LAUNCH_ID": str(uuid.uuid4())}
+    ray.init(address=options.address, runtime_env={"env_vars": variables})
     trainer = trainer_class()(
         train_on_worker,
         train_loop_config={"words": words},

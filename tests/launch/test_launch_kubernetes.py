@@ -117,6 +117,7 @@ def test_codes_and_times_agree_with_ours(path: Path) -> None:
     assert set(actions) | {0, 1} == set(MEANINGS)
     values = {each["name"]: each.get("value") for each in container["env"]}
     assert int(values[GRACE_VARIABLES[1]]) + SPARE_S == pod["terminationGracePeriodSeconds"]
+    assert "DISTTRAIN_LAUNCH_ID" in values
     assert values[TERMINATION_LOG] == "/dev/termination-log"  # terminationMessagePath, if nobody sets another
     mounted = {mount["name"] for mount in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in pod["volumes"]}
@@ -202,7 +203,8 @@ class Pods:
         values |= {each["name"]: each["value"] for each in self.container["env"] if "value" in each}
         values |= {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": self.port, "PET_NODE_RANK": str(index)}
         self.log(index).touch()
-        values[TERMINATION_LOG] = str(self.log(index))
+        values |= {TERMINATION_LOG: str(self.log(index)), "DISTTRAIN_LAUNCH_ID": "uid-of-the-job"}
+        words.append("--fresh")  # it counts once, not in each new pod
         with (self.folder / f"pod-{index}.txt").open("a") as out:
             return subprocess.Popen(
                 [sys.executable, "-m", *words], env={**environment(), **values}, cwd=self.folder, stdout=out, stderr=out

@@ -39,6 +39,7 @@ def test_wrong_words_are_refused_before_ray_is_asked(tmp_path: Path) -> None:
     for words, message in (
         ([], "expected at least one worker and a CFG.PY"),
         (["--workers", "0", "cfg.py"], "expected at least one worker and a CFG.PY"),
+        (["cfg.py", "--ranks", "2"], "Ray starts the ranks: expected --workers N"),
         (["no.py"], "no.py"),
         (["cfg.py", "max_epoch=3"], "did you mean max_epochs"),
     ):
@@ -81,8 +82,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
             subprocess.run(["pkill", "-KILL", "-s", str(head.pid)], check=False)
 
 
-def train(cluster: dict[str, str], folder: Path, *words: str) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, str(PROGRAM), *words, "--storage", str(folder / "ray"), "cfg.py"]
+def train(cluster: dict[str, str], folder: Path, *words: str, fresh: bool = False) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, str(PROGRAM), *words, "--storage", str(folder / "ray"), "cfg.py", *["--fresh"] * fresh]
     with (folder / "out.txt").open("a") as out:
         return subprocess.Popen(command, cwd=folder, env=cluster, stdout=out, stderr=out)
 
@@ -95,7 +96,7 @@ def test_a_killed_worker_costs_no_bits(cluster: dict[str, str], tmp_path: Path) 
     write_cfg(whole, f"FOLDER, SLEEP = {str(whole)!r}, 0\n{SLOW}")
     assert launch("cfg.py", cwd=whole).code == 0
     write_cfg(tmp_path, f"FOLDER, SLEEP = {str(tmp_path)!r}, 0.4\n{SLOW}")
-    program = train(cluster, tmp_path, "--workers", "2")
+    program = train(cluster, tmp_path, "--workers", "2", fresh=True)
     try:
         deadline = time.monotonic() + 240
         while not (tmp_path / "step").exists() or int((tmp_path / "step").read_text() or 0) < 5:

@@ -78,6 +78,7 @@ def machines(folder: Path, number: int, *words: str) -> list["subprocess.Popen[b
             **environment(),
             **{name: str(value) for name, value in job["envs"].items()},
             "WORDS": " ".join([job["envs"]["WORDS"], *words]),
+            "SKYPILOT_TASK_ID": "sky-managed-1",
             "SKYPILOT_NUM_NODES": str(number),
             "SKYPILOT_NODE_RANK": str(rank),
             "SKYPILOT_NODE_IPS": "\n".join(["127.0.0.1"] * number),
