@@ -13,7 +13,6 @@
 # GRACE        seconds that ranks have to save (110); change it together with --signal below
 # RESTARTS     how often a job whose ranks failed is queued again (3)
 #SBATCH --job-name=disttrain
-#SBATCH --ntasks=1
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
