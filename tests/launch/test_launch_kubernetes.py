@@ -105,6 +105,7 @@ def test_codes_and_times_agree_with_ours(path: Path) -> None:
     pod = spec["template"]["spec"]
     [container] = pod["containers"]
     assert pod["restartPolicy"] == "Never"
+    assert spec["successPolicy"] == {"rules": [{"succeededCount": 1}]}
     actions = {}
     for rule in spec["podFailurePolicy"]["rules"]:
         if "onExitCodes" in rule:

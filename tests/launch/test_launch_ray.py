@@ -2,9 +2,11 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,11 +61,18 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     """A Ray on the loopback address; yields the variables by which programs reach it."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'disttrain[launchers]'")
     folder = tmp_path_factory.mktemp("ray")
+    short = Path(tempfile.mkdtemp(prefix="ray-"))  # its sockets are in it, and their paths must be short
     variables = {**paths(), "HOME": str(folder), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
     ray = [sys.executable, "-m", "ray.scripts.scripts"]
     # --block: the command stays, and its Ray ends with it.
     start = ["start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={PORT}", "--num-cpus=4"]
-    start += ["--num-gpus=0", "--include-dashboard=false", "--disable-usage-stats", "--object-store-memory=100000000"]
+    start += [
+        "--num-gpus=0",
+        "--include-dashboard=false",
+        "--disable-usage-stats",
+        "--object-store-memory=100000000",
+    ]
+    start += [f"--temp-dir={short}"]
     with (folder / "ray.txt").open("w") as out:
         head = subprocess.Popen([*ray, *start], env=variables, stdout=out, stderr=out, start_new_session=True)
     try:
@@ -80,6 +89,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         finally:
             # What has not ended by then; all processes of this Ray are in the session that its command has begun.
             subprocess.run(["pkill", "-KILL", "-s", str(head.pid)], check=False)
+            shutil.rmtree(short, ignore_errors=True)
 
 
 def train(cluster: dict[str, str], folder: Path, *words: str, fresh: bool = False) -> "subprocess.Popen[bytes]":
