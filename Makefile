@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 # pip uses its cache and local folders of wheels as it is configured.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
+LAUNCHERS_STAMP := $(VENV)/.installed-launchers
 XLA_VENV ?= .venv-xla
 XLA_STAMP := $(XLA_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-xla slow soak lint types check format clean
+.PHONY: help setup demo test test-xla slow slurm soak lint types check format clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -29,7 +30,18 @@ demo: setup  ## train the handwritten-digits example on 2 gloo ranks
 test: setup  ## run the test suite (about 8 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-slow: setup  ## run the long tests, which `make test` leaves out (about 25 minutes)
+# Ray, SkyPilot and Kubernetes' schemas, beside what `setup` installs; pip changes none of its versions.
+$(LAUNCHERS_STAMP): $(STAMP)
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,launchers]'
+	@touch $@
+
+# The scheduler of launch/slurm, where apt-get can install it; elsewhere its tests say that they were skipped.
+slurm:
+	@command -v slurmctld slurmd munged > /dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && \
+		timeout 120 apt-get update -qq && DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -qq --no-install-recommends \
+		slurmctld slurmd slurm-client munge > /dev/null; } || echo 'Slurm is not installed: its tests are skipped'
+
+slow: $(LAUNCHERS_STAMP) slurm  ## run the long tests, which `make test` leaves out (about 30 minutes)
 	$(BIN)/python -m pytest -m slow --timeout 900 -o faulthandler_timeout=1200 -n 2 --dist loadfile
 
 soak: setup  ## 400 kills, 80 power losses (root), 20 minutes of faults on three hosts (root), fuzzing, 500 programs; 1 hour

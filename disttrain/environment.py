@@ -109,10 +109,13 @@ def launch_ids(environ: Mapping[str, str] = os.environ) -> dict[str, bool]:
     The value of an id is True if this launch began every run that carries the id. The id of torchrun's agent is
     certain: the agent outlives its ranks, and `TORCHELASTIC_RESTART_COUNT` stays 0 when hosts join or leave. The id of
     a Slurm job is certain once the job was requeued; before that, one job may launch many runs.
+    `DISTTRAIN_LAUNCH_ID` is for launchers that start ranks again by themselves, and who sets it vouches for it.
     """
     ids = {}
     if "TORCHELASTIC_RUN_ID" in environ:
         ids[f"torchrun {environ['TORCHELASTIC_RUN_ID']} on {socket.gethostname()}, {_parent()}"] = True
+    if own := environ.get("DISTTRAIN_LAUNCH_ID"):
+        ids[f"launch {own}"] = True
     if "SLURM_JOB_ID" in environ:
         ids[f"Slurm job {environ['SLURM_JOB_ID']}"] = _integer(environ, "SLURM_RESTART_COUNT", 0) > 0
     return ids

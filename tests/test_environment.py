@@ -207,6 +207,8 @@ def test_a_launch_is_known_by_its_agent_and_a_requeued_job_by_its_number() -> No
     (agent,) = launch_ids(elastic)
     assert launch_ids({**elastic, "TORCHELASTIC_RESTART_COUNT": "2"}) == {agent: True}
     assert str(os.getppid()) in agent
+    assert launch_ids({"DISTTRAIN_LAUNCH_ID": "7f3a"}) == {"launch 7f3a": True}
+    assert launch_ids({"DISTTRAIN_LAUNCH_ID": ""}) == {}  # a pod's label that nobody has set
     assert launch_ids({"SLURM_JOB_ID": "12"}) == {"Slurm job 12": False}
     assert launch_ids({"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "1"}) == {"Slurm job 12": True}
 

@@ -15,6 +15,7 @@ runs         lists the runs of a folder, what differs in their configs, and thei
 checkpoint   lists, shows, verifies and prunes checkpoints
 export       writes the weights of a run for other programs
 evaluate     evaluates a checkpoint of a run on its validation data
+launchers    lists and copies the launchers that are installed with the package
 doctor       prints the versions and devices of this machine
 closed_output  drops what nobody reads any more
 failures     reports the error that ended a run, once for all ranks

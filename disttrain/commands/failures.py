@@ -14,6 +14,7 @@ from disttrain.backend.ended_before import remember_mistake
 from disttrain.commands.exit_codes import FAILED, INTERRUPTED, USAGE
 from disttrain.config import Config
 from disttrain.errors import DisttrainError, Interrupted, RemoteError
+from disttrain.pod import note_end
 from disttrain.run.code_errors import explained
 
 _WATCHDOG_ENDS_WITHIN_S = 10.0
@@ -22,6 +23,7 @@ _WATCHDOG_ENDS_WITHIN_S = 10.0
 def report_failure(error: BaseException, config: Config | None, backend: Backend, options: argparse.Namespace) -> int:
     """Print an error on the rank that failed first, and send it to the other ranks; return this rank's exit code."""
     if isinstance(error, RemoteError):
+        note_end(str(error))
         code = error.failed_exit_code
         # The rank that failed may explain its error before it reports it: that report has the code.
         return code if code != FAILED else (backend.first_failure(wait_s=0.5) or error).failed_exit_code
@@ -38,6 +40,7 @@ def report_failure(error: BaseException, config: Config | None, backend: Backend
         backend.fail(error)
         first = backend.first_failure(wait_s=0.0)
     if first is not None and first.rank != backend.rank:
+        note_end(str(first))
         return first.failed_exit_code
     return print_error(error, options)
 
@@ -51,8 +54,11 @@ def is_interrupted(error: BaseException, backend: Backend) -> bool:
 def print_error(error: BaseException, options: argparse.Namespace) -> int:
     """Print a user's mistake as one message, and any other error with its traceback; return the exit code."""
     if isinstance(error, KeyboardInterrupt):
-        print(f"Interrupted: {error or 'the same command resumes from the last checkpoint'}", file=sys.stderr)
+        text = f"Interrupted: {error or 'the same command resumes from the last checkpoint'}"
+        note_end(text)
+        print(text, file=sys.stderr)
         return INTERRUPTED
+    note_end(f"{type(error).__name__}: {error}")
     if options.traceback or not isinstance(error, (DisttrainError, OSError)):
         traceback.print_exception(error)
     else:

@@ -13,7 +13,7 @@ from disttrain.commands.closed_output import output_may_close
 from disttrain.process import begin_process
 from disttrain.version import __version__
 
-_OWN_PARSERS = ("launch", "verify", "checkpoint", "evaluate", "runs")
+_OWN_PARSERS = ("launch", "verify", "checkpoint", "evaluate", "runs", "launchers")
 """The commands that parse their own words."""
 _TRAINS = ("launch", "verify", "evaluate")
 
@@ -54,6 +54,9 @@ def run_words(words: Sequence[str]) -> int:
     commands.add_parser("export", add_help=False, help="write the weights of a run for other programs")
     commands.add_parser("runs", add_help=False, help="list the runs of a folder, what differs in them, and results")
     commands.add_parser("evaluate", add_help=False, help="evaluate a checkpoint of a run on its validation data")
+    commands.add_parser(
+        "launchers", add_help=False, help="list or copy the launchers for Kubernetes, Ray, SkyPilot, Slurm and others"
+    )
     compare = commands.add_parser(
         "compare",
         help="find the first step at which two runs differ",

@@ -9,6 +9,7 @@ from disttrain.backend import Backend
 from disttrain.config import Config
 from disttrain.files import printable
 from disttrain.handlers.progress import value_text, warn
+from disttrain.pod import note_end
 from disttrain.process import differences_of_process
 from disttrain.run import checkpoint_places
 from disttrain.run.directory import RunDirectory
@@ -38,7 +39,9 @@ def print_beginning(config: Config, directory: RunDirectory, backend: Backend, c
 
 
 def print_summary(result: dict[str, Any], directory: RunDirectory, console: Console) -> None:
-    """Print the content of result.json, and the paths of the run's files, as a table."""
+    """Print the content of result.json, and the paths of the run's files, as a table; note the end for the pod."""
+    ended = "completed" if result["status"] == "completed" else "interrupted by a signal; the same command resumes it"
+    note_end(f"{directory.path}: step {result['step']:,}, {ended}")
     rows = {
         "steps": f"{result['step']:,} ({result['epoch']} epochs), {result['status']}"
         + ("; ended by its own code" if "terminated" in result else "")

@@ -15,6 +15,7 @@ rotation           chooses the saved checkpoints that stay
 stateful           turns named objects into their states and back
 curves             writes the curves in metrics/, as JSONL and for TensorBoard
 progress           shows a progress bar, or plain lines
+posts              posts the progress where an operator of Kubernetes asks for it
 preemption         turns signals into a save and a stop on which all ranks agree
 compilations       counts the programs that an XLA device compiles
 watchdog           stops a rank that makes no progress, and reports it

@@ -35,6 +35,7 @@ from typing import Any
 
 from disttrain.backend import Backend
 from disttrain.errors import Interrupted
+from disttrain.pod import note_end
 
 NOTHING, SAVE, STOP = 0, 1, 2
 
@@ -219,7 +220,8 @@ class Preemption:
             if waited_s > ENDS_PROCESS_AFTER_S and self._raised:
                 os._exit(Interrupted.exit_code)  # the main thread has printed the reason, and hangs in its clean-up
             if waited_s > ENDS_PROCESS_AFTER_S:
-                print(f"{Interrupted.__name__}: {self._reason(number)}", file=sys.stderr, flush=True)
+                note_end(text := f"{Interrupted.__name__}: {self._reason(number)}")
+                print(text, file=sys.stderr, flush=True)
                 os._exit(Interrupted.exit_code)
 
 

@@ -34,6 +34,7 @@ from disttrain.backend import Backend
 from disttrain.engine import Engine, Events
 from disttrain.errors import HangError
 from disttrain.files import write_text
+from disttrain.pod import note_end
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +151,8 @@ class Watchdog:
             self.backend.fail(error)
         first = self.backend.first_failure(wait_s=0.0)
         if first is None or first.rank == mine.rank:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            note_end(text := f"{type(error).__name__}: {error}")
+            print(text, file=sys.stderr, flush=True)
         else:
             time.sleep(REPORTS_WITHIN_S)  # the rank that prints may need the store, which may be in this process
         recording.join(REPORTS_WITHIN_S)

@@ -41,6 +41,7 @@ from disttrain.files import keep_socket_paths_short
 from disttrain.host_memory import num_killed_for_memory
 from disttrain.launching.local_ranks import as_if_started_by_hand
 from disttrain.launching.pet_variables import hidden_variables
+from disttrain.pod import note_end
 
 _EXIT_CODES_FOLDER = "DISTTRAIN_EXIT_CODES"
 """The variable that holds the folder into which the ranks of this host write their exit codes."""
@@ -126,7 +127,7 @@ def run_torchrun(
             with hidden_variables():
                 config, _, _ = config_of(parse([*words, "--start-method", "forkserver", "-m", module]))
             config.rdzv_backend = elastic.NAME
-            with _no_main_module():
+            with _no_main_module(), elastic.polite_agents():
                 _wait_for_server()
                 elastic_launch(config, _run_rank)(module, list(arguments), multiprocessing.get_start_method())
         except ChildFailedError as error:
@@ -275,7 +276,9 @@ def _report_killed_rank(record: logging.LogRecord) -> bool:
     if str(record.msg).startswith("failed (exitcode") and isinstance(code, int) and code < 0:
         name = signal.Signals(-code).name
         why = _hint_at_memory() if -code == signal.SIGKILL else ""
-        print(f"the rank with local rank {local_rank} was ended by {name}{why}", file=sys.stderr)
+        text = f"the rank with local rank {local_rank} was ended by {name}{why}"
+        note_end(text)
+        print(text, file=sys.stderr)
     return False
 
 

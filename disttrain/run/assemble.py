@@ -62,7 +62,7 @@ def assemble(
         data = build_data(config, slots, backend)
     with backend.agree("building the model"):
         step_function = build_step_function(config, build_model(config, backend), backend)
-    strategy, taken = spread(config, step_function, slots, backend, initial)
+    strategy, taken = spread_model(config, step_function, slots, backend, initial)
     layout = strategy.layout
     num_steps = total_steps(config, data.identity)
     stepping = build_stepping(config, step_function, strategy, slots, precision, backend, num_steps, left_out)
@@ -100,7 +100,7 @@ def assemble(
     return run
 
 
-def spread(
+def spread_model(
     config: Config, step_function: StepFunction, slots: Slots, backend: Backend, initial: InitialWeights | None
 ) -> tuple[Strategy, Taken | None]:
     """Spread the model over the ranks and let it take the weights to begin with; return the strategy and the report."""

@@ -23,11 +23,13 @@ from disttrain.evidence import Ledger
 from disttrain.handlers.compilations import Compilations
 from disttrain.handlers.curves import Curves
 from disttrain.handlers.losses import LossLog
+from disttrain.handlers.posts import ProgressPosts
 from disttrain.handlers.preemption import Preemption
 from disttrain.handlers.progress import ProgressDisplay, warn
 from disttrain.handlers.step_end import StepEnd
 from disttrain.handlers.stragglers import Stragglers
 from disttrain.handlers.watchdog import Watchdog
+from disttrain.pod import progress_server
 from disttrain.run import checkpoint_places
 from disttrain.run.assemble import assemble
 from disttrain.run.beginning import initial_weights, note_beginning
@@ -165,18 +167,14 @@ def attach(run: Run, preemption: Preemption, console: Console, step: int, stack:
     """Build and attach everything that watches, logs, validates, saves and stops the run, which begins after `step`."""
     config, backend = run.config, run.backend
     watchdog = stack.enter_context(watchdog_of(run))
-    display = None
-    if backend.rank == 0:
-        display = ProgressDisplay(
-            console, total_steps=run.total_steps, max_epochs=config.max_epochs, line_every_s=config.log.every_s
-        )
+    display, posts = (None, None) if backend.rank else shown_by_rank_0(run, console)
     with backend.agree("opening the ledger and the curves"):
         ledger = ledger_of(run, step)
         stack.callback(ledger.close)
         curves = None
         if backend.rank == 0:
             curves = Curves(run.directory.metrics, step, tensorboard=config.log.tensorboard)
-        reporter = Reporter(ledger, curves, display)
+        reporter = Reporter(ledger, curves, display, posts)
         stack.callback(reporter.close)
     stragglers = stragglers_of(run, reporter)
     losses = LossLog(
@@ -215,6 +213,7 @@ def attach(run: Run, preemption: Preemption, console: Console, step: int, stack:
     order = (
         watchdog,  # before anything that may hang
         display,
+        posts,
         stragglers,  # measures the step before anything waits for other ranks
         run.ema,  # averages the weights before the ledger hashes the average
         saving,  # looks after a save that is under way
@@ -227,6 +226,16 @@ def attach(run: Run, preemption: Preemption, console: Console, step: int, stack:
         if part is not None:
             part.attach(run.trainer)
     return Services(step_end, saving, compilations, reporter)
+
+
+def shown_by_rank_0(run: Run, console: Console) -> tuple[ProgressDisplay, ProgressPosts | None]:
+    """Return the progress display, and what posts the progress if the pod's operator asks for it."""
+    config = run.config
+    display = ProgressDisplay(
+        console, total_steps=run.total_steps, max_epochs=config.max_epochs, line_every_s=config.log.every_s
+    )
+    server = progress_server()
+    return display, None if server is None else ProgressPosts(server, run.total_steps, partial(warn, console))
 
 
 def watchdog_of(run: Run) -> Watchdog:

@@ -8,6 +8,10 @@ if (($# != 2)); then
 fi
 name=$1 zone=$2
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+if [[ ! -f $root/pyproject.toml ]]; then
+  echo "expected this script in launch/tpu_vm of a checkout of disttrain, which it copies, got $0" >&2
+  exit 2
+fi
 archive=$(mktemp -t disttrain.XXXXXX.tgz)
 trap 'rm -f "$archive"' EXIT
 

@@ -11,6 +11,7 @@ from disttrain.backend.single import SingleBackend
 from disttrain.commands.failures import is_interrupted, print_error, report_failure
 from disttrain.config import load_config
 from disttrain.errors import CodeError, ConfigError, DataError, Interrupted, RemoteError
+from disttrain.pod import TERMINATION_LOG
 
 QUIET, WITH_TRACEBACK = argparse.Namespace(traceback=False), argparse.Namespace(traceback=True)
 
@@ -31,10 +32,25 @@ def backend() -> Backend:
     ],
 )
 def test_an_error_for_a_person_is_one_line(
-    error: BaseException, code: int, printed: str, capsys: pytest.CaptureFixture[str]
+    error: BaseException,
+    code: int,
+    printed: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv(TERMINATION_LOG, str(tmp_path / "log"))
     assert print_error(error, QUIET) == code
     assert capsys.readouterr().err == printed
+    assert (tmp_path / "log").read_text() == printed.rstrip()
+
+
+def test_a_pod_without_the_rank_that_failed_says_which_it_was(
+    backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TERMINATION_LOG, str(tmp_path / "log"))
+    assert report_failure(RemoteError(3, "CodeError: cfg.py:7"), None, backend, QUIET) == 2
+    assert (tmp_path / "log").read_text() == "rank 3 failed: CodeError: cfg.py:7"
 
 
 def test_a_defect_keeps_its_traceback_and_the_option_prints_every_one(capsys: pytest.CaptureFixture[str]) -> None:

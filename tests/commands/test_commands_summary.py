@@ -13,6 +13,7 @@ from disttrain.backend import connect
 from disttrain.checkpoint import ELSEWHERE
 from disttrain.commands.summary import print_beginning, print_summary
 from disttrain.config import load_config
+from disttrain.pod import TERMINATION_LOG
 from disttrain.run.directory import RunDirectory
 
 CFG = """
@@ -36,6 +37,18 @@ RESULT: dict[str, Any] = {
     "params_sha256": "abc",
     "skipped_steps": 0,
 }
+
+
+@pytest.mark.parametrize(
+    ("status", "noted"),
+    [("completed", "completed"), ("interrupted", "interrupted by a signal; the same command resumes it")],
+)
+def test_a_pod_keeps_how_the_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str, noted: str
+) -> None:
+    monkeypatch.setenv(TERMINATION_LOG, str(tmp_path / "log"))
+    summary(RunDirectory(Path("runs/tiny")), status=status)
+    assert (tmp_path / "log").read_text() == f"runs/tiny: step 12,345, {noted}"
 
 
 def summary(directory: RunDirectory, **changes: Any) -> dict[str, str]:

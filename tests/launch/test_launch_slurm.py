@@ -5,6 +5,7 @@ apt-get install --no-install-recommends slurmctld slurmd slurm-client munge     
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-JOB = ROOT / "launch" / "slurm" / "job.sh"
+SCRIPTS = ROOT / "launch" / "slurm"
 sys.path.insert(0, str(ROOT / "tests" / "integration"))  # commands.py
 
 from commands import launch, lines, result, write_cfg  # noqa: E402
@@ -75,6 +76,12 @@ def slow(trainer, run):
 fields.update(handlers=[slow], max_epochs=12)
 """
 
+NOTES_ITS_PROCESS = """
+import os
+pathlib.Path("pid-" + os.environ["SLURM_PROCID"]).write_text(str(os.getpid()))
+fields.update(checkpoint={"every_steps": 2})
+"""
+
 
 class Slurm:
     """A Slurm in a folder; its daemons end with `stop`."""
@@ -109,11 +116,11 @@ class Slurm:
         )
         return (done.stdout + done.stderr).strip()
 
-    def submit(self, folder: Path, *words: str) -> str:
+    def submit(self, folder: Path, *words: str, script: str = "job.sh") -> str:
         """Queue the run of `folder` on two nodes; return the number of the job."""
-        options = ["--nodes", "2", "--cpus-per-task", "1", "--mem", "0", "--output", "out.txt", "--parsable"]
-        variables = {"PYTHON": sys.executable, "RDZV_HOST": "127.0.0.1"}
-        output = self.ask("sbatch", *options, *words, str(JOB), "cfg.py", cwd=folder, **variables)
+        options = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--mem=0", "--output=out.txt", "--parsable"]
+        variables = {"PYTHON": sys.executable, "RDZV_HOST": "127.0.0.1", "MASTER_ADDR": "127.0.0.1"}
+        output = self.ask("sbatch", *options, *words, str(SCRIPTS / script), "cfg.py", cwd=folder, **variables)
         assert output.isdigit(), output
         return output
 
@@ -187,3 +194,32 @@ def test_a_job_that_has_to_stop_saves_is_requeued_and_ends_with_the_same_bits(
     assert ended["params_sha256"] == result(whole / "runs/small")["params_sha256"]
     assert lines(tmp_path / "runs/small/metrics/valid.jsonl") == lines(whole / "runs/small/metrics/valid.jsonl")
     assert "resuming from step" in (tmp_path / "out.txt").read_text()
+
+
+@pytest.mark.parametrize("how", ["warning", "killed rank"])
+def test_ranks_that_srun_started_save_or_come_back_without_torchrun(
+    slurm: Slurm, whole: Path, tmp_path: Path, how: str
+) -> None:
+    write_cfg(tmp_path, SLOW + NOTES_ITS_PROCESS)
+    job = slurm.submit(tmp_path, "--partition", "low", "--time", "60", script="srun_job.sh")
+    slurm.wait_until((tmp_path / "runs/small/checkpoints/step-00000004").exists, 120)
+    if how == "warning":
+        slurm.ask("scancel", "--batch", "--signal=USR1", job)
+        slurm.wait_until((tmp_path / "runs/small/result.json").exists, 120)
+        assert result(tmp_path / "runs/small")["status"] == "interrupted"
+    else:
+        os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGKILL)
+    slurm.finish(job, tmp_path)
+    ended = result(tmp_path / "runs/small")
+    assert (ended["status"], ended["world_size"]) == ("completed", 2)
+    assert ended["params_sha256"] == result(whole / "runs/small")["params_sha256"]
+    text = (tmp_path / "out.txt").read_text()
+    assert "resuming from step" in text
+    assert "torchrun" not in text
+
+
+def test_a_mistake_under_srun_is_not_queued_again(slurm: Slurm, tmp_path: Path) -> None:
+    write_cfg(tmp_path, "def wrong(y_pred, y):\n    raise ValueError('on purpose')\nfields.update(loss=wrong)\n")
+    job = slurm.submit(tmp_path, "--partition", "low", "--time", "60", script="srun_job.sh")
+    slurm.wait_until(lambda: slurm.state(job) == "FAILED", 120)
+    assert "ExitCode=2:0" in slurm.ask("scontrol", "show", "job", job)

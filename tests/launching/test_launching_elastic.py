@@ -1,7 +1,16 @@
-"""torchrun's agents leave their rendezvous without closing it."""
+"""torchrun's agents leave their rendezvous without closing it, and without waiting for agents that are gone."""
 
+import threading
+import time
+from signal import Signals
+from types import SimpleNamespace
+
+import pytest
 import torch.distributed as dist
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters, rendezvous_handler_registry
+from torch.distributed.launcher import api
 
 from disttrain.launching import elastic
 
@@ -30,3 +39,40 @@ def test_it_can_be_closed_on_purpose() -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     create(store.port, elastic.NAME).set_closed()
     assert create(store.port, elastic.NAME).is_closed()
+
+
+def agent_of(store: dist.Store | None, hosts: int) -> elastic.PoliteAgent:
+    """Return an agent of `hosts` whose ranks end by a signal."""
+    agent = elastic.PoliteAgent.__new__(elastic.PoliteAgent)
+    agent._store = store
+    agent._worker_group = SimpleNamespace(group_world_size=hosts, state="SUCCEEDED")  # type: ignore[assignment]
+    return agent
+
+
+def test_an_agent_that_a_signal_ends_releases_those_that_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_signalled(agent: object, role: str) -> None:
+        raise SignalException("", Signals.SIGTERM)
+
+    monkeypatch.setattr(LocalElasticAgent, "run", is_signalled)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    waits = agent_of(store, 2)
+    waits._exit_barrier_timeout = 60
+    waiting = threading.Thread(target=waits._exit_barrier)
+    waiting.start()
+    began = time.monotonic()
+    with pytest.raises(SignalException):
+        agent_of(dist.TCPStore("127.0.0.1", store.port), 2).run()
+    waiting.join(30)
+    assert not waiting.is_alive()
+    assert time.monotonic() - began < elastic.OTHERS_END_WITHIN_S
+    monkeypatch.setattr(elastic, "OTHERS_END_WITHIN_S", 0.2)
+    for alone in (agent_of(None, 2), agent_of(store, 3)):  # before the hosts have met; nobody else comes
+        with pytest.raises(SignalException):
+            alone.run()
+
+
+def test_torchrun_uses_such_agents_meanwhile() -> None:
+    own = api.LocalElasticAgent
+    with elastic.polite_agents():
+        assert api.LocalElasticAgent is elastic.PoliteAgent
+    assert api.LocalElasticAgent is own is LocalElasticAgent

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, SparseAdam
 
 from disttrain.errors import ConfigError
-from disttrain.run.optimizer_checks import check_optimizer_steps, required_arguments
+from disttrain.run.optimizer_checks import check_optimizer_steps, required_arguments, small_copy_after_a_step
 
 
 class Own(Optimizer):
@@ -162,3 +162,13 @@ def test_parameters_of_all_dtypes_and_dimensions_are_tried() -> None:
 def test_the_arguments_without_defaults_are_named() -> None:
     assert required_arguments(lambda a, b=1, *c, d, **e: None) == ["a", "d"]
     assert required_arguments(min) == []  # its signature is not known
+
+
+def test_a_copy_steps_itself_under_a_schedule_too() -> None:
+    optimizer = Adam(parameters())
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    before = [parameter.detach().clone() for parameter in optimizer.param_groups[0]["params"]]
+    copied = small_copy_after_a_step(optimizer)
+    assert copied is not None
+    assert len(copied.state) == len(before)
+    assert len(optimizer.state) == 0

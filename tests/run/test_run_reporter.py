@@ -1,4 +1,4 @@
-"""Ledger, curves and display get the same lines; a rank without curves and display writes only its ledger."""
+"""Ledger, curves, display and posts get the same lines; a rank without curves and display writes only its ledger."""
 
 from typing import Any
 
@@ -22,8 +22,8 @@ class Recorder:
 
 
 def test_every_call_is_passed_on() -> None:
-    ledger, curves, display = Recorder(), Recorder(), Recorder()
-    reporter = Reporter(ledger, curves, display)  # type: ignore[arg-type]
+    ledger, curves, display, posts = Recorder(), Recorder(), Recorder(), Recorder()
+    reporter = Reporter(ledger, curves, display, posts)  # type: ignore[arg-type]
     reporter.fetched(LINES, PACE)
     reporter.validated(2, 1, {"loss": 0.25})
     reporter.warn("rank 1 is slow")
@@ -33,6 +33,7 @@ def test_every_call_is_passed_on() -> None:
     assert curves.calls == [("trained", LINES, PACE), ("validated", 2, 1, {"loss": 0.25}), ("sync",), ("close",)]
     validated = ("validated", 2, 1, {"loss": 0.25})
     assert display.calls == [("pace", PACE), validated, ("line", "WARNING: rank 1 is slow"), ("close",)]
+    assert posts.calls == [("pace", PACE), ("validated", {"loss": 0.25}), ("close",)]
 
 
 def test_a_full_disk_does_not_leave_the_display_on_the_screen() -> None:
