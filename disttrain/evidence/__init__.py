@@ -5,6 +5,7 @@ hashes       the hash of a tensor, of a batch, of a whole state
 samples      the hash of one sample of a dataset
 fingerprint  the SHA-256 of a model's weights, for result.json
 compare      reads two ledgers and finds their first difference and its likely cause
+module_outputs  the output of every module of a step, as a hash
 evaluations  puts the results of evaluations beside the lines of a ledger
 """
 
