@@ -1,6 +1,7 @@
 """Any step of a run, computed again in one process, has the bits of the run's ledger; a step with others is named."""
 
 import json
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -211,16 +212,19 @@ def test_the_state_after_a_step_is_saved_as_a_stopped_run_saves_it(tmp_path: Pat
         assert found.num_proven == 8 - step
 
 
-def run_on_ranks(backend: Backend, folder: str, fields: dict[str, Any]) -> None:
+def run_on_ranks(backend: Backend, folder: str, fields: dict[str, Any], dies_at: int | None) -> None:
     directory = RunDirectory(Path(folder) / "small")
-    with Preemption() as preemption:
-        train(small_config(**fields), backend, directory, console(), preemption)
+    handlers = [] if dies_at is None else [dies_after(dies_at)]
+    with Preemption() as preemption, pytest.raises(ValueError, match="on purpose") if handlers else nullcontext():
+        train(small_config(**fields, handlers=handlers), backend, directory, console(), preemption)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_steps_of_three_ranks(ranks: Ranks, tmp_path: Path, strategy: str) -> None:
+def test_steps_of_several_ranks(ranks: Ranks, tmp_path: Path, strategy: str) -> None:
+    """On three ranks, which die, and then on two."""
     fields: dict[str, Any] = {"strategy": strategy, "num_slots": 4, "checkpoint": {"every_steps": 3}}
-    ranks(3, run_on_ranks, str(tmp_path), fields)
+    ranks(3, run_on_ranks, str(tmp_path), fields, 4)
+    ranks(2, run_on_ranks, str(tmp_path), fields, None)
     for step in (1, 5, 8):
         found = replayed(tmp_path, step, small_config(**fields))
         assert found.num_proven == step - found.start.step
