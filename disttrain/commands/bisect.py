@@ -22,10 +22,10 @@ from rich.console import Console
 
 from disttrain.commands.bisect_sides import Side, SideDone, described, newest_launch, sides_of
 from disttrain.commands.closed_output import output_may_close
-from disttrain.commands.exit_codes import DIFFERENT, SAME, USAGE
+from disttrain.commands.exit_codes import DIFFERENT, INTERRUPTED, SAME
 from disttrain.commands.failures import print_error
 from disttrain.config import blocking_differences, differences_that_matter, read_stored
-from disttrain.errors import ConfigError, DisttrainError
+from disttrain.errors import DisttrainError
 from disttrain.evidence import LedgerDifference, first_difference, read_ledger
 from disttrain.evidence.ledger import Line
 from disttrain.evidence.module_outputs import OutputDifference, first_output_difference
@@ -49,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stack.callback(bisection.close)
             return report_exit_code(print_found(bisection.find(), options))
         except KeyboardInterrupt:
-            print("Interrupted: nothing was changed", file=sys.stderr)
-            return USAGE
+            print("Interrupted: the run is as it was", file=sys.stderr)
+            return INTERRUPTED
         except DisttrainError as error:
             return report_exit_code(print_error(error, options))
 
@@ -105,6 +105,8 @@ class Bisection:
         self._sides = sides
         self._folder = folder
         self._since = since
+        self._is_proven = True
+        """Whether the sides are held against the run's ledger, and end where they differ from it."""
         self._console = console
         self._running: list[Any] = []
         self._num_runs = 0
@@ -137,7 +139,7 @@ class Bisection:
             if not done.differs:
                 return Found(labels, start + 1, max(lines), None, None)
             until, starts = max(done.lines), [start, start]
-        return self._found(labels, starts, until)
+        return self._found(labels, starts, until, min(max(lines), max(lines if theirs is None else theirs)))
 
     def _starts(self, side: Side, step: int) -> list[int]:
         """Return the steps of the checkpoints before a step from which both sides can go on, the oldest first."""
@@ -167,18 +169,21 @@ class Bisection:
             low, high = (middle, high) if is_same else (low, middle)
         return starts[low]
 
-    def _found(self, labels: tuple[str, str], starts: list[int], until: int) -> Found:
+    def _found(self, labels: tuple[str, str], starts: list[int], until: int, last: int) -> Found:
         """Compute both sides up to a step that is known to differ, and then the first that does, with its modules."""
         self._say(f"computing the steps {max(starts) + 1} to {until} on both sides")
         pairs = tuple(zip(self._sides, starts, strict=True))
         left, right = self._compute(pairs, until)
         first = max(starts) + 1
         difference = first_difference(left.lines, right.lines)
-        if difference is None:
-            raise ConfigError(
-                f"step {until} differs from the run's ledger on {self._sides[1].label}, but both sides compute the "
-                "same here: this machine or its versions give other bits than the run's (disttrain replay says which)"
+        if difference is None and self._is_proven:
+            self._say(
+                "this machine or its versions give other bits than the run's: the sides are held against each other"
             )
+            self._is_proven = False
+            return self._found(labels, starts, last, last)
+        if difference is None:
+            return Found(labels, first, until, None, None)
         module = None
         if difference.what not in ("order", "batch", "began", "left_out") and difference.step > max(starts):
             self._say(f"computing step {difference.step} on both sides, with the outputs of all modules")
@@ -191,7 +196,8 @@ class Bisection:
         self._running = []
         for side, start in sides:
             self._num_runs += 1
-            self._running.append(side.begin(step, start, self._folder / str(self._num_runs), modules=modules))
+            place = self._folder / str(self._num_runs)
+            self._running.append(side.begin(step, start, place, modules=modules, proven=self._is_proven))
         return [running.wait() for running in self._running]
 
     def _say(self, text: str) -> None:

@@ -51,21 +51,29 @@ class Side:
     words: list[str] = field(default_factory=list)
     cfg: Path | None = None
     """The cfg.py, if it is not the one that the run keeps."""
+    folders: tuple[str, ...] = ()
+    """Folders from which modules are imported first."""
 
-    def begin(self, step: int, start: int, folder: Path, *, modules: bool = False) -> "RunningSide":
-        """Begin to compute the steps from the checkpoint of `start` up to `step`, in a process."""
+    def begin(
+        self, step: int, start: int, folder: Path, *, modules: bool = False, proven: bool = True
+    ) -> "RunningSide":
+        """Begin to compute the steps from the checkpoint of `start` up to `step`, in a process.
+
+        With `proven` it ends at a step that differs from the run's ledger.
+        """
         folder.mkdir(parents=True)
         words = ["-m", "disttrain", "replay", self.run, "--step", str(step), "--start", str(start), "--json"]
         words += ["--to", str(folder / "to"), *self.words]
         words += ["--modules", str(folder / "modules.jsonl")] if modules else []
+        words += [] if proven else ["--unproven"]
         with (folder / "errors").open("wb") as errors:
-            return RunningSide(self, start_process([self.python, *words], errors), folder)
+            return RunningSide(self, start_process([self.python, *words], errors, self.folders), folder)
 
 
-def start_process(words: Sequence[str], errors: IO[bytes]) -> "subprocess.Popen[bytes]":
-    """Start a process that imports what this one imports; its errors go into a file."""
-    nothing = subprocess.DEVNULL
-    return subprocess.Popen(words, stdin=nothing, stdout=nothing, stderr=errors, env=variables_with(import_path()))
+def start_process(words: Sequence[str], errors: IO[bytes], folders: Sequence[str]) -> "subprocess.Popen[bytes]":
+    """Start a process that imports from `folders` first; its errors go into a file."""
+    nothing, variables = subprocess.DEVNULL, variables_with(import_path(*folders))
+    return subprocess.Popen(words, stdin=nothing, stdout=nothing, stderr=errors, env=variables)
 
 
 class RunningSide(NamedTuple):
@@ -167,7 +175,23 @@ def _at_commit(run: str, launch: KeptLaunch, folder: Path, commit: str, stack: E
     stack.callback(_git, root, "worktree", "remove", "--force", str(tree))
     if not (tree / inside).is_file():
         raise ConfigError(f"the commit {commit[:12]} of {root} has no {inside}, which is the run's cfg.py")
-    return _with_cfg(f"commit {commit[:12]}", run, tree / inside)
+    side = _with_cfg(f"commit {commit[:12]}", run, tree / inside)
+    side.folders = tuple(str(tree / each) for each in import_folders(launch, root))
+    return side
+
+
+def import_folders(launch: KeptLaunch, root: Path) -> list[Path]:
+    """Return the folders below `root`, relative to it, from which a launch has imported its own modules.
+
+    A package that is installed in editable mode lies in another folder than the cfg.py.
+    """
+    found = []
+    for name, file in launch.record.files.items():
+        depth = name.count("/")  # modules/lib/nets.py lies two folders below the one from which `lib` is imported
+        path = Path(file.path)
+        if name.startswith("modules/") and path.is_relative_to(root.resolve()) and depth <= len(path.parts):
+            found.append(path.parents[depth - 1].relative_to(root.resolve()))
+    return list(dict.fromkeys(found))
 
 
 def described(side: Side, overrides: Sequence[str]) -> Mapping[str, Any] | None:
@@ -176,7 +200,11 @@ def described(side: Side, overrides: Sequence[str]) -> Mapping[str, Any] | None:
         return None
     words = [side.python, "-m", "disttrain.launch", str(side.cfg), *overrides, "--print-config"]
     done = subprocess.run(
-        words, capture_output=True, stdin=subprocess.DEVNULL, check=False, env=variables_with(import_path())
+        words,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+        env=variables_with(import_path(*side.folders)),
     )
     try:
         text = "\n" + done.stdout.decode()

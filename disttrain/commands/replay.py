@@ -10,6 +10,7 @@ import argparse
 import bdb
 import contextlib
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from torch import nn
 from disttrain.backend import Backend
 from disttrain.checkpoint import step_in, store_at
 from disttrain.commands.closed_output import output_may_close
-from disttrain.commands.exit_codes import SAME, USAGE
+from disttrain.commands.exit_codes import INTERRUPTED, SAME
 from disttrain.commands.failures import print_error, report_failure
 from disttrain.commands.launch import connect_ranks, resolve_slots
 from disttrain.commands.replay_report import print_step, step_json
@@ -54,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folder = Path(options.to or stack.enter_context(tempfile.TemporaryDirectory(prefix="replay-")))
             return report_exit_code(_run(options, folder))
         except KeyboardInterrupt:
-            print("Interrupted: nothing was changed", file=sys.stderr)
-            return USAGE
+            print("Interrupted: the run is as it was", file=sys.stderr)
+            return INTERRUPTED
         except DisttrainError as error:
             return report_exit_code(print_error(error, options))
 
@@ -93,7 +94,8 @@ def replay_parser() -> argparse.ArgumentParser:
     add("--traceback", action="store_true", help="print the traceback of every error")
     for name, kind in (("--config", Path), ("--start", int), ("--source", Path), ("--to", Path), ("--launch", int)):
         add(name, type=kind, help=argparse.SUPPRESS)  # of `bisect`, and of the processes that are started here
-    add("--saves", action="store_true", help=argparse.SUPPRESS)
+    for name in ("--saves", "--unproven"):
+        add(name, action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
@@ -129,7 +131,7 @@ def _run(options: argparse.Namespace, folder: Path) -> int:
                 except bdb.BdbQuit:
                     print(f"left the debugger in step {options.step}", file=sys.stderr)
                     return SAME
-                except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - nothing above this can report it
+                except Exception as error:  # noqa: BLE001 - nothing above this can report it
                     return report_failure(error, config, backend, options)
 
 
@@ -176,6 +178,7 @@ def _other_process(options: argparse.Namespace, folder: Path, begins: list[str],
     place = folder / f"launch-{launch}"
     words = [sys.executable, "-m", "disttrain", "replay", options.run, "--step", str(last), "--launch", str(launch)]
     words += [*begins, "--to", str(place), "--saves", "--json", "--code", options.code]
+    words += ["--unproven"] * options.unproven
     done = subprocess.run(words, stdout=subprocess.DEVNULL, check=False, env=variables_with(import_path()))
     if done.returncode:
         raise Unproven(f"the steps up to {last}, of launch {launch}, could not be computed as they were: see above")
@@ -183,11 +186,12 @@ def _other_process(options: argparse.Namespace, folder: Path, begins: list[str],
     return Path(checkpoints)
 
 
-def import_path() -> dict[str, str]:
-    """Return the variable with which another interpreter imports what this one imports by its path."""
-    root = str(Path(__file__).parents[2])
-    present = variables_with({}).get("PYTHONPATH")
-    return {"PYTHONPATH": root if not present else f"{root}:{present}"}
+def import_path(*first: str) -> dict[str, str]:
+    """Return the variable with which another interpreter imports this package, and before it from these folders."""
+    root, present = Path(__file__).parents[2], variables_with({}).get("PYTHONPATH")
+    # In a folder of installed packages lie all packages of this interpreter, which another one does not need.
+    own = [] if root.name in ("site-packages", "dist-packages") else [str(root)]
+    return {"PYTHONPATH": os.pathsep.join([*first, *own, *([present] if present else [])])}
 
 
 def _check(options: argparse.Namespace, config: Config, backend: Backend) -> None:
@@ -220,7 +224,9 @@ def _replay(
         shadow.path.mkdir(parents=True, exist_ok=True)
         reasons = [] if options.config else plan.code.reasons(config)
         parts = (config, backend, plan.directory, shadow, plan.lines, console)
-        replayed = Replay(*parts, reasons=reasons, saves=options.saves).run(plan.starts, watcher)
+        replayed = Replay(*parts, reasons=reasons, saves=options.saves, proves=not options.unproven).run(
+            plan.starts, watcher
+        )
     _print(options, plan, replayed, console, output)
     return SAME
 

@@ -10,7 +10,7 @@ parameter. A module that runs again in the backward (activation checkpointing) i
     module     the path of the module, such as "model.layers.0.norm", or of the parameter; "" is the whole step
     call       the number of this module's call in the slot, from 1
     class      the name of its class, or "Parameter"
-    hash       of all tensors of the output, as the ledger hashes a batch
+    hash       of all tensors of the output, as the ledger hashes a batch; None for tensors without plain memory
     max_abs    the largest absolute value in it; None without numbers, "nan" or "inf" as text
 
 *Errors*: ConfigError for a compiled model, inside of which there are no modules.
@@ -21,6 +21,7 @@ parameter. A module that runs again in the backward (activation checkpointing) i
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -88,7 +89,8 @@ class ModuleOutputs:
     def _record(self, kind: str, name: str, call: int, of_class: str, value: Any) -> None:
         if self.slot is None:
             return
-        with torch.no_grad():
+        content: Record = {"hash": None, "max_abs": None}
+        with torch.no_grad(), suppress(RuntimeError, NotImplementedError, TypeError):  # a tensor without plain memory
             content = {"hash": batch_hash(value), "max_abs": largest(value)}
         self._write({"slot": self.slot, "pass": kind, "module": name, "call": call, "class": of_class, **content})
 

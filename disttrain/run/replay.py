@@ -98,7 +98,8 @@ class Replay:
     """Computes steps of the run in `directory` again, with `config` (of `replay_config`).
 
     `lines` are the run's ledger by step. `reasons` are known causes of other bits, for the message of a Mismatch. With
-    `saves` the state after the step is saved in `shadow`, as a run that is stopped there saves it.
+    `saves` the state after the step is saved in `shadow`, as a run that is stopped there saves it. Without `proves`
+    nothing is held against the ledger.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Replay:
         *,
         reasons: Sequence[str] = (),
         saves: bool = False,
+        proves: bool = True,
     ) -> None:
         self._config = config
         self._backend = backend
@@ -121,6 +123,7 @@ class Replay:
         self._console = console
         self._reasons = list(reasons)
         self._saves = saves
+        self._proves = proves
         self._num_proven = 0
 
     def run(self, starts: Sequence[Start], watcher: SlotWatcher) -> Replayed:
@@ -184,7 +187,8 @@ class Replay:
 
     def _attach(self, run: Run, start: Start, at: int, step: int, stack: ExitStack) -> Ledger:
         """Attach what a run attaches, in its order, but for what watches, shows and saves it."""
-        self._shadow.metrics.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (self._shadow.checkpoints, self._shadow.metrics, self._shadow.logs):
+            folder.mkdir(parents=True, exist_ok=True)  # as a handler finds them in a run
         ledger = ledger_of(run, at)
         stack.callback(ledger.close)
         reporter = Reporter(ledger, None, None)
@@ -204,7 +208,6 @@ class Replay:
             validation = Validation(run, run.evaluation, *parts)
         saving = None
         if self._saves:
-            self._shadow.checkpoints.mkdir(exist_ok=True)
             saving = stack.enter_context(Saving(run, ledger.sync, self._console))
         end = StepEnd(
             losses,
@@ -258,7 +261,7 @@ class Replay:
     def _prove_slot(self, slot: ReplayedSlot, step: int, start: Start) -> None:
         """Raise Mismatch unless a slot's loss has the bits of the run's, if its ledger has the losses of the slots."""
         expected = self._lines[step]
-        if "slots" not in expected or slot.loss is None:
+        if "slots" not in expected or slot.loss is None or not self._proves:
             return
         losses = list(expected["slots"]["loss"])
         losses[slot.slot] = hex_float(slot.loss)
@@ -270,7 +273,7 @@ class Replay:
     def _prove(self, line: Line, start: Start) -> None:
         """Raise Mismatch unless a step's line has the bits of the run's."""
         step = line["step"]
-        if step not in self._lines:
+        if step not in self._lines or not self._proves:
             return
         expected = self._lines[step]
         if self._is_left_out(step) and line["loss"] is not None:  # it is computed all the same: its samples are known

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ class Here:
 
     calls: list[list[str]] = []
 
-    def __init__(self, words: list[str], stderr: Any) -> None:
+    def __init__(self, words: list[str], stderr: Any, folders: Any) -> None:
         assert words[1:3] == ["-m", "disttrain"]
         self.calls.append(words[3:])
         sys.modules.pop("norms", None)
@@ -121,6 +122,28 @@ def test_two_runs_with_ledgers(
     assert "the outputs of all modules and the gradients of the slots are the same" in capfd.readouterr().out
     same = found(capfd, str(run), "--against", str(run), code=0)
     assert (same["step"], same["module"]) == (None, None)
+
+
+def test_a_machine_with_other_bits_than_the_runs(
+    here: type[Here], run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the two sides are held against each other, and not against the ledger."""
+    copied = Path(shutil.copytree(run, tmp_path / "small"))
+    ledger = [json.loads(line) for line in (copied / "ledger.jsonl").read_text().splitlines()]
+    for line in ledger[1:]:
+        line.pop("state", None)
+        line.pop("slots", None)
+        line["loss"] = (float.fromhex(line["loss"]) + 2**-20).hex()
+    (copied / "ledger.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in ledger))
+    monkeypatch.setattr("disttrain.commands.bisect.described", lambda side, overrides: None)
+    cfg = write_code(tmp_path, ("10**9", "12"))
+    difference = found(capfd, str(copied), "--against", str(cfg))
+    assert (difference["step"], difference["module"]) == (12, "model.1")
+    assert bisect([str(copied), "--against", str(cfg)]) == 1
+    assert "this machine or its versions give other bits than the run's" in capfd.readouterr().err
+    write_code(tmp_path)
+    same = found(capfd, str(copied), "--against", str(cfg), code=0)
+    assert same["step"] is None
 
 
 def test_data_that_differs_needs_no_modules(

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from replayed_runs import run_in, write_code
 
-from disttrain.commands.bisect_sides import Side, described, newest_launch, sides_of
+from disttrain.commands.bisect_sides import Side, described, import_folders, newest_launch, sides_of
 from disttrain.errors import ConfigError
 from disttrain.run.directory import RunDirectory
+from disttrain.run.launches import KeptFile, KeptLaunch, LaunchRecord
 
 pytestmark = pytest.mark.usefixtures("torch_settings")
 
@@ -86,6 +87,23 @@ def test_a_commit_without_the_cfg(run: Path) -> None:
     with ExitStack() as stack, pytest.raises(ConfigError, match=r"has no inside/small\.py, which is the run's cfg.py"):
         sides_of(str(run), "empty", stack)
     assert len(git(root, "worktree", "list").splitlines()) == 1
+
+
+def test_the_folders_of_modules_that_are_installed_elsewhere_in_the_repository(tmp_path: Path) -> None:
+    places = {
+        "cfg.py": "inside/cfg.py",
+        "modules/beside.py": "inside/beside.py",
+        "modules/lib/__init__.py": "src/lib/__init__.py",
+        "modules/lib/deep/nets.py": "src/lib/deep/nets.py",
+        "modules/foreign.py": "../elsewhere/foreign.py",
+    }
+    root = tmp_path / "root"
+    files = {
+        name: KeptFile(path=str((root / place).resolve()), size_bytes=0, sha256="", kept=True)
+        for name, place in places.items()
+    }
+    launch = KeptLaunch(tmp_path, 1, LaunchRecord(step=0, files=files))
+    assert import_folders(launch, root) == [Path("inside"), Path("src")]
 
 
 def test_a_folder_without_a_run(tmp_path: Path) -> None:

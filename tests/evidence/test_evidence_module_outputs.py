@@ -141,6 +141,17 @@ def test_other_calls_and_a_gradient_that_differs() -> None:
     assert text.endswith("on the other side 0, largest value 'nan'")
 
 
+def test_an_output_without_plain_memory_is_recorded_without_a_hash() -> None:
+    class Nested(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            nested = torch.nested.nested_tensor([x[0], x[1, :2]])
+            return {"once": x.clone().requires_grad_(), "twice": x.clone().requires_grad_(), "nested": nested}
+
+    records: list[dict[str, Any]] = []
+    step(Nested(), records)
+    assert [each["hash"] for each in records] == [None]
+
+
 def test_a_compiled_model_is_refused() -> None:
     model = made()
     model.compile()
