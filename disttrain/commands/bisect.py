@@ -1,10 +1,11 @@
 """`disttrain bisect RUN --against ...`: the first step, and in it the first module, that other code computes otherwise.
 
 *Contract*: RUN is only read. Two runs are halved over the states of their ledgers. Other code is held against RUN's
-ledger: from a checkpoint it computes the next step, halving over the checkpoints, and then every step from the last
-checkpoint from which it still computed the run's. Halving takes for granted that code which differs at one checkpoint
-differs at all later ones; where nothing differs, the steps before are computed too. Then both sides compute the step
-that was found, with the outputs of all modules. Exit code 0: no difference; 1: a difference; 2: it cannot be done.
+ledger: from a checkpoint it computes the next two steps, halving over the checkpoints, and then every step from the
+last checkpoint from which it still computed the run's. Halving takes for granted that code which differs at one
+checkpoint differs at all later ones; where nothing differs, the steps before are computed too. Then both sides compute
+the step that was found, with the outputs of all modules. Exit code 0: no difference; 1: a difference; 2: it cannot be
+done.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from disttrain.commands.closed_output import output_may_close
 from disttrain.commands.exit_codes import DIFFERENT, INTERRUPTED, SAME
 from disttrain.commands.failures import print_error
 from disttrain.config import blocking_differences, differences_that_matter, read_stored
-from disttrain.errors import DisttrainError
+from disttrain.errors import ConfigError, DisttrainError
 from disttrain.evidence import LedgerDifference, first_difference, read_ledger
 from disttrain.evidence.ledger import Line
 from disttrain.evidence.module_outputs import OutputDifference, first_output_difference
@@ -129,7 +130,7 @@ class Bisection:
             starts = [self._starts(side, same_at + 1)[-1] for side in self._sides]
         else:
             candidates = self._starts(other, last)
-            start = self._last_same(candidates)
+            start = self._last_same(candidates, last)
             self._say(f"computing the steps from {start + 1} on with {other.label}")
             done = self._compute(((other, start),), last)[0]
             if not done.differs and start > candidates[0]:
@@ -138,7 +139,9 @@ class Bisection:
                 done = self._compute(((other, start),), last)[0]
             if not done.differs:
                 return Found(labels, start + 1, max(lines), None, None)
-            until, starts = max(done.lines), [start, start]
+            if not done.lines:  # the state of the checkpoint itself is not the ledger's
+                raise ConfigError(f"{other.label} cannot begin at step {start}: {done.text}")
+            until, starts = max(1, *done.lines), [start, start]
         return self._found(labels, starts, until, min(max(lines), max(lines if theirs is None else theirs)))
 
     def _starts(self, side: Side, step: int) -> list[int]:
@@ -158,14 +161,17 @@ class Bisection:
         before = [each for each in steps if each <= self._since]
         return [*before[-1:], *(each for each in steps if each > self._since)]
 
-    def _last_same(self, starts: list[int]) -> int:
-        """Return the last checkpoint from which the other side still computes the run's next step; else the first."""
+    def _last_same(self, starts: list[int], last: int) -> int:
+        """Return the last checkpoint from which the other side still computes the run's next steps; else the first.
+
+        Two steps: another update shows in the loss of the step after it.
+        """
         low, high = 0, len(starts)  # the first is taken for granted
         while high - low > 1:
             middle = (low + high) // 2
             start = starts[middle]
-            is_same = not self._compute(((self._sides[1], start),), start + 1)[0].differs
-            self._say(f"step {start + 1}, from the checkpoint of step {start}: {'the same' if is_same else 'differs'}")
+            is_same = not self._compute(((self._sides[1], start),), min(start + 2, last))[0].differs
+            self._say(f"from the checkpoint of step {start} on {'the same' if is_same else 'another'} step")
             low, high = (middle, high) if is_same else (low, middle)
         return starts[low]
 
