@@ -13,10 +13,10 @@ of it.
 *Cost*: the steps from the checkpoint on, on one process; and for each step a hash of its batch and of the whole state.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -159,9 +159,8 @@ class Replay:
             self._reasons += [] if run.taken is None else run.taken.notes
             if then not in (None, run.kernels):
                 self._reasons.append(f"kernels: {then} then, {run.kernels} now")
-            for each in (step, *run.left_out):  # a later checkpoint may know of a step that is left out after it
-                if each == step or each > step:
-                    run.left_out.pop(each, None)
+            for each in [each for each in run.left_out if each >= step]:  # a checkpoint may know of this step too
+                run.left_out.pop(each)
             steps = f"step {step}" if step == at + 1 else f"steps {at + 1} to {step}"
             self._console.print(f"computing {steps} from {start}", soft_wrap=True)
             run.training = True
@@ -202,10 +201,7 @@ class Replay:
             fetched=reporter.fetched,
         )
         preemption = Preemption(run.backend)  # not entered: signals do what they do in any program
-        validation = None
-        if run.evaluation is not None and run.evaluated.is_followed:
-            parts = (preemption, watchdog_of(run), Compilations(run.backend), reporter)
-            validation = Validation(run, run.evaluation, *parts)
+        validation = self._validation(run, preemption, reporter, step)
         saving = None
         if self._saves:
             saving = stack.enter_context(Saving(run, ledger.sync, self._console))
@@ -213,9 +209,7 @@ class Replay:
             losses,
             preemption,
             save=lambda engine, _: saving is None or engine.state.iteration != step or saving(engine),
-            validate=None
-            if validation is None
-            else lambda engine: validation(engine) if self._goes_on(engine, step) else None,
+            validate=validation,
             total_steps=run.total_steps,
             log_every_steps=run.config.log.every_steps,
             save_every_steps=run.config.checkpoint.every_steps,
@@ -255,8 +249,14 @@ class Replay:
             run.trainer.add_event_handler(Events.STARTED, end.catch_up)
         return ledger
 
-    def _goes_on(self, engine: Engine, step: int) -> bool:
-        return self._saves or engine.state.iteration < step
+    def _validation(
+        self, run: Run, preemption: Preemption, reporter: Reporter, step: int
+    ) -> Callable[[Engine], dict[str, Any] | None] | None:
+        """Return the evaluation after each step before `step`; None if nothing can follow its results."""
+        if run.evaluation is None or not run.evaluated.is_followed:
+            return None
+        validation = Validation(run, run.evaluation, preemption, watchdog_of(run), Compilations(run.backend), reporter)
+        return lambda engine: validation(engine) if self._saves or engine.state.iteration < step else None
 
     def _prove_slot(self, slot: ReplayedSlot, step: int, start: Start) -> None:
         """Raise Mismatch unless a slot's loss has the bits of the run's, if its ledger has the losses of the slots."""
