@@ -160,7 +160,7 @@ def _plan(options: argparse.Namespace, folder: Path, console: Console) -> _Plan:
         begins = ["--source", str(source)]
         label = f"the state after step {last}, computed with the code of launch {launch.number}"
         starts = [Start(last, store_at(source), store_at(source).committed()[0], label)]
-    code = code_for(options, directory, launches, console)
+    code = code_for(options, directory, launches, folder / "code", console)
     return _Plan(directory, lines, starts, code)
 
 

@@ -24,7 +24,15 @@ from disttrain.run.source_files import package_versions
 class Code:
     """The code of a replay: `imported` is the context in which it is loaded and runs."""
 
-    def __init__(self, directory: RunDirectory, launch: KeptLaunch | None, kept: LaunchCode | None, cfg: Path | None):
+    def __init__(
+        self,
+        directory: RunDirectory,
+        launch: KeptLaunch | None,
+        kept: LaunchCode | None,
+        cfg: Path | None,
+        folder: Path,
+    ) -> None:
+        self._folder = folder
         self._directory = directory
         self._launch = launch
         self._kept = kept
@@ -45,7 +53,13 @@ class Code:
         launch = self._launch
         if launch is None or launch.number == 0 or launch.content("cfg.py") is None:
             return load_config(self._directory.path)  # an older release kept the newest cfg.py alone
-        return load_config(self._directory.path, kept=(launch.folder / "cfg.py", overrides))
+        file = launch.folder / "cfg.py"
+        if any(name.startswith(("modules/cfg.", "modules/cfg/")) for name in launch.record.files):
+            # The cfg.py imports another one, as a variant of it does, and would find itself under that name.
+            self._folder.mkdir(parents=True, exist_ok=True)
+            file = self._folder / f"launch_{launch.number}.py"
+            file.write_bytes(launch.content("cfg.py") or b"")
+        return load_config(self._directory.path, kept=(file, overrides))
 
     def reasons(self, config: Config) -> list[str]:
         """Return the known differences from the launch that may give other bits."""
@@ -67,22 +81,26 @@ class Code:
 
 
 def code_for(
-    options: argparse.Namespace, directory: RunDirectory, launches: Sequence[KeptLaunch], console: Console
+    options: argparse.Namespace,
+    directory: RunDirectory,
+    launches: Sequence[KeptLaunch],
+    folder: Path,
+    console: Console,
 ) -> Code:
-    """Return the code of the step that the options ask for."""
+    """Return the code of the step that the options ask for; `folder` is for files that are needed meanwhile."""
     if options.launch is not None:
         launch = next((each for each in launches if each.number == options.launch), None)
     else:
         launch = launch_before(list(launches), options.step)
     if options.config is not None:
-        return Code(directory, launch, None, options.config)
+        return Code(directory, launch, None, options.config, folder)
     if not directory.cfg_py.is_file() and launch is None:
         raise ConfigError(
             f"{directory.path} keeps no cfg.py: its Config was made by a program of your own, so the run cannot be "
             "built again; keep the Config in a file, and launch that"
         )
     if launch is None or options.code == "now" or not launch.record.knows_modules:
-        return Code(directory, launch, None, None)
+        return Code(directory, launch, None, None, folder)
     kept = launch_code(launch)
     if kept.changed:
         warn(
@@ -90,7 +108,7 @@ def code_for(
             f"changed since launch {launch.number}, which did step {options.step}: {', '.join(kept.changed)}; the "
             "copies that the run keeps are used (--code now takes those of now)",
         )
-    return Code(directory, launch, kept, None)
+    return Code(directory, launch, kept, None, folder)
 
 
 def segments(launches: Sequence[KeptLaunch], start: int, step: int) -> list[tuple[KeptLaunch, int]]:

@@ -54,6 +54,24 @@ def test_a_run_without_a_cfg_is_refused(tmp_path: Path, capfd: pytest.CaptureFix
     assert "keeps no cfg.py: its Config was made by a program of your own" in capfd.readouterr().err
 
 
+def test_a_variant_of_a_cfg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """It imports everything from a neighbour called cfg.py, as its own copy in the run directory is called."""
+    write_code(tmp_path, name="cfg.py")
+    again = "Config(**{**{name: getattr(config, name) for name in config.model_fields_set}, 'max_steps': 4})"
+    (tmp_path / "small.py").write_text(f"from cfg import *\nconfig = {again}\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "cfg", raising=False)
+    run = run_in(tmp_path, monkeypatch)
+    for changed in (False, True):
+        sys.modules.pop("cfg")
+        if changed:
+            (tmp_path / "cfg.py").write_text("config = 5\n")
+        capfd.readouterr()
+        assert main(["replay", str(run), "--step", "4", "--json"]) == 0
+        assert json.loads(capfd.readouterr().out)["proven_steps"] == 4
+    sys.modules.pop("cfg")
+
+
 @pytest.mark.slow
 def test_steps_of_two_launches_with_other_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
