@@ -104,8 +104,12 @@ def launch_code(launch: KeptLaunch) -> LaunchCode:
 
 
 def is_same_code(left: KeptLaunch, right: KeptLaunch) -> bool:
-    """Return whether two launches have run the same files, with the same overrides of what decides about a step."""
-    files = [{name: file.sha256 for name, file in each.record.files.items()} for each in (left, right)]
+    """Return whether two launches have run the same files, with the same overrides of what decides about a step.
+
+    A file that only one of them lists was imported earlier there: another file that names it first would differ too.
+    """
+    both = left.record.files.keys() & right.record.files.keys()
+    files = [{name: each.record.files[name].sha256 for name in both} for each in (left, right)]
     overrides = [[text for text in each.record.overrides if not _is_harmless(text)] for each in (left, right)]
     return files[0] == files[1] and overrides[0] == overrides[1]
 

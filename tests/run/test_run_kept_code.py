@@ -107,3 +107,8 @@ def test_the_same_code(folder: Path) -> None:
     other = KeptLaunch(launch.folder, 3, launch.record.model_copy(update={"overrides": ["seed=1"]}))
     assert is_same_code(launch, same)
     assert not is_same_code(launch, other)
+    fewer = {name: file for name, file in launch.record.files.items() if "part" not in name}
+    late = KeptLaunch(launch.folder, 4, launch.record.model_copy(update={"files": fewer, "overrides": ["max_steps=9"]}))
+    assert is_same_code(launch, late)
+    edited = {name: file.model_copy(update={"sha256": "0"}) for name, file in fewer.items()}
+    assert not is_same_code(late, KeptLaunch(launch.folder, 5, launch.record.model_copy(update={"files": edited})))
