@@ -44,6 +44,11 @@ from disttrain.run.state import Run
 from disttrain.run.train import ledger_of, watchdog_of
 from disttrain.run.validation import Validation
 
+UNEXPLAINED = (
+    "Code and versions are those of the run, so look for data files that have changed, and for something that each "
+    "process has for itself: `disttrain verify` finds out what"
+)
+
 
 class Mismatch(DisttrainError):
     """A replayed step that has other bits than the run's ledger."""
@@ -57,7 +62,7 @@ class Mismatch(DisttrainError):
             f"it is the first step from {begins}" if difference.step > begins.step else f"so is the state of {begins}"
         )
         before = f"{same} the same" if num_same > 0 else first
-        why = f"Other bits are to be expected: {'; '.join(reasons)}" if reasons else difference.explanation
+        why = f"Other bits are to be expected: {'; '.join(reasons)}" if reasons else UNEXPLAINED
         super().__init__(
             f"step {difference.step} is not the run's: {difference.part}: expected {difference.left}, as the ledger "
             f"has it, got {difference.right}; {before}. {why}"

@@ -164,6 +164,7 @@ def test_a_step_that_differs_is_named(tmp_path: Path) -> None:
     assert info.value.exit_code == 1
     line = read_ledger(tmp_path / "small" / "ledger.jsonl")[6]
     assert line["loss"] in str(info.value)
+    assert str(info.value).endswith("`disttrain verify` finds out what")
     with pytest.raises(Mismatch, match="Other bits are to be expected: torch: 1 then, 2 now"):
         replayed(tmp_path, 8, small_config(handlers=[changed]), reasons=["torch: 1 then, 2 now"])
 
