@@ -24,7 +24,7 @@ from torch import nn
 from disttrain.backend import Backend
 from disttrain.checkpoint import step_in, store_at
 from disttrain.commands.closed_output import output_may_close
-from disttrain.commands.exit_codes import INTERRUPTED, SAME
+from disttrain.commands.exit_codes import DIFFERENT, INTERRUPTED, SAME
 from disttrain.commands.failures import print_error, report_failure
 from disttrain.commands.launch import connect_ranks, resolve_slots
 from disttrain.commands.replay_report import print_step, step_json
@@ -91,11 +91,11 @@ def replay_parser() -> argparse.ArgumentParser:
         default="kept",
         help="import your modules as the run keeps them, where they have changed, or as they are now (default: kept)",
     )
+    add("--unproven", action="store_true", help="go on after a step that differs from the run's ledger")
     add("--traceback", action="store_true", help="print the traceback of every error")
     for name, kind in (("--config", Path), ("--start", int), ("--source", Path), ("--to", Path), ("--launch", int)):
         add(name, type=kind, help=argparse.SUPPRESS)  # of `bisect`, and of the processes that are started here
-    for name in ("--saves", "--unproven"):
-        add(name, action="store_true", help=argparse.SUPPRESS)
+    add("--saves", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
@@ -180,7 +180,7 @@ def _other_process(options: argparse.Namespace, folder: Path, begins: list[str],
     words += [*begins, "--to", str(place), "--saves", "--json", "--code", options.code]
     words += ["--unproven"] * options.unproven
     done = subprocess.run(words, stdout=subprocess.DEVNULL, check=False, env=variables_with(import_path()))
-    if done.returncode:
+    if done.returncode != SAME and not (options.unproven and done.returncode == DIFFERENT):
         raise Unproven(f"the steps up to {last}, of launch {launch}, could not be computed as they were: see above")
     (checkpoints,) = place.glob("*/checkpoints")
     return Path(checkpoints)
@@ -227,8 +227,8 @@ def _replay(
         replayed = Replay(*parts, reasons=reasons, saves=options.saves, proves=not options.unproven).run(
             plan.starts, watcher
         )
-    _print(options, plan, replayed, console, output)
-    return SAME
+    _print(options, replayed, console, output)
+    return SAME if replayed.differs is None else DIFFERENT
 
 
 def _outputs(
@@ -246,7 +246,7 @@ def _outputs(
     return lambda model: ModuleOutputs(model, lambda record: print(json_text(record), file=file))
 
 
-def _print(options: argparse.Namespace, plan: _Plan, replayed: Replayed, console: Console, output: TextIO) -> None:
+def _print(options: argparse.Namespace, replayed: Replayed, console: Console, output: TextIO) -> None:
     if replayed.left_out is not None:
         warn(
             console,

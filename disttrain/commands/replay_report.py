@@ -28,6 +28,7 @@ def step_json(run: str, replayed: Replayed) -> str:
         "from_step": replayed.start.step,
         "from": str(replayed.start),
         "proven_steps": replayed.num_proven,
+        "differs": None if replayed.differs is None else str(replayed.differs),
         "left_out": replayed.left_out,
         **{name: number_of(replayed.line, name) for name in ("loss", "grad_norm", "learning_rate")},
         "slots": [vars(slot) for slot in replayed.slots],
@@ -59,7 +60,10 @@ def print_step(run: str, replayed: Replayed, output: TextIO, *, whole: bool) -> 
     if replayed.num_proven:
         steps = f"step {first} has" if first == last else f"each of the steps {first} to {last} has"
         console.print(f"proven: {steps} the bits of the run's ledger", soft_wrap=True)
-    if not replayed.line and last < replayed.step:
+    if replayed.differs is not None:
+        number = replayed.differs.difference.step
+        console.print(f"not the run's bits from step {number} on: it differs from the ledger", soft_wrap=True)
+    elif not replayed.line and last < replayed.step:
         console.print(
             f"the ledger has no losses of the slots of step {replayed.step}: without --slot the step is proven too",
             soft_wrap=True,

@@ -83,6 +83,8 @@ class Replayed(NamedTuple):
     """The reason for which the run left the whole step out; None if it did not."""
     num_proven: int
     """The steps, up to this one, that have the bits of the run's ledger."""
+    differs: Mismatch | None = None
+    """The first step that has not, if the replay goes on there."""
 
 
 def replay_config(config: Config) -> Config:
@@ -104,7 +106,7 @@ class Replay:
 
     `lines` are the run's ledger by step. `reasons` are known causes of other bits, for the message of a Mismatch. With
     `saves` the state after the step is saved in `shadow`, as a run that is stopped there saves it. Without `proves`
-    nothing is held against the ledger.
+    it goes on after a step that differs from the ledger.
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class Replay:
         self._saves = saves
         self._proves = proves
         self._num_proven = 0
+        self._differs: Mismatch | None = None
 
     def run(self, starts: Sequence[Start], watcher: SlotWatcher) -> Replayed:
         """Compute the watcher's step from the first of `starts` that can be loaded."""
@@ -169,21 +172,24 @@ class Replay:
             steps = f"step {step}" if step == at + 1 else f"steps {at + 1} to {step}"
             self._console.print(f"computing {steps} from {start}", soft_wrap=True)
             run.training = True
-            self._num_proven = 0
+            self._num_proven, self._differs = 0, None
             watcher.attach(run)
             ledger = self._attach(run, start, at, step, stack)
             try:
                 run.trainer.run(run.loader, **run.maximum, epoch_length=run.epoch_length)
             except SlotDone:
                 self._prove_slot(watcher.slots[0], step, start)
-                return Replayed(step, run.trainer.state.epoch, start, watcher.slots, {}, reason, self._num_proven)
+                return self._replayed(run, watcher, start, {}, reason)
             if run.trainer.state.iteration < step:
                 raise ConfigError(
                     f"the run's own code ended it after step {run.trainer.state.iteration}: expected step {step}; "
                     "a handler calls trainer.terminate()"
                 )
-            line = dict(ledger.newest)
-            return Replayed(step, run.trainer.state.epoch, start, watcher.slots, line, reason, self._num_proven)
+            return self._replayed(run, watcher, start, dict(ledger.newest), reason)
+
+    def _replayed(self, run: Run, watcher: SlotWatcher, start: Start, line: Line, reason: str | None) -> Replayed:
+        epoch, proof = run.trainer.state.epoch, (self._num_proven, self._differs)
+        return Replayed(watcher.step, epoch, start, watcher.slots, line, reason, *proof)
 
     def _is_left_out(self, step: int) -> bool:
         """Return whether the run left out the whole step, after a rollback."""
@@ -264,25 +270,31 @@ class Replay:
         return lambda engine: validation(engine) if self._saves or engine.state.iteration < step else None
 
     def _prove_slot(self, slot: ReplayedSlot, step: int, start: Start) -> None:
-        """Raise Mismatch unless a slot's loss has the bits of the run's, if its ledger has the losses of the slots."""
+        """Hold a slot's loss against the run's, if its ledger has the losses of the slots."""
         expected = self._lines[step]
-        if "slots" not in expected or slot.loss is None or not self._proves:
+        if "slots" not in expected or slot.loss is None:
             return
         losses = list(expected["slots"]["loss"])
         losses[slot.slot] = hex_float(slot.loss)
-        line = {**expected, "slots": {**expected["slots"], "loss": losses}}
-        if (difference := first_difference({step: expected}, {step: line})) is not None:
-            raise Mismatch(difference, start, self._reasons)
-        self._num_proven += 1
+        self._compare(expected, {**expected, "slots": {**expected["slots"], "loss": losses}}, start)
 
     def _prove(self, line: Line, start: Start) -> None:
-        """Raise Mismatch unless a step's line has the bits of the run's."""
+        """Hold a step's line against the run's; Mismatch if it has other bits."""
         step = line["step"]
-        if step not in self._lines or not self._proves:
+        if step not in self._lines:
             return
         expected = self._lines[step]
         if self._is_left_out(step) and line["loss"] is not None:  # it is computed all the same: its samples are known
             expected = {**line, **({"order": expected["order"]} if "order" in expected else {})}
-        if (difference := first_difference({step: expected}, {step: line})) is not None:
+        self._compare(expected, line, start)
+
+    def _compare(self, expected: Line, line: Line, start: Start) -> None:
+        step = line["step"]
+        difference = first_difference({step: expected}, {step: line})
+        if difference is None:
+            self._num_proven += step > 0 and self._differs is None
+        elif self._proves:
             raise Mismatch(difference, start, self._reasons)
-        self._num_proven += step > 0
+        elif self._differs is None:
+            self._differs = Mismatch(difference, start, self._reasons)
+            warn(self._console, f"{type(self._differs).__name__}: {self._differs}")

@@ -172,6 +172,22 @@ def test_a_step_that_differs_is_named_with_what_is_known(run: Path, capfd: pytes
     assert "Other bits are to be expected: torch: 1.0 then, " in last
 
 
+def test_an_unproven_step_is_shown_all_the_same(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    ledger = run / "ledger.jsonl"
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    lines[12]["loss"] = (2.0).hex()
+    ledger.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert main(["replay", str(run), "--step", "13", "--unproven"]) == 1
+    out, err = capfd.readouterr()
+    assert out.splitlines()[-2:] == [
+        "proven: step 11 has the bits of the run's ledger",
+        "not the run's bits from step 12 on: it differs from the ledger",
+    ]
+    assert "WARNING: Mismatch: step 12 is not the run's" in err
+    assert main(["replay", str(run), "--step", "13", "--unproven", "--json"]) == 1
+    assert json.loads(capfd.readouterr().out)["differs"].startswith("step 12 is not the run's")
+
+
 def test_code_that_has_changed(made: Path, run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The run's copies are imported; with --code now those of now, and then the step differs."""
     norms = made.parents[1] / "norms.py"

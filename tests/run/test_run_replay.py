@@ -169,6 +169,21 @@ def test_a_step_that_differs_is_named(tmp_path: Path) -> None:
         replayed(tmp_path, 8, small_config(handlers=[changed]), reasons=["torch: 1 then, 2 now"])
 
 
+def test_it_goes_on_after_a_step_that_differs_if_that_is_asked_for(tmp_path: Path) -> None:
+    trained(tmp_path, checkpoint={"every_steps": 4})
+    to = console()
+    found = replayed(tmp_path, 8, small_config(handlers=[changed]), proves=False, to=to)
+    assert found.num_proven == 1
+    assert found.differs is not None
+    assert found.differs.difference.step == 6
+    assert printed(to).count("WARNING: Mismatch: step 6 is not the run's: the loss: ") == 1
+    assert found.line["step"] == 8
+    whole = replayed(tmp_path, 8, small_config())
+    assert [slot.indices for slot in found.slots] == [slot.indices for slot in whole.slots]
+    assert [slot.loss for slot in found.slots] != [slot.loss for slot in whole.slots]
+    assert replayed(tmp_path, 8, small_config(), proves=False).differs is None
+
+
 def test_the_state_of_a_checkpoint_is_held_against_the_ledger(tmp_path: Path) -> None:
     trained(tmp_path, checkpoint={"every_steps": 4}, ledger={"every_steps": 4})
     ledger = tmp_path / "small" / "ledger.jsonl"
