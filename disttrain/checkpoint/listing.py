@@ -129,18 +129,25 @@ class Pruned(NamedTuple):
     remove: list[ListedCheckpoint]
 
 
-def plan_prune(entries: list[ListedCheckpoint], keep: int, *, damaged: bool = False) -> Pruned:
+def is_anchor(entry: ListedCheckpoint) -> bool:
+    """Return whether a checkpoint was saved as an anchor (`checkpoint.anchor_every_steps`)."""
+    return entry.manifest is not None and entry.manifest.position.get("anchor") is True
+
+
+def plan_prune(entries: list[ListedCheckpoint], keep: int, *, damaged: bool = False, anchors: bool = False) -> Pruned:
     """Return a plan by which the `keep` newest good checkpoints stay, at least one, and the best.
 
     Damaged checkpoints stay for a person to inspect, unless `damaged`. Leftovers stay: the next run removes them.
-    CheckpointError if no checkpoint is good.
+    Anchors stay, unless `anchors`. CheckpointError if no checkpoint is good.
     """
     good = [entry for entry in entries if entry.state == "good"]
     if not good:
         raise CheckpointError("none of the checkpoints is good, so none is removed; see disttrain checkpoint verify")
     best = best_of(good)
     old = good[max(1, keep) :]
-    spared = [entry for entry in old if best is not None and entry.step == best.step]
+    spared = [
+        entry for entry in old if (best is not None and entry.step == best.step) or (is_anchor(entry) and not anchors)
+    ]
     remove = [entry for entry in old if entry not in spared]
     remove += [entry for entry in entries if damaged and entry.state == "damaged"]
     return Pruned(good[: max(1, keep)] + spared, remove)

@@ -16,6 +16,11 @@ checkpoint   lists, shows, verifies and prunes checkpoints
 export       writes the weights of a run for other programs
 evaluate     evaluates a checkpoint of a run on its validation data
 launchers    lists and copies the launchers that are installed with the package
+replay       computes a step of a run again, and shows it slot by slot
+replay_report prints a replayed step
+replayed_code the code with which a step is replayed
+bisect       finds the first step and module that other code computes otherwise
+bisect_sides computes the two sides of a bisection
 doctor       prints the versions and devices of this machine
 closed_output  drops what nobody reads any more
 failures     reports the error that ended a run, once for all ranks

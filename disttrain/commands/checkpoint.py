@@ -19,6 +19,7 @@ from disttrain.checkpoint import (
     Manifest,
     best_of,
     inspect,
+    is_anchor,
     plan_prune,
     step_in,
     survey,
@@ -92,9 +93,10 @@ def checkpoint_parser() -> argparse.ArgumentParser:
     ls.add_argument("--quick", action="store_true", help="do not read the tensors: the state is complete, not good")
     show = add("show", show_checkpoint, "print the manifest of a checkpoint, by default the newest, and its tensors")
     verify = add("verify", verify_checkpoints, "hash every file of all checkpoints, or of one")
-    prune = add("prune", prune_checkpoints, "remove all checkpoints but the newest good ones and the best one")
+    prune = add("prune", prune_checkpoints, "remove all checkpoints but the newest good ones, the best one and anchors")
     prune.add_argument("--keep", metavar="N", type=int, default=2, help="good ones to keep, at least 1 (default: 2)")
     prune.add_argument("--damaged", action="store_true", help="remove damaged checkpoints too")
+    prune.add_argument("--anchors", action="store_true", help="remove anchors too (checkpoint.anchor_every_steps)")
     prune.add_argument("--yes", action="store_true", help="remove them; without --yes they are only listed")
     model = add("export", export_model, "write the weights of a checkpoint, by default the newest, for other programs")
     add_export_options(model)
@@ -122,7 +124,8 @@ def list_checkpoints(root: CheckpointStore, name: str | None, options: argparse.
         ranks = "-" if entry.manifest is None else str(entry.manifest.world_size)
         odd_name = "" if entry.name == f"step-{entry.step:08d}" else f"{entry.name} "
         is_best = best is not None and entry.step == best.step and entry.manifest is not None
-        note = odd_name + (f"best {best.monitor}: {best.value:.4g}" if best is not None and is_best else entry.reason)
+        notes = [f"best {best.monitor}: {best.value:.4g}"] if best is not None and is_best else []
+        note = odd_name + (", ".join([*notes, *["anchor"] * is_anchor(entry)]) or entry.reason)
         table.add_row(str(entry.step), date, size, epoch_of(entry.manifest), ranks, entry.state, printable(note))
     console.print(table)
     committed = set(root.committed())
@@ -178,13 +181,13 @@ def verify_checkpoints(root: CheckpointStore, name: str | None, options: argpars
 
 
 def prune_checkpoints(root: CheckpointStore, name: str | None, options: argparse.Namespace, console: Console) -> int:
-    """Remove all checkpoints but the newest good ones and the best one; without --yes list them only."""
+    """Remove all checkpoints but the newest good ones, the best one and anchors; without --yes list them only."""
     if options.keep < 1:
         raise ConfigError(f"--keep {options.keep}: expected at least 1, because the newest good one always stays")
     if name is not None:
         raise ConfigError(f"expected a folder of checkpoints, got the checkpoint {root.path(name)}; use {root}")
     try:
-        keep, remove = plan_prune(survey(root), options.keep, damaged=options.damaged)
+        keep, remove = plan_prune(survey(root), options.keep, damaged=options.damaged, anchors=options.anchors)
     except CheckpointError as error:
         raise CheckpointError(f"{root}: {error}") from error
     for entry in keep:

@@ -13,9 +13,9 @@ from disttrain.commands.closed_output import output_may_close
 from disttrain.process import begin_process
 from disttrain.version import __version__
 
-_OWN_PARSERS = ("launch", "verify", "checkpoint", "evaluate", "runs", "launchers")
+_OWN_PARSERS = ("launch", "verify", "checkpoint", "evaluate", "runs", "launchers", "replay", "bisect")
 """The commands that parse their own words."""
-_TRAINS = ("launch", "verify", "evaluate")
+_TRAINS = ("launch", "verify", "evaluate", "replay", "bisect")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,6 +57,8 @@ def run_words(words: Sequence[str]) -> int:
     commands.add_parser(
         "launchers", add_help=False, help="list or copy the launchers for Kubernetes, Ray, SkyPilot, Slurm and others"
     )
+    commands.add_parser("replay", add_help=False, help="compute one step of a run again, and look into it")
+    commands.add_parser("bisect", add_help=False, help="find the first step and module that differ under other code")
     compare = commands.add_parser(
         "compare",
         help="find the first step at which two runs differ",

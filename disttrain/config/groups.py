@@ -28,6 +28,9 @@ class CheckpointConfig(Declaration):
     """Also save as soon as the last checkpoint is this old. 0: never."""
     keep: Annotated[Positive, FieldNote("checkpoints", may_change=True, harmless=True)] = 3
     """The number of newest checkpoints to keep."""
+    anchor_every_steps: Annotated[NonNegative, FieldNote("steps", may_change=True, harmless=True)] = 0
+    """Also save at each multiple of so many steps, and never remove these checkpoints. Any step can then be computed
+    again from an anchor before it (docs/replay.md). Each takes the space of a checkpoint. 0: no anchors."""
     monitor: Annotated[str | None, FieldNote(may_change=True, harmless=True)] = None
     """Also keep the checkpoint with the best result on the validation data. The result is "loss", or the name of a
     metric, or with `mode` of a value that `forward` returns; with several sets "clean/loss". None: keep no best

@@ -89,6 +89,11 @@ class Mixture:
     def __len__(self) -> int:
         return self._length
 
+    def sources_of(self, indices: Sequence[int]) -> list[str]:
+        """Return the name of the source of each sample; its number if the sources have no names."""
+        places = np.searchsorted(self._offsets, np.asarray(indices), side="right") - 1
+        return [str(place) if self._names is None else self._names[place] for place in places.tolist()]
+
     def at(self, epoch: int, positions: Indices) -> Indices:
         """Return the indices at `positions`, of the sources one after the other."""
         sources, numbers_of = self._turns(positions + epoch * self._length)

@@ -102,7 +102,7 @@ class SlotBatchSampler(BatchSampler):
         self.shuffle = shuffle
         self.epoch = 0
         self.step = 0
-        self._order = order
+        self.order = order
 
     @property
     def num_steps(self) -> int:
@@ -142,7 +142,7 @@ class SlotBatchSampler(BatchSampler):
     def samples(self, epoch: int, steps: range) -> Indices:
         """Return the indices of whole global batches, one batch in each row, the slots in order."""
         positions = np.array(steps)[:, None] * self.global_batch_size + np.arange(self.global_batch_size)
-        return indices_at(self._order, self.num_samples, epoch, positions)
+        return indices_at(self.order, self.num_samples, epoch, positions)
 
     def __iter__(self) -> Iterator[Microbatch]:
         return self.iterate_from(0)
@@ -175,7 +175,7 @@ class SlotBatchSampler(BatchSampler):
         """Return the indices of each slot of `slots` in each step of `steps`, step by step."""
         first = np.array(steps)[:, None] * self.global_batch_size + slots.start * self.batch_size
         positions = first + np.arange(len(slots) * self.batch_size)
-        indices = indices_at(self._order, self.num_samples, epoch, positions)
+        indices = indices_at(self.order, self.num_samples, epoch, positions)
         rows: list[list[int]] = indices.reshape(-1, self.batch_size).tolist()
         return rows
 

@@ -6,6 +6,7 @@ samples      the hash of one sample of a dataset
 fingerprint  the SHA-256 of a model's weights, for result.json
 reading      reads a ledger back
 compare      finds the first difference of two ledgers and its likely cause
+module_outputs  the output of every module of a step, as a hash
 evaluations  puts the curves of training and evaluations beside the lines of a ledger
 """
 

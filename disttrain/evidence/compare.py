@@ -62,8 +62,8 @@ class LedgerDifference:
     """The last earlier step after which the whole state is known to be the same."""
 
     @property
-    def headline(self) -> str:
-        """One line with the step, the part, the place and both values."""
+    def part(self) -> str:
+        """The part that differs and the place in it, in words."""
         names = {
             "began": "the state that the runs began with",
             "order": "the choice of samples",
@@ -78,8 +78,12 @@ class LedgerDifference:
             "values": "the values beside the loss",
             "evaluation": "the results of the evaluation after the step",
         }
-        place = f" ({shortened(self.where, 4)})" if self.where else ""
-        return f"first difference at step {self.step}: {names[self.what]}{place}: {self.left} and {self.right}"
+        return f"{names[self.what]}{f' ({shortened(self.where, 4)})' if self.where else ''}"
+
+    @property
+    def headline(self) -> str:
+        """One line with the step, the part, the place and both values."""
+        return f"first difference at step {self.step}: {self.part}: {self.left} and {self.right}"
 
     @property
     def explanation(self) -> str:
@@ -92,12 +96,9 @@ class LedgerDifference:
         return " ".join(self._known_sentences())
 
     def _known_sentences(self) -> list[str]:
-        sentences = []
-        if self.known:
-            sentences.append(f"The same in this step: {', '.join(self.known)}.")
-        if self.state_same_at is not None and self.step:
-            sentences.append(f"The state was the same after step {self.state_same_at}.")
-        return sentences
+        known = [f"The same in this step: {', '.join(self.known)}."] if self.known else []
+        is_state_known = self.state_same_at is not None and self.step > 0
+        return known + [f"The state was the same after step {self.state_same_at}."] * is_state_known
 
     @property
     def _cause(self) -> str:

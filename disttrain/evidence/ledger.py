@@ -138,6 +138,11 @@ class Ledger:
                 line["left_out"] = fetched["left_out"]
         self._lines.write(*pending)
 
+    @property
+    def newest(self) -> Line:
+        """The line that was written last, on rank 0; empty before the first."""
+        return {} if self._lines is None else self._lines.last
+
     def sync(self) -> None:
         """Flush the written lines to the disk."""
         if self._lines is not None:

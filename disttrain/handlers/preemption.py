@@ -130,6 +130,10 @@ class Preemption:
         self.backend, self.save_every_s, self.starting = backend, save_every_s, False
         self.saved()
 
+    def stop(self) -> None:
+        """Stop at the end of this step, as after a signal."""
+        self.signal = signal.SIGTERM
+
     def asked(self) -> bool:
         """Return True if this rank received a signal."""
         return self.signal is not None

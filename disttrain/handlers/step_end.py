@@ -48,6 +48,7 @@ class StepEnd:
         pass_ends: Callable[[], bool] | None = None,
         best: Best | None = None,
         early_stop: EarlyStop | None = None,
+        anchor_every_steps: int = 0,
     ) -> None:
         self.losses = losses
         self.preemption = preemption
@@ -55,6 +56,7 @@ class StepEnd:
         self.log_every_steps = log_every_steps
         self.save_every_steps = save_every_steps
         self.validate_every_steps = validate_every_steps
+        self.anchor_every_steps = anchor_every_steps
         self.interrupted = False
         self.metrics: dict[str, Any] = {}
         self.saved_at = 0
@@ -98,7 +100,8 @@ class StepEnd:
         request = self.preemption.agreed(anew=evaluates)
         if not is_evaluated:
             request = STOP  # the ranks agreed on it during the evaluation
-        if request != NOTHING or due(self.save_every_steps, step, epoch_ends) or self._best_unsaved:
+        is_due = due(self.save_every_steps, step, epoch_ends) or due(self.anchor_every_steps, step, False)
+        if request != NOTHING or is_due or self._best_unsaved:
             # A completed run is saved in its usual place, however long that takes: no later launch would do it.
             hurries = request == STOP and not (is_last and is_evaluated)
             self._save_once(engine, self.preemption.left_s() if hurries else math.inf)

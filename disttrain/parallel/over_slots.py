@@ -13,7 +13,7 @@ what shows only in a forward, in the first steps (`slot_checks.py`). ValueError 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -34,6 +34,9 @@ from disttrain.parallel.user_collectives import without_collectives
 from disttrain.parallel.weights import SlotWeights, WeightOf
 from disttrain.seeding import seed_for, seed_torch
 
+SlotWatch = Callable[[Iterator[Any], int], Iterator[Any]]
+"""(the microbatches of a step, its number from 1) -> the same microbatches; rehearsals are among them."""
+
 ALONE = (
     "a slot may not depend on the ranks, and the gradients meet by themselves; a loss that compares the samples of all "
     "slots is global_loss (docs/contrastive.md)"
@@ -51,6 +54,8 @@ class GradientsOverSlots(ABC):
     calls_ranks_in_slots = False
     """Whether the forward or the backward of a slot calls the other ranks even if its gradients are not sent."""
     progress: GradientProgress | None = None
+    watch: SlotWatch | None = None
+    """Sees each microbatch as the step body takes it, and its gradients before they are taken off the parameters."""
     _buffers: SlotBuffers
     _checks: SlotChecks
     _rehearsal: Rehearsal
@@ -104,7 +109,8 @@ class GradientsOverSlots(ABC):
         self.weights.begin(batch)
         if self.progress is not None:
             self.progress.begin(iteration)
-        yield from self._step(batch, iteration)
+        microbatches = self._step(batch, iteration)
+        yield from microbatches if self.watch is None else self.watch(microbatches, iteration)
         if self.progress is not None:
             self.progress.over = True
         self._trained.warn_of_unused(self._unused, iteration=iteration, rank=self.slots.rank)

@@ -57,6 +57,11 @@ note_launch        keeps each launch, and says what has changed since
 launches           the launches that a run directory keeps
 source_files       the cfg.py and the modules of a launch, versions, the git commit
 launch_changes     the differences between two launches
+replay             computes a step of a run again in one process, proven by the ledger
+replay_start       the checkpoint from which a step is computed again
+replayed_slots     the slots of a replayed step
+slot_debugger      opens a debugger before the model is called on a slot
+kept_code          imports the modules of a past launch as the run keeps them
 rank_log           the log file of a rank
 field_places       the line of a field's value in the user's files
 code_errors        explains an exception of the user's code in one line

@@ -1,6 +1,7 @@
 """The launches that a run directory keeps: for each its cfg.py, own modules, command, versions and git commit.
 
-*Contract*: `launches/0001/` and so on hold `launch.json` and the files that it lists. A folder is made in one step, by
+*Contract*: `launches/0001/` and so on hold `launch.json`, the files that it lists and, if tracked files differ from the
+git commit, `changes.diff`. A folder is made in one step, by
 rank 0, which holds the run directory. It never changes. A launch whose files, versions, command and commit are those of
 the newest one, such as a restart of killed ranks, adds none. A run that an older release began gets its first folder
 from the cfg.py that it kept. The folders may be a stranger's: a damaged one counts as absent, and names in it lead to
@@ -13,7 +14,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +27,7 @@ from disttrain.run.source_files import MAX_FILE_BYTES, GitState, SourceFile
 
 logger = logging.getLogger(__name__)
 
-LAUNCH_JSON = "launch.json"
+LAUNCH_JSON, CHANGES = "launch.json", "changes.diff"
 KeptName = Annotated[str, StringConstraints(pattern=r"^(cfg\.py|modules(/\w+)+(\.\w+)?)$")]
 """The name of a kept file; it cannot leave its folder."""
 
@@ -135,8 +136,17 @@ def _older_release(cfg_py: Path) -> LaunchRecord | None:
     return LaunchRecord(step=0, files={"cfg.py": listed}, knows_modules=False)
 
 
-def keep_launch(launches: Path, record: LaunchRecord, files: Mapping[str, SourceFile], before: list[KeptLaunch]) -> int:
-    """Keep a launch unless it is the newest one of `before` again; return its number."""
+def keep_launch(
+    launches: Path,
+    record: LaunchRecord,
+    files: Mapping[str, SourceFile],
+    before: list[KeptLaunch],
+    changes: Callable[[], bytes | None] = lambda: None,
+) -> int:
+    """Keep a launch unless it is the newest one of `before` again; return its number.
+
+    `changes` returns the diff of the repository to its commit, which is kept as `changes.diff`.
+    """
     if before and before[-1].number == 0:  # an older release's
         _write(launches, 1, before[-1].record, {"cfg.py": before[-1].content("cfg.py")}, None)
         before = [KeptLaunch(launches / "0001", 1, before[-1].record)]
@@ -144,7 +154,8 @@ def keep_launch(launches: Path, record: LaunchRecord, files: Mapping[str, Source
     if newest is not None and is_same_launch(newest.record, record):
         return newest.number
     number = max([number for number, _ in _numbered(launches)], default=0) + 1
-    _write(launches, number, record, {name: file.content for name, file in files.items()}, newest)
+    contents = {name: file.content for name, file in files.items()}
+    _write(launches, number, record, {**contents, CHANGES: changes()}, newest)
     return number
 
 

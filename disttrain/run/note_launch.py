@@ -7,6 +7,7 @@ versions and the values alone are kept.
 """
 
 import logging
+from functools import partial
 
 from rich.console import Console
 
@@ -23,7 +24,7 @@ from disttrain.run.launches import (
     read_launches,
     record_files,
 )
-from disttrain.run.source_files import SourceFile, git_state, package_versions, source_files
+from disttrain.run.source_files import SourceFile, git_changes, git_state, package_versions, source_files
 from disttrain.run.state import Run
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,8 @@ def note_launch(run: Run, step: int, built: Built, console: Console) -> None:
         record = record_of(run, origin, step, built, files)
         if (writer := launch_before(before, step)) is not None:
             print_changes(run, writer, record, files, console)
-        keep_launch(directory.launches, record, files, before)
+        changes = partial(git_changes, origin.folder) if origin is not None and record.dirty else lambda: None
+        keep_launch(directory.launches, record, files, before, changes)
         if origin is not None:
             directory.describe(to_json(run.config), origin.text, origin.overrides)
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import nn
 from torch.optim import Optimizer
 
+from disttrain.checkpoint import Loaded
 from disttrain.checkpoint.state_tree import flatten
 from disttrain.data import StreamLoader
 from disttrain.errors import CheckpointError, ConfigError, DataError
@@ -73,30 +74,39 @@ def check_state(run: Run) -> None:
 def restore(run: Run, console: Console) -> int:
     """Load the newest good checkpoint, if there is one; return its step, or 0. Print a warning for damaged ones."""
     found = checkpoint_places.load_newest_checkpoint(run)
-    position = {} if found is None else found.manifest.position
-    same_kernels = warn_of_kernels(run, position, console)
-    step, built = 0, built_values(run)
+    built = built_values(run)
     if found is not None:
-        step = found.manifest.step
         for name, reason in found.skipped:
             warn(console, f"checkpoint {name} is damaged: {reason}")
-        check_position(run, step, position)
-        load_parts(run, found.state, position, console)
-        run.load_position(position)
-        check_freezing(run, position)
+    step = restore_from(run, found, console)
+    if found is not None:
         warn_of_other_weights(run, console)
         checkpoint_places.check_best(run, console)
         if run.early_stop is not None and run.early_stop.changed:
             warn(console, run.early_stop.changed)
+        place = "" if found.place == str(run.directory.checkpoints) else f", from {found.place}"
+        console.print(f"resuming from step {step} (epoch {run.loader.epoch + 1}){place}", soft_wrap=True)
+    note_launch(run, step, built, console)
+    return step
+
+
+def restore_from(run: Run, found: Loaded | None, console: Console) -> int:
+    """Put the run where a loaded checkpoint stands, without one where it begins; return the step. Nothing is saved."""
+    position = {} if found is None else found.manifest.position
+    same_kernels = warn_of_kernels(run, position, console)
+    step = 0
+    if found is not None:
+        step = found.manifest.step
+        check_position(run, step, position)
+        load_parts(run, found.state, position, console)
+        run.load_position(position)
+        check_freezing(run, position)
         run.loader.seek(*divmod(step, run.epoch_length or step + 1))
     compare_samples(run, position, same_kernels, console)
     if found is not None:
         catch_up_data(run, step, console)
         if FLAGS in position:  # a checkpoint of an older release does not know
             run.freezing.hold(run.trainer, partial(warn, console), inside_epoch=run.loader.step > 0)
-        place = "" if found.place == str(run.directory.checkpoints) else f", from {found.place}"
-        console.print(f"resuming from step {step} (epoch {run.loader.epoch + 1}){place}", soft_wrap=True)
-    note_launch(run, step, built, console)
     return step
 
 

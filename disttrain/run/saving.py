@@ -18,7 +18,7 @@ from types import TracebackType
 
 from rich.console import Console
 
-from disttrain.checkpoint import EVALUATION_POINT, AsynchronousSaver, DirectorySaver, on_one_rank
+from disttrain.checkpoint import EVALUATION_POINT, AsynchronousSaver, DirectorySaver, on_one_rank, step_in
 from disttrain.engine import Engine, Events
 from disttrain.errors import CheckpointError
 from disttrain.handlers.checkpoint import Checkpoint
@@ -71,12 +71,16 @@ class Saving:
 
     def _into(self, saver: DirectorySaver) -> Checkpoint:
         run = self._run
-        keeps = None if run.best is None else run.best.keeps
         parts = to_save(run)
         parts |= {} if run.frozen is None else run.frozen.lightened(parts)
         if has_two_points(run.optimizer):
             parts[EVALUATION_POINT] = EvaluationPoint(run.model, run.optimizer)
-        return Checkpoint(parts, saver, n_saved=run.config.checkpoint.keep, backend=run.backend, keeps=keeps)
+        return Checkpoint(parts, saver, n_saved=run.config.checkpoint.keep, backend=run.backend, keeps=self._keeps)
+
+    def _keeps(self, filename: str) -> bool:
+        """Return whether a checkpoint stays beside the newest: the best one, and the anchors."""
+        run = self._run
+        return run.is_anchor(step_in(filename)) or (run.best is not None and run.best.keeps(filename))
 
     def __call__(self, engine: Engine, left_s: float = math.inf) -> bool:
         """Save; return True if there is, or will be, a checkpoint of this step. `left_s` is the same on every rank."""

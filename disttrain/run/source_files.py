@@ -137,14 +137,31 @@ class GitState(NamedTuple):
 
 def git_state(folder: Path) -> GitState | None:
     """Return the state of the git repository that a folder lies in; None without git, a repository or a commit."""
-    words = ["git", "-c", "core.fsmonitor=false", "--no-optional-locks", "-C", str(folder)]
-    words += ["status", "--porcelain=v2", "--branch", "--untracked-files=no"]
-    try:
-        done = subprocess.run(words, capture_output=True, timeout=GIT_WITHIN_S, check=True, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.SubprocessError):
+    output = _git(folder, "status", "--porcelain=v2", "--branch", "--untracked-files=no")
+    if output is None:
         return None
-    lines = done.stdout.decode(errors="replace").splitlines()
+    lines = output.decode(errors="replace").splitlines()
     commit = next((line.split()[2] for line in lines if line.startswith("# branch.oid ")), "(initial)")
     if not re.fullmatch(r"[0-9a-f]{40,64}", commit):
         return None
     return GitState(commit, any(not line.startswith("#") for line in lines))
+
+
+def git_changes(folder: Path) -> bytes | None:
+    """Return the diff of the tracked files of a repository to its commit, as `git apply` takes it.
+
+    None if there is none, if git is slow, and beyond `MAX_FILE_BYTES`.
+    """
+    options = ["--no-ext-diff", "--no-textconv", "--no-color", "--no-relative", "--src-prefix=a/", "--dst-prefix=b/"]
+    diff = _git(folder, "diff", "HEAD", "--binary", *options)
+    return diff if diff and len(diff) <= MAX_FILE_BYTES else None
+
+
+def _git(folder: Path, *command: str) -> bytes | None:
+    """Return the output of a git command that changes nothing; None if it fails."""
+    words = ["git", "-c", "core.fsmonitor=false", "--no-optional-locks", "-C", str(folder), *command]
+    try:
+        done = subprocess.run(words, capture_output=True, timeout=GIT_WITHIN_S, check=True, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout

@@ -201,6 +201,11 @@ class Run:
         """Epochs of which at least one step is done."""
         return self.loader.epoch + (self.loader.step > 0)
 
+    def is_anchor(self, step: int) -> bool:
+        """Return whether the checkpoint of a step stays for good (`checkpoint.anchor_every_steps`)."""
+        every_steps = self.config.checkpoint.anchor_every_steps
+        return every_steps > 0 and step % every_steps == 0
+
     def state_tensors(self) -> dict[str, Tensor]:
         """Return the whole state by name: parameters, buffers, optimizer state, kept objects, what is frozen."""
         return {**state_tensors(self.parts, self.optimizer, self.kept), **self.freezing.tensors()}
@@ -223,6 +228,7 @@ class Run:
             "global_batch_size": self.config.global_batch_size,
             "kernels": self.kernels,
             **({"evaluation_due": True} if self.evaluation_due else {}),
+            **({"anchor": True} if self.is_anchor(self.trainer.state.iteration) else {}),
             **({"module_settings": settings} if settings else {}),
             **({"left_out": left_out} if left_out else {}),
             **({} if (terminated := self._terminated_now()) is None else {"terminated": terminated}),

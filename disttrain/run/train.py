@@ -204,6 +204,7 @@ def attach(run: Run, preemption: Preemption, console: Console, step: int, stack:
         log_every_steps=config.log.every_steps,
         save_every_steps=config.checkpoint.every_steps,
         validate_every_steps=config.validate.every_steps,
+        anchor_every_steps=config.checkpoint.anchor_every_steps,
         pass_ends=None if run.epoch_length else lambda: run.loader.step == 0,
         best=run.best,
         early_stop=run.early_stop,

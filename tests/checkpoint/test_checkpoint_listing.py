@@ -21,6 +21,7 @@ from disttrain.checkpoint import (
     best_of,
     checkpoint_name,
     inspect,
+    is_anchor,
     load_newest,
     plan_prune,
     save,
@@ -118,3 +119,15 @@ def test_the_newest_good_ones_and_the_best_stay(states: list[Any], keep: int, da
     assert plan.keep == newest + [each for each in older if each.step == best]
     bad = [each for each in entries if damaged and each.state == "damaged"]
     assert plan.remove == [each for each in older if each.step != best] + bad
+
+
+def test_anchors_stay_unless_they_are_to_go() -> None:
+    entries = [entry(step, "good") for step in (5, 4, 3, 2, 1)]
+    for place in (0, 2, 4):
+        manifest = entries[place].manifest
+        assert manifest is not None
+        anchored = manifest.model_copy(update={"position": {"anchor": True}})
+        entries[place] = entries[place]._replace(manifest=anchored)
+    assert [each.step for each in entries if is_anchor(each)] == [5, 3, 1]
+    assert [each.step for each in plan_prune(entries, 1).remove] == [4, 2]
+    assert [each.step for each in plan_prune(entries, 1, anchors=True).remove] == [4, 3, 2, 1]

@@ -83,6 +83,13 @@ def test_each_epoch_of_a_source_is_a_permutation_of_it(of_sources, data, changes
     assert len(set(orders)) == len(orders)
 
 
+def test_the_source_of_each_sample_has_its_name():
+    assert mixture_of([3, 2], [1, 1]).sources_of([0, 4, 2, 3]) == ["s0", "s1", "s0", "s1"]
+    nameless = Mixture(ConcatDataset([range(3), range(2)]), 1, BATCH, shares=[1, 1])
+    assert nameless.sources_of([2, 3]) == ["0", "1"]
+    assert nameless.sources_of([]) == []
+
+
 def test_a_source_of_one_share_alone_is_the_order_of_its_permutations():
     which, indices = run_of(mixture_of([500], [1]), 0, 998)
     assert not which.any()

@@ -114,3 +114,22 @@ def test_a_closed_one_has_released_its_model() -> None:
     gradients.close()
     gradients.close()
     assert isinstance(gradients.module, nn.Identity)
+
+
+def test_a_watch_sees_each_microbatch_and_its_gradients() -> None:
+    """Rehearsals too; the gradients that it sees are those that are taken off."""
+    seen = []
+
+    def watch(microbatches: Iterator[Any], iteration: int) -> Iterator[Any]:
+        for microbatch in microbatches:
+            yield microbatch
+            assert model.used.grad is not None
+            seen.append((iteration, gradients.rehearsing, model.used.grad.clone()))
+
+    model = Noisy()
+    gradients = Listed(model, Slots(2), rehearses=True)
+    gradients.watch = watch
+    assert run(gradients, 3) == [True, False, False]
+    assert [(iteration, rehearsing) for iteration, rehearsing, _ in seen] == [(3, True), (3, False), (3, False)]
+    for slot, (_, _, gradient) in enumerate(seen[1:]):
+        assert torch.equal(gradient, gradients.by_slot[slot][0])

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,6 +120,19 @@ def test_a_resumed_run_says_what_has_changed_with_a_diff(folder: Path, caplog: p
     again = alone(folder, 6)  # the same as launch 2, whose code did the last steps
     assert "cfg.py" not in again
     assert "optimizer lr=0.1 in the checkpoint, 0.5 in the config" in again
+
+
+def test_the_changes_of_a_dirty_work_tree_are_kept(folder: Path) -> None:
+    identity = ("-c", "user.name=n", "-c", "user.email=e@x", "-c", "commit.gpgsign=false")
+    for words in (["init", "-q"], ["add", "rd_cfg.py"], ["commit", "-q", "-m", "first"]):
+        subprocess.run(["git", "-C", str(folder), *identity, *words], check=True)
+    alone(folder, 2)
+    launches = folder / "small" / "launches"
+    assert not (launches / "0001" / "changes.diff").exists()
+    (folder / "rd_cfg.py").write_text("# changed\n" + (folder / "rd_cfg.py").read_text())
+    alone(folder, 4)
+    assert b"+# changed\n" in (launches / "0002" / "changes.diff").read_bytes()
+    assert [launch.number for launch in kept(folder)] == [1, 2]
 
 
 def test_a_restart_of_the_same_launch_adds_nothing(folder: Path) -> None:

@@ -2,12 +2,14 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_run import dies_after, trained
 
-from disttrain.checkpoint import AsynchronousSaver, DirectorySaver
+from disttrain.checkpoint import AsynchronousSaver, DirectorySaver, is_anchor, survey
 from disttrain.run.saving import MARGIN, SaveChoice, choose_save
 
 
@@ -64,3 +66,25 @@ def test_a_synchronous_saver_knows_the_duration_of_its_last_save(tmp_path: Path)
     assert 0 < took_s < 60
     assert choose_save(saver, took_s * MARGIN, False) == SaveChoice.AS_ALWAYS
     assert choose_save(saver, took_s, True) == SaveChoice.IN_THE_RUN_DIRECTORY
+
+
+def test_anchors_stay_for_good_over_kills_and_resumes(tmp_path: Path, torch_settings: None) -> None:
+    """Saved at their multiples, whatever else is due, and never removed; the others are removed as ever."""
+    fields: dict[str, Any] = {"checkpoint": {"anchor_every_steps": 3, "keep": 2}, "max_epochs": 5}
+    with pytest.raises(ValueError, match="on purpose"):
+        trained(tmp_path, handlers=[dies_after(8)], **fields)
+    saved = tmp_path / "small" / "checkpoints"
+    assert steps_in(saved) == [3, 4, 6]
+    trained(tmp_path, **fields)  # 20 steps, 4 in an epoch
+    assert steps_in(saved) == [3, 6, 9, 12, 15, 18, 20]
+    assert [is_anchor(each) for each in survey(saved, quick=True)] == [False, *[True] * 6]
+
+
+def test_the_bits_of_a_run_are_the_same_with_anchors(tmp_path: Path, torch_settings: None) -> None:
+    plain = trained(tmp_path / "plain")
+    anchored = trained(tmp_path / "anchored", checkpoint={"anchor_every_steps": 3})
+    assert plain["params_sha256"] == anchored["params_sha256"]
+
+
+def steps_in(checkpoints: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*"))

@@ -11,7 +11,15 @@ import pytest
 import disttrain
 from disttrain.config import Config, load_config
 from disttrain.run import source_files as module
-from disttrain.run.source_files import GitState, git_state, is_installed, package_versions, source_files
+from disttrain.run.source_files import (
+    MAX_FILE_BYTES,
+    GitState,
+    git_changes,
+    git_state,
+    is_installed,
+    package_versions,
+    source_files,
+)
 
 CFG = """
 from torch import nn, optim
@@ -151,3 +159,24 @@ def test_the_git_commit_and_whether_tracked_files_differ(folder: Path) -> None:
     assert git_state(folder / "below") == GitState(commit, dirty=True)
     assert str(git_state(folder)) == f"{commit[:12]} with changes"
     assert git_state(folder / "absent") is None
+
+
+def test_the_changes_of_a_dirty_work_tree(folder: Path, tmp_path: Path) -> None:
+    """`git apply` gives the files of the launch back, wherever in the repository the cfg.py lies; bounded in size."""
+    git(folder, "init")
+    write(folder, a="1", below__in__b="2")
+    git(folder, "add", ".")
+    git(folder, "commit", "-m", "first")
+    assert git_changes(folder) is None
+    write(folder, a="changed", below__in__b="too")
+    contents = {path: path.read_bytes() for path in folder.rglob("*.py")}
+    diff = git_changes(folder / "below")
+    assert diff is not None
+    git(folder, "stash")
+    assert {path: path.read_bytes() for path in contents} != contents
+    (tmp_path / "changes.diff").write_bytes(diff)
+    git(folder, "apply", str(tmp_path / "changes.diff"))
+    assert {path: path.read_bytes() for path in contents} == contents
+    write(folder, a="x" * (MAX_FILE_BYTES + 1))
+    assert git_changes(folder) is None
+    assert git_changes(tmp_path / "absent") is None
