@@ -31,7 +31,10 @@ def step_json(run: str, replayed: Replayed) -> str:
         "differs": None if replayed.differs is None else str(replayed.differs),
         "left_out": replayed.left_out,
         **{name: number_of(replayed.line, name) for name in ("loss", "grad_norm", "learning_rate")},
-        "slots": [vars(slot) for slot in replayed.slots],
+        "slots": [
+            {name: value for name, value in vars(slot).items() if name != "update" or value is not None}
+            for slot in replayed.slots
+        ],
     }
     return json.dumps(json.loads(json_text(content)), indent=2)
 
@@ -72,7 +75,10 @@ def print_step(run: str, replayed: Replayed, output: TextIO, *, whole: bool) -> 
 
 def table_of(slots: list[ReplayedSlot], *, whole: bool) -> Table:
     """Return the table of a step's slots."""
-    columns: dict[str, Callable[[ReplayedSlot], str]] = {
+    columns: dict[str, Callable[[ReplayedSlot], str]] = {}
+    if any(each.update is not None for each in slots):
+        columns["update"] = lambda each: str(each.update)
+    columns |= {
         "slot": lambda each: str(each.slot),
         "loss": lambda each: "-" if each.loss is None else repr(each.loss),
         "grad norm": lambda each: "-" if each.grad_norm is None else f"{each.grad_norm:.6g}",

@@ -8,6 +8,7 @@ that of the rank that needs most.
 be looked at there, so the model is not compiled.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -21,6 +22,7 @@ from disttrain.run.assemble import assemble
 from disttrain.run.directory import RunDirectory
 from disttrain.run.memory_shortage import told_of_memory, told_of_memory_while_building
 from disttrain.run.memory_table import MemoryTable, known_memory, process_bytes
+from disttrain.run.replayed_slots import gradients_of
 from disttrain.run.state import Run
 from disttrain.run.tensor_memory import TensorWatch, watch_on
 
@@ -53,7 +55,7 @@ def measure_memory(config: Config, backend: Backend, directory: RunDirectory) ->
 
 def _measured(run: Run, watch: TensorWatch) -> MemoryTable:
     """Train the steps; return the table of this rank. `watch` has seen how the run was assembled."""
-    activations = _Activations(run.step_function, watch)
+    activations = _Activations([each.module for each in gradients_of(run).values()], watch)
 
     def begin_anew(engine: Engine) -> None:
         if engine.state.iteration == TRIAL_STEPS:
@@ -72,11 +74,12 @@ def _measured(run: Run, watch: TensorWatch) -> MemoryTable:
 class _Activations:
     """The bytes that a forward leaves for its backward, the most of all slots."""
 
-    def __init__(self, module: nn.Module, watch: TensorWatch) -> None:
+    def __init__(self, modules: Sequence[nn.Module], watch: TensorWatch) -> None:
         self.most = 0
         self._watch = watch
         self._before = 0
-        self._hooks = [module.register_forward_pre_hook(self._begin), module.register_forward_hook(self._end)]
+        self._hooks = [each.register_forward_pre_hook(self._begin) for each in modules]
+        self._hooks += [each.register_forward_hook(self._end) for each in modules]
 
     def _begin(self, module: nn.Module, inputs: Any) -> None:
         self._before = self._watch.live()

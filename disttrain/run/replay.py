@@ -210,6 +210,7 @@ class Replay:
             weights=lambda: run.weights,
             values=run.slot_results.take,
             fetched=reporter.fetched,
+            names_vary=bool(run.config.updates),
         )
         preemption = Preemption(run.backend)  # not entered: signals do what they do in any program
         validation = self._validation(run, preemption, reporter, step)
@@ -272,8 +273,8 @@ class Replay:
     def _prove_slot(self, slot: ReplayedSlot, step: int, start: Start) -> None:
         """Hold a slot's loss against the run's, if its ledger has the losses of the slots."""
         expected = self._lines[step]
-        if "slots" not in expected or slot.loss is None:
-            return
+        if "slots" not in expected or slot.loss is None or slot.update is not None:
+            return  # with several updates the ledger has the sum of their losses
         losses = list(expected["slots"]["loss"])
         losses[slot.slot] = hex_float(slot.loss)
         self._compare(expected, {**expected, "slots": {**expected["slots"], "loss": losses}}, start)

@@ -6,6 +6,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ class ReplayedSlot:
     """One slot of a step."""
 
     slot: int
+    update: str | None = None
+    """The update of the step that ran it; None unless the config has several."""
     indices: list[int] | None = None
     """The indices of its samples; None for a stream, whose samples have none."""
     sources: list[str] | None = None
@@ -65,8 +68,9 @@ class SlotWatcher:
     def attach(self, run: Run) -> None:
         """Watch the slots of this run."""
         self._run, self.slots = run, []
-        run.gradients.watch = self._watched
-        run.step_function.register_forward_hook(self._returned)
+        for name, gradients in gradients_of(run).items():
+            gradients.watch = partial(self._watched, name, gradients)
+            gradients.module.register_forward_hook(self._returned)
         if self._make_outputs is not None:
             self._outputs = self._make_outputs(run.step_function)
         if self.only is not None or self._before is not None:
@@ -80,22 +84,27 @@ class SlotWatcher:
             if trainer.has_event_handler(registration.function, Events.EXCEPTION_RAISED):
                 trainer.remove_event_handler(registration.function, Events.EXCEPTION_RAISED)
 
-    def _watched(self, microbatches: Iterator[Any], iteration: int) -> Iterator[Any]:
+    def _watched(
+        self, update: str | None, gradients: Any, microbatches: Iterator[Any], iteration: int
+    ) -> Iterator[Any]:
         run = self._run
         assert run is not None
+        ends = update is None or run.gradients.is_last(update, iteration)  # type: ignore[attr-defined]
         if iteration != self.step:
             yield from microbatches
             return
         slots = iter(run.slots.mine)
         for microbatch in microbatches:
-            if run.gradients.rehearsing:
-                if self.only in (None, run.slots.mine.start):
+            if gradients.rehearsing:
+                if not ends or self.only in (None, run.slots.mine.start):
                     yield microbatch
                 continue
             slot = next(slots)
             if self.only not in (None, slot):
+                if not ends:  # an update that follows needs all of this one
+                    yield microbatch
                 continue
-            self._current = ReplayedSlot(slot)
+            self._current = ReplayedSlot(slot, update)
             self.slots.append(self._current)
             if self._before is not None:
                 self._before(run, slot, microbatch)
@@ -106,10 +115,11 @@ class SlotWatcher:
                 self._outputs.end()
             self._end(run, self._current)
             self._current = None
-            if self.only is not None:
+            if self.only is not None and ends:
                 self._name_samples(run)
                 raise SlotDone
-        self._name_samples(run)
+        if ends:
+            self._name_samples(run)
 
     def _returned(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         if self._current is not None:
@@ -119,7 +129,8 @@ class SlotWatcher:
 
     def _end(self, run: Run, slot: ReplayedSlot) -> None:
         gradients = [each.grad for each in run.step_function.parameters() if each.grad is not None]
-        scaler = getattr(run.precision, "scaler", None)
+        precision = run.precision if slot.update is None else run.precision.by_name[slot.update]  # type: ignore[attr-defined]
+        scaler = getattr(precision, "scaler", None)
         scale = 1.0 if scaler is None else float(scaler.get_scale())
         slot.grad_norm = float(run.layout.total_norm(gradients)) / scale if gradients else 0.0
 
@@ -134,6 +145,12 @@ class SlotWatcher:
             each.indices = list(loader.sampler.batch(epoch, step, each.slot))
             if (sources_of := getattr(loader.sampler.order, "sources_of", None)) is not None:
                 each.sources = list(sources_of(each.indices))
+
+
+def gradients_of(run: Run) -> dict[str | None, Any]:
+    """Return the gradients of each update of a step by its name; those of the only one under None."""
+    several: dict[str | None, Any] | None = getattr(run.gradients, "by_update", None)
+    return {None: run.gradients} if several is None else several
 
 
 def _number(value: Any) -> Any:

@@ -92,10 +92,15 @@ class PartGradients:
 
     def __init__(self, parts: Sequence[BuiltUpdate]) -> None:
         self._parts = parts
+        self.by_update = {part.update.name: part.gradients for part in parts}
         always = next(part for part in parts if part.update.every == 1)
         self.weights = always.gradients.weights
         self.progress = always.gradients.progress
         self.module = always.gradients.module
+
+    def is_last(self, name: str, iteration: int) -> bool:
+        """Return whether the update of this name is the last one that is due in a step."""
+        return name == [part.update.name for part in self._parts if part.is_due(iteration)][-1]
 
     def close(self) -> None:
         for part in self._parts:

@@ -1,5 +1,6 @@
 """The slots of a replayed step: samples, sources, weights, losses, values and gradients; one slot alone."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from replaying import embed, replayed, replayed_from, spread, weighted
 from small_run import console, points, small_config, trained
+from test_run_several_updates import FIELDS
 from torch import nn
 
 from disttrain.checkpoint import load
@@ -79,3 +81,16 @@ def test_one_slot_alone(kind: str, tmp_path: Path) -> None:
         for slot in (0, 1):
             (alone,) = replayed(tmp_path, step, small_config(**fields), only=slot).slots
             assert alone == whole.slots[slot]
+
+
+@pytest.mark.parametrize("only", [None, 1])
+def test_the_slots_of_several_updates_are_named_by_them(tmp_path: Path, only: int | None) -> None:
+    trained(tmp_path, **FIELDS, checkpoint={"every_steps": 2}, ledger={"every_steps": 1})
+    lines = [json.loads(line) for line in (tmp_path / "small/metrics/train.jsonl").read_text().splitlines()]
+    for step, names in ((4, ["b"]), (5, ["b", "a"])):  # the second one is due in every other step
+        found = replayed(tmp_path, step, small_config(**FIELDS), only=only)
+        slots = [0, 1] if only is None else [only]
+        assert [(each.update, each.slot) for each in found.slots] == [(name, slot) for name in names for slot in slots]
+        for name in names if only is None else ():
+            losses = [each.loss or 0.0 for each in found.slots if each.update == name]
+            assert sum(losses) / 2 == lines[step - 1][f"{name}/loss"]
