@@ -227,6 +227,11 @@ def parameters_by_update(config: Config, step_function: StepFunction) -> dict[st
                 f"{place}: expected parameters of the model, got {got(strange) if parameters else 'none'}; return "
                 "those of a part of it, such as model.discriminator.parameters()"
             )
+        if not any(each.requires_grad for each in parameters):
+            raise ConfigError(
+                f"{place}: expected a parameter with requires_grad, got frozen ones alone; leave this update out, or "
+                "freeze less where the model is built"
+            )
         for each in parameters:
             if owner.setdefault(id(each), name) != name:
                 raise ConfigError(

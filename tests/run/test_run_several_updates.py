@@ -249,6 +249,12 @@ def test_what_an_update_cannot_train_is_refused_before_a_step(tmp_path: Path, ch
     assert not (tmp_path / "small").exists()
 
 
+def test_an_update_with_frozen_parameters_alone_is_refused_before_a_step(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^updates\.a\.parameters: expected a parameter with requires_grad"):
+        small(tmp_path, model=half_frozen)
+    assert not (tmp_path / "small").exists()
+
+
 def test_groups_that_a_handler_adds_are_refused(tmp_path: Path) -> None:
     def handler(trainer: Engine, run: Run) -> None:
         extra = nn.Parameter(torch.zeros(1))
@@ -262,6 +268,12 @@ def test_groups_that_a_handler_adds_are_refused(tmp_path: Path) -> None:
 
 def detached(model: nn.Module, batch: Any) -> tuple[Tensor, None]:
     return is_small(model, batch)[0].detach(), None
+
+
+def half_frozen() -> nn.Module:
+    model = two()
+    model["a"].requires_grad_(False)  # type: ignore[index]
+    return model
 
 
 def freezes_a(trainer: Engine, run: Run) -> None:
