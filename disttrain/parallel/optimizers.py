@@ -40,6 +40,11 @@ class Optimizers:
             "they were built; give the parameters to an Update in the cfg.py"
         )
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of all, as a handler may."""
+        for optimizer in self.by_name.values():
+            optimizer.zero_grad(set_to_none)
+
     def state_dict(self) -> dict[str, Any]:
         return {name: optimizer.state_dict() for name, optimizer in self.by_name.items()}
 

@@ -15,6 +15,7 @@ are also in the curves for each update: NAME/loss, NAME/grad_norm, and NAME/VALU
 """
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from disttrain.config import Config, Update
 from disttrain.config.wording import got
 from disttrain.engine import Engine
 from disttrain.engine.step_defaults import Step, call_model, identity
-from disttrain.engine.supervised import StepFunction, training_step
+from disttrain.engine.supervised import StepFunction, StepResult, training_step
 from disttrain.errors import ConfigError
 from disttrain.evidence.ledger import shortened
 from disttrain.parallel import GradientsOverSlots, Layout, Strategy
@@ -40,8 +41,9 @@ from disttrain.precision import Precision
 from disttrain.run.builders import build_optimizer, build_schedule
 from disttrain.run.evaluation_point import has_two_points
 from disttrain.run.factories import build
+from disttrain.run.field_places import field_place
 from disttrain.run.part_results import PartResults, PartUpdates, Precisions, States
-from disttrain.run.step_checks import CheckedStep
+from disttrain.run.step_checks import CheckedStep, checked_forward
 from disttrain.run.updates import Updates
 from disttrain.seeding import seed_for
 
@@ -143,7 +145,7 @@ class SeveralUpdates:
         losses = []
         for part in due:
             given = batch if part is due[-1] else [deep_copy(microbatch) for microbatch in batch]
-            with self._training.only(part.parameters):
+            with self._training.only(part.parameters), named(part.update.name):
                 losses.append(part.step(engine, given))
                 self.results.norm_of(part.update.name, part.updates.grad_norm)
         self.updates.ends([part.update.name for part in due])
@@ -176,6 +178,7 @@ def build_several(
         with training.only(own[name]):
             with backend.agree(f"building update {name}"), named(name):
                 step = CheckedStep(of_update, step_function.model, None, update.forward)
+                step.result_of = reached(of_update, checked_forward(of_update, update.forward))
                 optimizer = build_optimizer(of_update, step, strategy.layout)
                 check_own(optimizer, own[name], step)
                 precision = choose()
@@ -229,6 +232,11 @@ def parameters_by_update(config: Config, step_function: StepFunction) -> dict[st
                 f"{place}: expected parameters of the model, got {got(strange) if parameters else 'none'}; return "
                 "those of a part of it, such as model.discriminator.parameters()"
             )
+        if not any(each.requires_grad for each in parameters):
+            raise ConfigError(
+                f"{place}: expected a parameter with requires_grad, got frozen ones alone; leave this update out, or "
+                "freeze less where the model is built"
+            )
         for each in parameters:
             if owner.setdefault(id(each), name) != name:
                 raise ConfigError(
@@ -272,8 +280,26 @@ def check_own(optimizer: Optimizer, own: frozenset[int], step: nn.Module) -> Non
 
 @contextmanager
 def named(name: str) -> Iterator[None]:
-    """Name the update in a ConfigError about one of its fields."""
+    """Name the update in a ConfigError about one of its fields, or about its step; not in one about other fields."""
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(f"updates.{name}.{error}") from error
+        field = re.split(r"\W", str(error), maxsplit=1)[0]
+        if field in Config.model_fields and field not in Update.model_fields:
+            raise
+        raise ConfigError(f"updates.{name}{'.' if field in Update.model_fields else ': '}{error}") from error
+
+
+def reached(config: Config, forward: Callable[[nn.Module, Any], StepResult]) -> Callable[[nn.Module, Any], StepResult]:
+    """Return `forward`; it raises ConfigError for a loss in training that no parameter with `requires_grad` reaches."""
+
+    def checked(model: nn.Module, batch: Any) -> StepResult:
+        result = forward(model, batch)
+        if torch.is_grad_enabled() and not result[0].requires_grad:
+            raise ConfigError(
+                f"{field_place(config, 'forward')}: expected a loss that depends on the parameters of its update, got "
+                "one without a gradient; use detach() and no_grad() only for what other updates train"
+            )
+        return result
+
+    return checked

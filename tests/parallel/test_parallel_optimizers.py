@@ -43,6 +43,12 @@ def test_paths_and_hashes_carry_the_name() -> None:
     assert of("optimizer.x.state.0.exp_avg", (3, 2)) is None
 
 
+def test_a_handler_may_drop_the_gradients_of_all() -> None:
+    model, together = stepped()
+    together.zero_grad()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_groups_cannot_be_added() -> None:
     with pytest.raises(ConfigError, match=r"give the parameters to an Update in the cfg\.py"):
         stepped()[1].add_param_group({"params": []})

@@ -15,6 +15,7 @@ from disttrain import IndexShuffle, Update, seed_for
 from disttrain.engine import Engine, Events
 from disttrain.errors import ConfigError, NonFiniteError
 from disttrain.evidence import params_sha256
+from disttrain.run.several_updates import named
 from disttrain.run.state import Run
 from disttrain.seeding import manual_seed, seed_torch
 
@@ -248,6 +249,12 @@ def test_what_an_update_cannot_train_is_refused_before_a_step(tmp_path: Path, ch
     assert not (tmp_path / "small").exists()
 
 
+def test_an_update_with_frozen_parameters_alone_is_refused_before_a_step(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^updates\.a\.parameters: expected a parameter with requires_grad"):
+        small(tmp_path, model=half_frozen)
+    assert not (tmp_path / "small").exists()
+
+
 def test_groups_that_a_handler_adds_are_refused(tmp_path: Path) -> None:
     def handler(trainer: Engine, run: Run) -> None:
         extra = nn.Parameter(torch.zeros(1))
@@ -257,3 +264,41 @@ def test_groups_that_a_handler_adds_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match=r"run\.optimizers: expected the groups with which the optimizers"):
         small(tmp_path, to=console(), handlers=[handler])
+
+
+def detached(model: nn.Module, batch: Any) -> tuple[Tensor, None]:
+    return is_small(model, batch)[0].detach(), None
+
+
+def half_frozen() -> nn.Module:
+    model = two()
+    model["a"].requires_grad_(False)  # type: ignore[index]
+    return model
+
+
+def freezes_a(trainer: Engine, run: Run) -> None:
+    run.model["a"].requires_grad_(False)  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"updates": [B, A.model_copy(update={"forward": detached})]},
+            r"^updates\.a\.forward \(.*: expected a loss that",
+        ),
+        (
+            {"updates": [B, A.model_copy(update={"forward": lambda model, batch: fits(model, batch)[0]})]},
+            r"^updates\.a\.forward \(.*: expected \(loss, outputs\), got float32",
+        ),
+        ({"handlers": [freezes_a]}, r"^updates\.a: no parameter is left to train"),
+    ],
+)
+def test_what_shows_in_a_step_names_the_update(tmp_path: Path, changes: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        small(tmp_path, **changes)
+
+
+def test_an_error_about_a_field_of_the_config_does_not_name_an_update() -> None:
+    with pytest.raises(ConfigError, match=r"^precision: expected"), named("a"):
+        raise ConfigError("precision: expected another one")

@@ -3,6 +3,7 @@
 import torch
 from test_zoo_parts import MODULES as PARTS
 from test_zoo_runs import MODULES as RUNS
+from test_zoo_updates import MODULES as UPDATES
 from torch.optim import Optimizer, lr_scheduler
 from zoo_catalogue import AWAITED, MODULES, REFUSED, REFUSED_SHARDED, SHORT, variants
 from zoo_optimizers import TORCHS as OPTIMIZERS
@@ -23,7 +24,7 @@ def test_every_schedule_of_torch_has_a_variant() -> None:
 
 
 def test_the_lists_name_variants_and_no_variant_is_in_two() -> None:
-    assert sorted((*PARTS, *RUNS)) == sorted(MODULES)
+    assert sorted((*PARTS, *RUNS, *UPDATES)) == sorted(MODULES)
     names = variants()
     assert len(names) == len(set(names)) >= LEAST_VARIANTS
     lists = [REFUSED, REFUSED_SHARDED, AWAITED]

@@ -17,6 +17,7 @@ MODULES = (
     "zoo_data",
     "zoo_handlers",
     "zoo_histories",
+    "zoo_updates",
 )
 
 REFUSED: dict[str, str] = {
@@ -46,6 +47,11 @@ REFUSED: dict[str, str] = {
     "zoo_forwards.moves_parameters": "changes its parameter model.0.weight",
     "zoo_forwards.moves_parameters_by_data": "changes its parameter model.0.weight",
     "zoo_handlers.buffer_grows": "changes its buffer seen from torch.float32 [1] to torch.float32 [4]",
+    "zoo_updates.without_gradient": "expected a loss that depends on the parameters of its update",
+    "zoo_updates.counts_calls": "updates.g: the gradient of model.g.0.weight",
+    "zoo_updates.shares": "updates.actor.parameters: expected parameters that no other update trains",
+    "zoo_updates.loss_alone": "updates.g.forward (",
+    "zoo_updates.freezes_all": "updates.g: no parameter is left to train",
     "zoo_data.generator_of_its_own": "is another sample when it is loaded again",
     "zoo_data.stream_of_a_generator": "which can be read only once",
 }
@@ -94,6 +100,7 @@ SHORT = (
     "zoo_handlers.average_written_back",
     "zoo_handlers.frozen_from_epoch_2",
     "zoo_handlers.hook_on_a_gradient",
+    "zoo_updates.target_network",
 )
 """Run in the default suite; the others take minutes."""
 

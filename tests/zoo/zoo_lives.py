@@ -154,6 +154,8 @@ def live_plainly(backend: Backend, variant: Variant) -> list[list[str]] | None:
     config = config_of(variant)
     if isinstance(variant, str) and "plateau" in variant.lower():
         return None  # its schedule follows the evaluations
+    if config.updates:
+        return None  # test_run_several_updates.py compares them with a loop by hand
     if config.global_loss is not None:
         return None  # it runs each slot twice; test_run_global_loss.py compares it with a loop over whole batches
     if (
