@@ -96,7 +96,9 @@ class Found(NamedTuple):
     """The last step that was compared."""
     difference: LedgerDifference | None
     module: OutputDifference | None
-    """The first output of a module in that step; None if all are the same."""
+    """The first output of a module in that step; None if all are the same, or if none was compared."""
+    has_modules: bool = False
+    """Whether the modules of that step were compared."""
 
 
 class Bisection:
@@ -108,6 +110,8 @@ class Bisection:
         self._since = since
         self._is_proven = True
         """Whether the sides are held against the run's ledger, and end where they differ from it."""
+        self._is_compiled = False
+        """Whether the model of a side is compiled: then its modules have no outputs."""
         self._console = console
         self._running: list[Any] = []
         self._num_runs = 0
@@ -150,8 +154,9 @@ class Bisection:
         launches = read_launches(directory.launches, directory.cfg_py)
         launch = newest_launch(directory)
         fields = described(side, [] if launch is None else launch.record.overrides)
+        stored = read_stored(directory.config_json).fields
+        self._is_compiled |= bool(stored.get("compile")) or bool((fields or {}).get("compile"))
         if fields is not None:
-            stored = read_stored(directory.config_json).fields
             theirs = {**fields, "name": stored.get("name")}
             for each in differences_that_matter(stored, theirs):
                 self._say(f"the configs differ in {each.field}: {each.old} and {each.new}")
@@ -179,7 +184,7 @@ class Bisection:
         """Compute both sides up to a step that is known to differ, and then the first that does, with its modules."""
         self._say(f"computing the steps {max(starts) + 1} to {until} on both sides")
         pairs = tuple(zip(self._sides, starts, strict=True))
-        left, right = self._compute(pairs, until)
+        left, right = self._compute(pairs, until, modules=not self._is_compiled)
         first = max(starts) + 1
         difference = first_difference(left.lines, right.lines)
         if difference is None and self._is_proven:
@@ -190,12 +195,18 @@ class Bisection:
             return self._found(labels, starts, last, last)
         if difference is None:
             return Found(labels, first, until, None, None)
-        module = None
-        if difference.what not in ("order", "batch", "began", "left_out") and difference.step > max(starts):
-            self._say(f"computing step {difference.step} on both sides, with the outputs of all modules")
-            both = self._compute(pairs, difference.step, modules=True)
-            module = first_output_difference(both[0].records, both[1].records)
-        return Found(labels, first, until, difference, module)
+        module, has_modules = None, False
+        may_be_in_module = difference.what not in ("order", "batch", "began", "left_out")
+        may_be_in_module &= difference.step > max(starts)
+        if may_be_in_module and self._is_compiled:
+            self._say("the model is compiled: with compile=false the first module could be named")
+        elif may_be_in_module:
+            has_modules = True
+            if difference.step != until:
+                self._say(f"computing step {difference.step} on both sides, with the outputs of all modules")
+                left, right = self._compute(pairs, difference.step, modules=True)
+            module = first_output_difference(left.records, right.records)
+        return Found(labels, first, until, difference, module, has_modules)
 
     def _compute(self, sides: Sequence[tuple[Side, int]], step: int, *, modules: bool = False) -> list[SideDone]:
         """Compute the sides, each from its start, at the same time."""
@@ -240,7 +251,7 @@ def print_found(found: Found, options: argparse.Namespace) -> int:
             print(printable(sentence))
         if found.module is not None:
             print(printable(f"first module: {found.module}"))
-        elif difference.step >= found.first and difference.what not in ("order", "batch", "began", "left_out"):
+        elif found.has_modules:
             print("the outputs of all modules and the gradients of the slots are the same: look at what follows them")
     return SAME if difference is None else DIFFERENT
 

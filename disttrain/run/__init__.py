@@ -58,6 +58,7 @@ launches           the launches that a run directory keeps
 source_files       the cfg.py and the modules of a launch, versions, the git commit
 launch_changes     the differences between two launches
 replay             computes a step of a run again in one process, proven by the ledger
+mismatch           the error for a replayed step that is not the run's
 replay_start       the checkpoint from which a step is computed again
 replayed_slots     the slots of a replayed step
 slot_debugger      opens a debugger before the model is called on a slot

@@ -24,8 +24,8 @@ from disttrain.backend import Backend, make_deterministic, refused_operations_na
 from disttrain.checkpoint import load_from
 from disttrain.config import CheckpointConfig, Config, LedgerConfig, LogConfig, replace
 from disttrain.engine import Engine, Events
-from disttrain.errors import CheckpointError, ConfigError, DamagedError, DisttrainError
-from disttrain.evidence import Ledger, LedgerDifference, first_difference, tensor_hashes
+from disttrain.errors import CheckpointError, ConfigError, DamagedError
+from disttrain.evidence import Ledger, first_difference, tensor_hashes
 from disttrain.evidence.ledger import Line, hex_float
 from disttrain.handlers.compilations import Compilations
 from disttrain.handlers.losses import LossLog
@@ -35,6 +35,8 @@ from disttrain.handlers.step_end import StepEnd
 from disttrain.run.assemble import assemble
 from disttrain.run.checkpoint_places import accept
 from disttrain.run.directory import RunDirectory
+from disttrain.run.handler_state import unkept_objects
+from disttrain.run.mismatch import Mismatch
 from disttrain.run.replay_start import Start, weights_for
 from disttrain.run.replayed_slots import ReplayedSlot, SlotDone, SlotWatcher
 from disttrain.run.reporter import Reporter
@@ -43,31 +45,6 @@ from disttrain.run.saving import Saving
 from disttrain.run.state import Run
 from disttrain.run.train import ledger_of, watchdog_of
 from disttrain.run.validation import Validation
-
-UNEXPLAINED = (
-    "Code and versions are those of the run, so look for data files that have changed, and for something that each "
-    "process has for itself: `disttrain verify` finds out what"
-)
-
-
-class Mismatch(DisttrainError):
-    """A replayed step that has other bits than the run's ledger."""
-
-    def __init__(self, difference: LedgerDifference, begins: Start, reasons: Sequence[str]) -> None:
-        num_same = difference.step - 1 - begins.step
-        same = (
-            f"steps {begins.step + 1} to {difference.step - 1} were" if num_same > 1 else f"step {begins.step + 1} was"
-        )
-        first = (
-            f"it is the first step from {begins}" if difference.step > begins.step else f"so is the state of {begins}"
-        )
-        before = f"{same} the same" if num_same > 0 else first
-        why = f"Other bits are to be expected: {'; '.join(reasons)}" if reasons else UNEXPLAINED
-        super().__init__(
-            f"step {difference.step} is not the run's: {difference.part}: expected {difference.left}, as the ledger "
-            f"has it, got {difference.right}; {before}. {why}"
-        )
-        self.difference = difference
 
 
 class Replayed(NamedTuple):
@@ -167,6 +144,8 @@ class Replay:
             self._reasons += [] if run.taken is None else run.taken.notes
             if then not in (None, run.kernels):
                 self._reasons.append(f"kernels: {then} then, {run.kernels} now")
+            for path in unkept_objects(run.attached, run) if at else ():
+                self._reasons.append(f"{path} has a state that no checkpoint holds (run.keep)")
             for each in [each for each in run.left_out if each >= step]:  # a checkpoint may know of this step too
                 run.left_out.pop(each)
             steps = f"step {step}" if step == at + 1 else f"steps {at + 1} to {step}"

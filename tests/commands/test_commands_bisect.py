@@ -78,7 +78,7 @@ def test_a_changed_epsilon_is_named_by_step_and_module(
     assert (outputs[0]["call"], outputs[0]["slot"], outputs[0]["class"]) == (1, 0, "LayerNorm")
     assert outputs[0]["hash"] != outputs[1]["hash"]
     starts = [words[words.index("--start") + 1] for words in here.calls]
-    assert starts == ["10", "5", "5", "5", "5", "5", "5"]
+    assert starts == ["10", "5", "5", "5", "5"]
     assert bisect([str(run), "--against", str(cfg)]) == 1
     lines = capfd.readouterr().out.splitlines()
     assert lines[0].startswith(f"{run} and {cfg}: first difference at step 12: the loss (slot 0, ")
@@ -113,6 +113,24 @@ def test_another_update_of_the_optimizer(
     difference = found(capfd, str(run), "--against", str(cfg))
     assert (difference["step"], difference["part"], difference["module"]) == (7, "model", None)
     assert difference["computed"] == [6, 8]
+
+
+def test_inside_a_compiled_model_nothing_is_named(
+    here: type[Here], run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step is."""
+    monkeypatch.setattr("disttrain.commands.bisect.described", lambda side, overrides: None)
+    copied = Path(shutil.copytree(run, tmp_path / "small"))
+    content = json.loads((copied / "config.json").read_text())
+    content["fields"]["compile"] = True  # bisect asks this file; the run's cfg.py is not changed, to be fast
+    (copied / "config.json").write_text(json.dumps(content))
+    cfg = write_code(tmp_path, ("10**9", "12"))
+    assert bisect([str(copied), "--against", str(cfg)]) == 1
+    out, err = capfd.readouterr()
+    assert "first difference at step 12: the loss" in out
+    assert len(out.splitlines()) == 2
+    assert "the model is compiled" in err
+    assert not any("--modules" in words for words in here.calls)
 
 
 def test_code_that_begins_otherwise(

@@ -22,7 +22,7 @@ from disttrain.errors import DataError
 from disttrain.evidence import read_ledger
 from disttrain.handlers.preemption import Preemption
 from disttrain.run.directory import RunDirectory
-from disttrain.run.replay import Mismatch
+from disttrain.run.mismatch import Mismatch
 from disttrain.run.replay_start import Start
 from disttrain.run.state import Run
 from disttrain.run.train import train
@@ -167,6 +167,23 @@ def test_a_step_that_differs_is_named(tmp_path: Path) -> None:
     assert str(info.value).endswith("`disttrain verify` finds out what")
     with pytest.raises(Mismatch, match="Other bits are to be expected: torch: 1 then, 2 now"):
         replayed(tmp_path, 8, small_config(handlers=[changed]), reasons=["torch: 1 then, 2 now"])
+
+
+class Forgetful(Counting):
+    """Counts as its base does, and tells nobody."""
+
+    def __init__(self, trainer: Engine, run: Run) -> None:
+        self.count = 0
+        self.run = run
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self.step)
+
+
+def test_state_that_no_checkpoint_holds_is_named(tmp_path: Path) -> None:
+    trained(tmp_path, handlers=[Forgetful], checkpoint={"every_steps": 4})
+    config = small_config(handlers=[Forgetful])
+    with pytest.raises(Mismatch, match=r"step 6 is .* Other bits .*: Forgetful.* has a state that no checkpoint"):
+        replayed(tmp_path, 8, config)
+    assert replayed_from(tmp_path, [Start(0)], 8, config).num_proven == 8
 
 
 def test_it_goes_on_after_a_step_that_differs_if_that_is_asked_for(tmp_path: Path) -> None:

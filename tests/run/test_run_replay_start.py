@@ -13,7 +13,7 @@ from disttrain.checkpoint import store_at
 from disttrain.errors import ConfigError
 from disttrain.run.directory import RunDirectory
 from disttrain.run.launches import KeptLaunch, LaunchRecord
-from disttrain.run.replay import Mismatch
+from disttrain.run.mismatch import Mismatch
 from disttrain.run.replay_start import Start, starts_before
 
 pytestmark = pytest.mark.usefixtures("torch_settings")
