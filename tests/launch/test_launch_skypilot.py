@@ -68,12 +68,12 @@ def machines(folder: Path, number: int, *words: str) -> list["subprocess.Popen[b
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
+    (folder / "disttrain").write_text(f'#!/bin/sh\nexec {sys.executable} -m disttrain "$@"\n')
+    (folder / "disttrain").chmod(0o755)
     started = []
     for rank in range(number):
         home = folder / f"machine-{rank}"  # no machine sees the files of another, but for the bucket
         home.mkdir()
-        (folder / "disttrain").write_text(f'#!/bin/sh\nexec {sys.executable} -m disttrain "$@"\n')
-        (folder / "disttrain").chmod(0o755)
         variables = {
             **environment(),
             **{name: str(value) for name, value in job["envs"].items()},
@@ -101,7 +101,7 @@ def test_its_script_trains_on_all_machines_with_the_same_bits(tmp_path: Path, nu
     assert launch("cfg.py", "--runs", "one", cwd=tmp_path).code == 0
     started = machines(tmp_path, number)
     try:
-        assert [machine.wait(120) for machine in started] == [0] * number, (tmp_path / "out.txt").read_text()
+        assert [machine.wait(400) for machine in started] == [0] * number, (tmp_path / "out.txt").read_text()
     finally:
         for machine in started:
             machine.kill()
@@ -115,5 +115,5 @@ def test_its_script_trains_on_all_machines_with_the_same_bits(tmp_path: Path, nu
 def test_its_script_ends_with_the_code_of_the_run(tmp_path: Path) -> None:
     write_cfg(tmp_path)
     [machine] = machines(tmp_path, 1, "max_epoch=3")
-    assert machine.wait(120) == 2
+    assert machine.wait(400) == 2
     assert "did you mean max_epochs" in (tmp_path / "out.txt").read_text()
