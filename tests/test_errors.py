@@ -21,6 +21,7 @@ from disttrain.errors import (
     HangError,
     Interrupted,
     NonFiniteError,
+    OutOfMemory,
     RemoteError,
 )
 
@@ -36,6 +37,7 @@ from disttrain.errors import (
         (DataError, RuntimeError),
         (HangError, RuntimeError),
         (NonFiniteError, RuntimeError),
+        (OutOfMemory, MemoryError),
         (RemoteError, RuntimeError),
     ],
 )

@@ -16,12 +16,14 @@ from disttrain.errors import ConfigError, OutOfMemory
 from disttrain.files import count_bytes
 from disttrain.handlers.progress import warn
 from disttrain.mistakes import placed
-from disttrain.run.memory_table import TIGHT, device_text, is_out_of_memory, known_memory, limit_of
+from disttrain.run.memory_table import TIGHT, counts, device_text, is_out_of_memory, known_memory, limit_of
 from disttrain.run.state import Run
 
 
 def check_memory(run: Run, console: Console) -> None:
     """Refuse or warn of a run whose known rows do not fit; every rank calls this."""
+    if not counts(run.backend.device):
+        return
     table = known_memory(run)
     with run.backend.agree("comparing the run with the memory"):
         share = table.share

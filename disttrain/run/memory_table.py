@@ -125,6 +125,11 @@ def limit_of(device: torch.device) -> int | None:
     return torch.accelerator.get_memory_info(device)[1] if device_row(device).counts_memory else None
 
 
+def counts(device: torch.device) -> bool:
+    """Return whether the memory of such a device and of its tensors can be told."""
+    return device.type == "cpu" or device_row(device).counts_memory
+
+
 def process_bytes(device: torch.device) -> int | None:
     """Return the memory that this process occupies now, if tensors lie in the same memory."""
     return resident_bytes() if device.type == "cpu" else None

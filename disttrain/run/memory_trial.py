@@ -21,7 +21,7 @@ from disttrain.errors import ConfigError
 from disttrain.run.assemble import assemble
 from disttrain.run.directory import RunDirectory
 from disttrain.run.memory_shortage import told_of_memory, told_of_memory_while_building
-from disttrain.run.memory_table import MemoryTable, known_memory, process_bytes
+from disttrain.run.memory_table import MemoryTable, counts, known_memory, process_bytes
 from disttrain.run.replayed_slots import gradients_of
 from disttrain.run.state import Run
 from disttrain.run.tensor_memory import TensorWatch, watch_on
@@ -32,7 +32,7 @@ TRIAL_STEPS = 2
 def measure_memory(config: Config, backend: Backend, directory: RunDirectory) -> MemoryTable:
     """Return the table of the rank that needs most; every rank calls this. `config.num_slots` is a number."""
     row = device_row(backend.device)
-    if row.is_lazy or (backend.device.type != "cpu" and not row.counts_memory):
+    if row.is_lazy or not counts(backend.device):
         raise ConfigError(f"--memory: expected the CPU or a device that counts its tensors, got {backend.device}")
     if config.compile and not row.counts_memory:
         config = replace(config, compile=False)

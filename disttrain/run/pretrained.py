@@ -3,10 +3,12 @@
 *Contract*: the position of a checkpoint holds, for each model of transformers in the run's model, its class, its config
 as config.json has it, its generation config if it generates, and the names that `from_pretrained` ties to others. They
 are read when the run is assembled. transformers is not imported here: a run that has not imported it has no such model.
-A model with adapters of peft is none, because `from_pretrained` would not load its names.
+A model with adapters of peft is none, because `from_pretrained` would not load its names. One whose config is no JSON
+is left out, with a line in the log: a run is not stopped because of it.
 """
 
 import json
+import logging
 import re
 import sys
 from typing import Any
@@ -16,6 +18,8 @@ from torch import nn
 from disttrain.checkpoint import PRETRAINED
 from disttrain.handlers.stateful import bare
 
+logger = logging.getLogger(__name__)
+
 _FSDP = "FSDP"
 """The beginning of the names that FSDP2 gives to the classes of modules that it has cut."""
 
@@ -24,7 +28,12 @@ def pretrained_position(model: nn.Module) -> dict[str, Any]:
     """Return the entry of a checkpoint's position; empty without a model of transformers."""
     if "transformers" not in sys.modules:
         return {}
-    described = {place: _described(module) for place, module in pretrained_in(bare(model)).items()}
+    described = {}
+    for place, module in pretrained_in(bare(model)).items():
+        try:
+            described[place] = _described(module)
+        except Exception as error:  # noqa: BLE001 - a config of somebody's own; a run trains without this
+            logger.warning("--format hf will not export %s: %s", place or "the model", error)
     return {PRETRAINED: described} if described else {}
 
 

@@ -10,6 +10,7 @@ seen.
 
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -153,4 +154,5 @@ def _of_tensor(tensor: Any) -> Iterator[Any]:
         for inner in (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]):
             yield from _of_tensor(inner) if isinstance(inner, Tensor) else ()
     elif tensor.device.type == "cpu" and tensor.layout == torch.strided:
-        yield tensor.untyped_storage()
+        with suppress(RuntimeError, NotImplementedError):  # of a class whose tensors have no storage
+            yield tensor.untyped_storage()

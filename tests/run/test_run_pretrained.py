@@ -111,6 +111,14 @@ def test_the_name_of_a_class_that_fsdp_has_changed_is_the_own_one() -> None:
     assert pretrained_position(model)["pretrained"][""] == DESCRIBED
 
 
+@pytest.mark.usefixtures("_imported")
+def test_a_config_that_is_not_json_stops_no_run(caplog: pytest.LogCaptureFixture) -> None:
+    model = Double()
+    model.config = Settings(model_type=object())
+    assert pretrained_position(nn.ModuleDict({"odd": model, "good": Double()})) == {"pretrained": {"good": DESCRIBED}}
+    assert "--format hf will not export odd: " in caplog.text
+
+
 def test_ties_are_those_that_are_there() -> None:
     assert tied_names(Double()) == tied_names(OlderDouble()) == ["out.weight"]
     for model in (Double(), OlderDouble()):

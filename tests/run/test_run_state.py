@@ -41,6 +41,7 @@ def test_a_run_is_built_by_keywords_and_every_part_is_required() -> None:
         "settings",
         "begin",
         "frozen",
+        "pretrained",
         "evaluated",
         "evaluation_due",
         "terminated",
@@ -64,7 +65,7 @@ def test_handlers_get_the_complete_run(tmp_path: Path) -> None:
         early_stop={"monitor": "loss"},
     )
     [values] = values_by_call
-    started_later = ("attached", "kept", "samples", "settings", "begin", "frozen", "evaluation_due")
+    started_later = ("attached", "kept", "samples", "settings", "begin", "frozen", "pretrained", "evaluation_due")
     started_later += ("terminated", "training")
     parts = [name for name in values if name not in (*started_later, "taken")]  # init_from takes no weights here
     assert [name for name in parts if values[name] is None] == []
