@@ -55,6 +55,8 @@ def problems(config: "Config") -> Iterator[str]:
     yield from _valid_sets(config.valid_data)
     yield from monitor_problems(config)
     yield from _ema(config)
+    if config.audit.every_steps:
+        yield from _audit(config)
     if config.strategy == "fsdp":
         yield from _with_fsdp(config)
     if config.spmd and config.backend not in ("auto", "xla"):
@@ -185,6 +187,25 @@ def _ema(config: "Config") -> Iterator[str]:
     given = sorted(config.ema.model_fields_set)
     if given and "decay" not in given:
         yield (f"ema.decay: missing beside ema.{given[0]}; expected a number such as 0.999, or None to keep no average")
+
+
+def _audit(config: "Config") -> Iterator[str]:
+    """Yield the settings with which a slot cannot be computed again, bit for bit."""
+    given = f"audit.every_steps={config.audit.every_steps}"
+    if not config.deterministic:
+        yield f"deterministic: expected True with {given}, which compares bits, got False; leave one of the two out"
+    if config.precision == "apex":
+        yield (
+            f'precision: expected "fp32", "bf16" or "fp16" with {given}, got "apex", which changes its loss scale '
+            "between the slots of a step"
+        )
+    if config.strategy == "fsdp" and config.fsdp_gather == "module":
+        yield (
+            f'fsdp_gather: expected "step" with {given}, got "module": each rank computes slots of another rank, for '
+            "which it needs the parameters whole"
+        )
+    if config.backend == "xla" or config.spmd:
+        yield f"backend: expected another one than xla with {given}: it compiles a step into one program"
 
 
 def check_slots(global_batch_size: int, num_slots: int | None, world_size: int = 1) -> int:

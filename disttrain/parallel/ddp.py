@@ -118,14 +118,27 @@ class SlotGradients(GradientsOverSlots):
             self._buckets = Buckets(self._trained.tensors, self._send)
 
     def _step(self, batch: Sequence[Any], iteration: int) -> Iterator[Any]:
-        last = self.slots.mine[-1]
+        last, audit = self.slots.mine[-1], self.audits(iteration)
+        kept: Gradient = []
         for slot, microbatch in self._in_turn(batch, iteration):
-            sends = self._buckets is not None and slot == last and not self._rehearsal.is_on
+            sends = self._buckets is not None and slot == last and not self.rehearsing
             if sends and self._buckets is not None:
-                self._buckets.opens()
+                self._buckets.opens(may_send=audit is None)
             yield microbatch
-            if not self._rehearsal.takes(self._trained.names, self._trained.tensors) and not sends:
-                self._take(slot)
+            if self._rehearsal.takes(self._trained.names, self._trained.tensors):
+                continue
+            if audit is None:
+                if not sends:
+                    self._take(slot)
+                continue
+            gradient = self._audited(audit, slot, self._trained.tensors)
+            if sends and self._buckets is not None:
+                kept = gradient
+                self._buckets.waits()
+            elif not self._is_again:
+                self._put(slot, gradient)
+        if kept:
+            self._set(kept)
         if self._buckets is None:
             self._meet_here()
         else:
@@ -150,7 +163,15 @@ class SlotGradients(GradientsOverSlots):
 
     def _take(self, slot: int) -> None:
         """Add a slot's gradients to the sums."""
-        self._sums.put((slot, slot + 1), self.weights.apply(slot, self._taken_off(self._trained.tensors)))
+        self._put(slot, self._taken_off(self._trained.tensors))
+
+    def _put(self, slot: int, gradient: Gradient) -> None:
+        self._sums.put((slot, slot + 1), self.weights.apply(slot, gradient))
+
+    def _set(self, gradient: Gradient) -> None:
+        """Give the parameters the gradients of the last slot back, which the audit has taken off."""
+        for parameter, each in zip(self._trained.tensors, gradient, strict=True):
+            parameter.grad = each
 
     def _meet_here(self) -> None:
         """Set the parameters' gradients where one rank runs all slots."""

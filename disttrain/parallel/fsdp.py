@@ -106,11 +106,18 @@ class FsdpGradients(GradientsOverSlots):
         ]
 
     def _step(self, batch: Sequence[Any], iteration: int) -> Iterator[Any]:
+        audit = self.audits(iteration)
         with self._layout.gathered():
             for slot, microbatch in self._in_turn(batch, iteration):
                 yield microbatch
-                if not self._rehearsal.takes(self._trained.names, self._gathered):
-                    self._take(slot)
+                if self._rehearsal.takes(self._trained.names, self._gathered):
+                    continue
+                if audit is None:
+                    self._take(slot, self._taken_off(self._gathered))
+                    continue
+                gradient = self._audited(audit, slot, self._gathered)
+                if not self._is_again:
+                    self._take(slot, gradient)
             self._buffers.step_ends()
             self._keep_moved()
         self._meet()
@@ -121,9 +128,9 @@ class FsdpGradients(GradientsOverSlots):
             parameter.grad = None
         self._sums = TreeSum[WholeGradient](self.slots.num_slots, _add)
 
-    def _take(self, slot: int) -> None:
+    def _take(self, slot: int, gradient: WholeGradient) -> None:
         """Add a slot's gradients to the sums."""
-        wide = [part.to(accumulation_dtype(part.dtype)) for part in self._taken_off(self._gathered)]
+        wide = [part.to(accumulation_dtype(part.dtype)) for part in gradient]
         self._sums.put((slot, slot + 1), self.weights.apply(slot, wide))
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ are called last, with the complete run.
 *Errors*: ConfigError, with the file and line, for anything that a factory of the config raises.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,11 +24,13 @@ from disttrain.config import Config, check_devices
 from disttrain.data.weighted import weight_of
 from disttrain.devices import device_row
 from disttrain.engine import Engine, RunEvents, create_supervised_trainer
+from disttrain.engine.step_defaults import Step
 from disttrain.errors import ConfigError
 from disttrain.handlers.bad_steps import BadSteps
 from disttrain.parallel import Layout, Slots, World, strategy_for
 from disttrain.parallel.leaving_out import LeavingOut
 from disttrain.precision import Precision, choose_precision
+from disttrain.run.audit import AuditedSteps, build_audit
 from disttrain.run.builders import (
     build_model,
     build_optimizer,
@@ -94,7 +97,8 @@ def assemble(
         parts = (step_function, optimizer, ema, slots, layout, precision, backend)
         evaluation = evaluations_of(data.valid, lambda each, field: build_evaluation(config, each, *parts, field))
         best, early_stop = build_best(config, evaluation, backend), build_early_stop(config, evaluation)
-    trainer = build_trainer(config, gradients, updates, optimizer, precision, layout, backend, slot_results)
+    audited = build_audit(config, slots, backend, gradients, slot_results, updates.leaves_out)
+    trainer = build_trainer(config, gradients, updates, optimizer, precision, layout, backend, slot_results, audited)
     run = Run(
         config=config,
         backend=backend,
@@ -115,6 +119,7 @@ def assemble(
         best=best,
         early_stop=early_stop,
         ema=ema,
+        audited=audited,
         bad_steps=None if config.on_nan == "skip" else BadSteps(config.spike_factor),
         data=data.identity,
         valid_data=data.valid,
@@ -170,8 +175,10 @@ def build_trainer(
     layout: Layout,
     backend: Backend,
     slot_results: SlotResults,
+    audited: AuditedSteps | None,
 ) -> Engine:
     """Build the engine whose step body runs the step function on the microbatches of this rank's slots."""
+    around: Callable[[Step], Step] = (lambda step: step) if audited is None else audited.around
     trainer = create_supervised_trainer(
         gradients.module,
         optimizer,
@@ -185,6 +192,7 @@ def build_trainer(
         gradients=LeavingOut(gradients, updates.leaves_out),
         before_step=updates.before_step,
         after_step=updates.after_step,
+        around_step=around,
         backend=backend,
     )
     trainer.register_events(RunEvents.EVALUATED, event_to_attr={RunEvents.EVALUATED: "evaluations"})

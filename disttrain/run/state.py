@@ -21,6 +21,7 @@ from disttrain.handlers.best import Best
 from disttrain.handlers.early_stop import EarlyStop
 from disttrain.parallel import GradientsOverSlots, Layout, Slots
 from disttrain.precision import Precision
+from disttrain.run.audit import AuditedSteps
 from disttrain.run.directory import RunDirectory
 from disttrain.run.ema import Ema
 from disttrain.run.evaluated import Evaluated
@@ -72,6 +73,8 @@ class Run:
     """The best evaluation so far; None without checkpoint.monitor."""
     ema: Ema | None
     """The moving average of the weights; None without ema.decay."""
+    audited: AuditedSteps | None
+    """The audit of some steps; None without audit.every_steps."""
     early_stop: EarlyStop | None
     """Whether the run ends early; None without early_stop.monitor."""
     bad_steps: BadSteps | None
