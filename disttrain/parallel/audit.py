@@ -2,9 +2,12 @@
 
 *Contract*: in a step (from 0) with `step % every_steps == every_steps - 1` each rank runs its own slots, and then those
 of the rank before it, with the same seeds, buffers and microbatches. Hashes of each slot's gradient go to all ranks.
-Nothing is sent or updated before they agree, so an audited step has the bits of any other. If two ranks disagree on a
+Nothing is updated before they agree, so an audited step has the bits of any other. If two ranks disagree on a
 slot, both compute it again, and so does a third rank if there is one; `audit_verdicts` says who is faulty. On one rank
 the same rank computes again: that finds what happens once, and not what it always gets wrong.
+
+After that the gradients meet. What was sent is held against what arrived (`audit_exchange`), and the sums that the
+ranks end with are compared, before the update.
 
 The hash of slot 0 is also that of the buffers that it leaves, which all ranks take.
 
@@ -18,6 +21,7 @@ and sends its gradients only after that. It holds one more copy of the gradients
 import hashlib
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +30,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from disttrain.errors import ConfigError, FaultyRank
-from disttrain.parallel.audit_verdicts import Fault, judge
+from disttrain.parallel.audit_exchange import SentPieces, exchange_faults
+from disttrain.parallel.audit_verdicts import Fault, judge, judge_at_once
 from disttrain.parallel.fingerprints import fingerprints_by_place
 from disttrain.parallel.packed_batches import packed, unpacked
 from disttrain.parallel.slots import Slots
@@ -48,7 +53,7 @@ class StepAgain(Exception):
 class Audit:
     """The audit of one rank's steps; every rank makes one.
 
-    `passed()` is called when the slots of an audited step have been found right, before their gradients meet.
+    `passed()` is called when an audited step has been found right, before its update.
     """
 
     def __init__(
@@ -106,6 +111,23 @@ class Audit:
         digest = hashlib.blake2b(repr(values).encode(), digest_size=16).hexdigest()
         self._answers.setdefault(slot, []).append(digest)
 
+    def met(self, pieces: SentPieces, gradient: Sequence[Tensor]) -> None:
+        """Compare what was sent with what arrived, and `gradient`, the sum over all slots, with that of the others.
+
+        `gradient` is empty where each rank has another part of it. The audit of the step ends here.
+        *Errors*: StepAgain if the ranks disagree.
+        """
+        digest = hashlib.blake2b(repr(fingerprints_by_place(gradient)).encode(), digest_size=16).hexdigest()
+        by_rank = self._gathered((pieces.prints(), digest))
+        faults = exchange_faults([prints for prints, _ in by_rank])
+        if not faults:
+            judged = judge_at_once("the sum of the gradients", [digest for _, digest in by_rank])
+            faults = [replace(fault, kind="transient") for fault in judged]
+        if faults:
+            raise StepAgain(faults, [unpacked(data) for data in self._mine])
+        self.passed()
+        self.sound_step = self._step
+
     def again(self) -> Iterator[tuple[int, Any]]:
         """Yield (slot, microbatch) for each slot that this rank computes again; `computed` is called after each.
 
@@ -121,8 +143,6 @@ class Audit:
                 if self._slots.rank in self._asked(slot):
                     yield slot, unpacked(data_of[slot])
             self._decide(disputed)
-        self.passed()
-        self.sound_step = self._step
 
     def _asked(self, slot: int) -> list[int]:
         """Return the ranks that compute a disputed slot: its owner, the rank after it, and the one after that."""
@@ -151,7 +171,7 @@ class Audit:
         """Send the packed microbatches to the rank after this one; return those of the rank before, of these sizes."""
         if self._group is None:
             return self._mine
-        sent = torch.frombuffer(bytearray(b"".join(self._mine)), dtype=torch.uint8).to(self._device)
+        sent = torch.frombuffer(bytearray().join(self._mine), dtype=torch.uint8).to(self._device)
         arrives = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
         after = (self._slots.rank + 1) % self._slots.world_size
         ops = [
@@ -179,7 +199,7 @@ def faulty_rank(step: int, faults: Sequence[Fault], machines: Sequence[Machine],
     since = f"step {sound_step}, the last one that passed an audit" if sound_step else "this launch began"
     found = (
         f"{' or '.join(named)} computes other bits than it should, and it cannot be told which of them"
-        if fault.kind == "undecided"
+        if len(fault.ranks) > 1
         else f"{named[0]} computes wrong bits, and did so again when it was asked again"
     )
     message = (

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from disttrain.errors import ConfigError
+from disttrain.parallel.audit_exchange import SentPieces
 from disttrain.parallel.buckets import Bucket, Buckets
 from disttrain.parallel.buffers import SlotBuffers
 from disttrain.parallel.gradients import GradientProgress
@@ -137,14 +138,19 @@ class SlotGradients(GradientsOverSlots):
                 self._buckets.waits()
             elif not self._is_again:
                 self._put(slot, gradient)
-        if kept:
+        pieces, unused = SentPieces(), set(self._unused)
+        if audit is not None:
             self._set(kept)
+            self._tree.watch = pieces
         if self._buckets is None:
             self._meet_here()
         else:
             self._buckets.complete()
             self._meet()
         self._sums.parts.clear()
+        if audit is not None:
+            self._unused, self._tree.watch = unused, None
+            self._met(audit, pieces, [each.grad for each in self._trained.tensors if each.grad is not None])
         with self.progress.waits():
             self._buffers.step_ends()
 
@@ -156,6 +162,7 @@ class SlotGradients(GradientsOverSlots):
 
     def _begin(self) -> None:
         super()._begin()
+        self._tree.watch = None
         if self._buckets is not None:
             self._buckets.begin()
         self._sums = TreeSum[Gradient](self.slots.num_slots, _add)
@@ -170,7 +177,7 @@ class SlotGradients(GradientsOverSlots):
 
     def _set(self, gradient: Gradient) -> None:
         """Give the parameters the gradients of the last slot back, which the audit has taken off."""
-        for parameter, each in zip(self._trained.tensors, gradient, strict=True):
+        for parameter, each in zip(self._trained.tensors, gradient, strict=False):
             parameter.grad = each
 
     def _meet_here(self) -> None:

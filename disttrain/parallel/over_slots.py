@@ -23,6 +23,7 @@ from torch.distributed import ProcessGroup
 
 from disttrain.errors import ConfigError, FaultyRank
 from disttrain.parallel.audit import Audit, StepAgain
+from disttrain.parallel.audit_exchange import SentPieces
 from disttrain.parallel.buffers import SlotBuffers
 from disttrain.parallel.global_loss import GlobalLoss
 from disttrain.parallel.gradients import GradientProgress
@@ -194,6 +195,15 @@ class GradientsOverSlots(ABC):
             raise
         finally:
             self._is_again, self._unused = False, unused
+
+    def _met(self, audit: Audit, pieces: SentPieces, gradient: Sequence[Tensor]) -> None:
+        """Show the audit how the gradients have met; if they have to meet again, put everything back before."""
+        try:
+            audit.met(pieces, gradient)
+        except StepAgain:
+            self._buffers.step_is_undone()
+            self._checks.step_is_undone()
+            raise
 
     def _audited(self, audit: Audit, slot: int, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Take a slot's gradients off the parameters, and show them to the audit."""

@@ -9,7 +9,6 @@ tensor that lay on the CPU keeps its place relative to `ALIGNMENT`, on which bit
 """
 
 import io
-import pickle
 from typing import Any
 
 import torch
@@ -23,17 +22,20 @@ def packed(microbatch: Any) -> bytes:
     """Return a microbatch as bytes."""
     places = [leaf.data_ptr() % ALIGNMENT if keeps_its_place(leaf) else None for leaf in tree_leaves(microbatch)]
     buffer = io.BytesIO()
-    torch.save(microbatch, buffer)
-    return pickle.dumps((places, buffer.getvalue()))
+    torch.save((places, microbatch), buffer)
+    return buffer.getvalue()
 
 
 def unpacked(data: bytes) -> Any:
     """Return the microbatch of some bytes; each call makes a new one."""
-    places, saved = pickle.loads(data)  # noqa: S301 - another rank of this run has packed it
-    leaves, form = tree_flatten(torch.load(io.BytesIO(saved), map_location="cpu", weights_only=False))
+    # Any object, not weights alone: another rank of this run has packed it.
+    places, microbatch = torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
+    leaves, form = tree_flatten(microbatch)
     pairs = zip(leaves, places, strict=True)
     return tree_unflatten([_at(leaf, place) for leaf, place in pairs], form)
 
 
 def _at(leaf: Any, place: int | None) -> Any:
-    return copied_to(leaf, place) if place is not None and isinstance(leaf, Tensor) else leaf
+    if place is None or not isinstance(leaf, Tensor) or leaf.data_ptr() % ALIGNMENT == place:
+        return leaf
+    return copied_to(leaf, place)

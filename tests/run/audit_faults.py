@@ -26,7 +26,7 @@ from disttrain.run.state import Run
 from disttrain.run.train import train
 
 NUM_SLOTS = 6
-IN_SLOTS, IN_STATE = ("activation", "gradient"), ("weight", "optimizer")
+IN_SLOTS, IN_STATE, SENT = ("activation", "gradient"), ("weight", "optimizer"), ("sent",)
 LEDGER = {"ledger": LedgerConfig(every_steps=1)}
 AUDITED = {"audit": AuditConfig(every_steps=1), **LEDGER}
 
@@ -61,12 +61,39 @@ class Net(nn.Module):
         return self.last(self.drop(torch.tanh(self.norm(self.first(x)))))
 
 
+def rows_above_zero(batch: Any) -> int:
+    return int((batch[1] > 0).sum())
+
+
+def with_values(model: nn.Module, batch: Any) -> Any:
+    x, y = batch
+    out = model(x)
+    loss = (out - y).square().mean()
+    return loss, (out, y), {"largest": out.detach().max(), "hits": ((out > 0).sum().detach(), len(out))}
+
+
+def changing_its_batch(model: nn.Module, batch: Any) -> Any:
+    x, y = batch
+    x.mul_(2).add_(1)
+    out = model(x)
+    return (out - y).square().mean(), (out, y)
+
+
+def embeddings(model: nn.Module, batch: Any) -> Tensor:
+    out: Tensor = model(batch[0])
+    return out
+
+
+def spread(rows: Tensor) -> Tensor:
+    return (rows @ rows.T).square().mean() - rows.mean()
+
+
 def random_faults(seed: int, world_size: int, steps: Iterable[int]) -> list[Planted]:
     """Return one fault for each step, of any part; a bit of the last digits of a number may change nothing."""
     draw = random.Random(seed)
     return [
         Planted(
-            part=draw.choice(IN_SLOTS + IN_STATE),
+            part=draw.choice(IN_SLOTS + IN_STATE + SENT),
             rank=draw.randrange(world_size),
             step=step,
             call=draw.randrange(2 * NUM_SLOTS // world_size),
@@ -102,6 +129,22 @@ class Plant:
             run.model.last.weight.register_hook(lambda gradient: self.seen("gradient", gradient))
         step, trainer._process_function = trainer._process_function, self.process
         self.step = step
+        # The product's modules call `torch.distributed.batch_isend_irecv` by this name.
+        self.send, torch.distributed.batch_isend_irecv = torch.distributed.batch_isend_irecv, self.sends
+        trainer.add_event_handler(Events.COMPLETED, self.end)
+
+    def end(self) -> None:
+        torch.distributed.batch_isend_irecv = self.send
+
+    def sends(self, ops: list[Any]) -> Any:
+        """Send; one bit of what is sent first has changed in the memory of a faulty rank."""
+        fault = self.by_step.get(self.trainer.state.iteration)
+        out = [op.tensor for op in ops if op.op is torch.distributed.isend and op.tensor.dtype == torch.float32]
+        is_here = fault is not None and fault.part == "sent" and fault.rank == self.run.backend.rank
+        if fault is not None and is_here and out and not fault.is_over:
+            fault.is_over = not fault.persistent
+            out[0].copy_(flipped(out[0], fault))
+        return self.send(ops)
 
     def process(self, engine: Engine, batch: Any) -> Any:
         """Do a step; if it finds a faulty rank, do it again with a good one."""
