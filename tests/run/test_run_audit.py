@@ -40,8 +40,9 @@ def compared(ranks: Ranks, folder: Path, world_size: int, faults: list[Planted],
     folders = [folder / "without", folder / "with"]
     for each in folders:
         each.mkdir()
-    ranks(world_size, run_on, str(folders[0]), [], LEDGER | changes)
-    ends = ranks(world_size, run_on, str(folders[1]), faults, AUDITED | changes)
+    timeout_s = 60.0 + 5.0 * len(faults)
+    ranks(world_size, run_on, str(folders[0]), [], LEDGER | changes, timeout_s=timeout_s)
+    ends = ranks(world_size, run_on, str(folders[1]), faults, AUDITED | changes, timeout_s=timeout_s)
     assert ledger(folders[0]) == ledger(folders[1])
     assert curves(folders[0]) == curves(folders[1])
     return ends
@@ -84,6 +85,7 @@ def test_dozens_of_faults_are_found_and_change_no_bit(ranks: Ranks, tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_hundreds_of_faults_are_found_and_change_no_bit(ranks: Ranks, tmp_path: Path) -> None:
     faults = random_faults(2, 3, range(2, 302))
     ends = compared(ranks, tmp_path, 3, faults, max_steps=310)
