@@ -6,6 +6,8 @@ the user's, and keeps its traceback. Each class is also one of Python's own exce
 without importing disttrain.
 """
 
+from typing import Literal
+
 
 class DisttrainError(Exception):
     """Base of all errors that a person sees as one message, without a traceback."""
@@ -58,6 +60,41 @@ class NonFiniteError(DisttrainError, RuntimeError):
         super().__init__(message)
         self.step = step
         self.reason = reason
+
+
+class FaultyRank(DisttrainError, RuntimeError):
+    """Hardware that computes wrong bits, found by an audit; raised on every rank alike, before anything is updated.
+
+    `rank` is None if it cannot be told which of several ranks it is; `kind` is then "undecided". Whoever recovers from
+    it leaves the rank out and does the step again.
+    """
+
+    exit_code = 2  # a restart on the same machines would meet it again
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        step: int = 0,
+        ranks: tuple[int, ...] = (),
+        host: str = "",
+        device: str = "",
+        kind: Literal["transient", "persistent", "undecided"] = "persistent",
+        what: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.step = step
+        self.ranks = ranks
+        """The faulty rank alone, or all that may be it."""
+        self.host = host
+        self.device = device
+        self.kind = kind
+        self.what = what
+        """What was wrong, such as "slot 3"."""
+
+    @property
+    def rank(self) -> int | None:
+        return self.ranks[0] if len(self.ranks) == 1 else None
 
 
 class Interrupted(KeyboardInterrupt):

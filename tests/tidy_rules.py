@@ -41,6 +41,10 @@ LIBRARY: Mapping[str, str] = {
 CIRCLES: Mapping[tuple[str, str], str] = {
     ("disttrain.config.checks", "disttrain.config.fields"): "for the type alone; Config calls the checks on itself",
     ("disttrain.config.monitors", "disttrain.config.fields"): "for the type alone; Config calls the checks on itself",
+    (
+        "disttrain.config.update_checks",
+        "disttrain.config.fields",
+    ): "for the type alone; Config calls the checks on itself",
 }
 
 

@@ -5,6 +5,7 @@
     declaration  the base of `Config` and of its groups: frozen, with errors of our own
     init_from    the group `init_from`, and its short form
     updates      several updates in one step
+    update_checks  the rules for them, and the settings that exclude them
     annotations  the types of the fields, and the notes that a field carries beside its type
     asked        the parts of a run that a function asks for by the names of its arguments
     checks       the rules between fields: one length, one loss, slots that divide the global batch

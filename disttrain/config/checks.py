@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from disttrain.config.annotations import PLAIN_KEY, FieldNote, Leaf, leaves, value_of
 from disttrain.config.asked import asked, unknown
 from disttrain.config.monitors import monitor_problems
+from disttrain.config.update_checks import update_problems
 from disttrain.config.wording import both, either, got
 from disttrain.errors import ConfigError
 
@@ -30,7 +31,7 @@ def problems(config: "Config") -> Iterator[str]:
     if config.init_from.path is not None and not config.init_from.path.strip():
         yield "init_from: expected a run directory, such as 'runs/base@best', or a file of weights, or None, got ''"
     yield from _global_loss(config)
-    yield from _updates(config)
+    yield from update_problems(config)
     if config.global_loss is None and (not config.updates or config.valid_data is not None):
         yield from _one_of(
             "loss", "forward", config, "loss takes y_pred and y; forward replaces it for batches of another form"
@@ -59,6 +60,8 @@ def problems(config: "Config") -> Iterator[str]:
     yield from _valid_sets(config.valid_data)
     yield from monitor_problems(config)
     yield from _ema(config)
+    if config.audit.every_steps:
+        yield from _audit(config)
     if config.strategy == "fsdp":
         yield from _with_fsdp(config)
     if config.spmd and config.backend not in ("auto", "xla"):
@@ -116,44 +119,6 @@ def _global_loss(config: "Config") -> Iterator[str]:
             'fsdp_gather: expected "step" with global_loss, got "module": the loss over the global batch is computed '
             "outside the forward of the module that holds its parameters"
         )
-
-
-def _updates(config: "Config") -> Iterator[str]:
-    """Yield the problems of several updates, and the settings that exclude them."""
-    if not config.updates:
-        return
-    for name in config.updates:
-        if not PLAIN_KEY.fullmatch(name) or "/" in name:
-            yield f"updates: expected names without '.', '=', '/' and spaces, such as 'd', got {got(name)}"
-    for field in ("optimizer", "schedule", "grad_clip_norm"):
-        if (value := getattr(config, field)) is not None:
-            yield (
-                f"{field}: expected None with updates, each of which has its own, got {got(value)}; write "
-                f"Update(NAME, ..., {field}=...)"
-            )
-    for field in ("loss", "forward"):
-        if config.valid_data is None and (value := getattr(config, field)) is not None:
-            yield (
-                f"{field}: expected None with updates and without valid_data, got {got(value)}; each Update has a "
-                "forward, and this one is for the validation data alone"
-            )
-    if (least := min(update.every for update in config.updates.values())) > 1:
-        yield (
-            f"updates: expected one that is due in every step, got every={least} or more for all; leave every out in "
-            "one of them"
-        )
-    not_built: dict[str, tuple[Any, str]] = {
-        "global_loss": (config.global_loss, "None"),
-        "train_metrics": (config.train_metrics, "none"),
-        "compile": (config.compile, "False"),
-        "spmd": (config.spmd, "False"),
-        "precision": ("" if config.precision != "apex" else "apex", '"fp32", "bf16" or "fp16"'),
-        "fsdp_gather": ("" if config.fsdp_gather == "step" else config.fsdp_gather, '"step"'),
-    }
-    for field, (value, expected) in not_built.items():
-        if value:
-            shown = both(value) if isinstance(value, Mapping) else got(value)
-            yield f"{field}: expected {expected} with updates, together with which it has not been built, got {shown}"
 
 
 def _callables(name: str, note: FieldNote, value: Any) -> Iterator[str]:
@@ -227,6 +192,25 @@ def _ema(config: "Config") -> Iterator[str]:
     given = sorted(config.ema.model_fields_set)
     if given and "decay" not in given:
         yield (f"ema.decay: missing beside ema.{given[0]}; expected a number such as 0.999, or None to keep no average")
+
+
+def _audit(config: "Config") -> Iterator[str]:
+    """Yield the settings with which a slot cannot be computed again, bit for bit."""
+    given = f"audit.every_steps={config.audit.every_steps}"
+    if not config.deterministic:
+        yield f"deterministic: expected True with {given}, which compares bits, got False; leave one of the two out"
+    if config.precision == "apex":
+        yield (
+            f'precision: expected "fp32", "bf16" or "fp16" with {given}, got "apex", which changes its loss scale '
+            "between the slots of a step"
+        )
+    if config.strategy == "fsdp" and config.fsdp_gather == "module":
+        yield (
+            f'fsdp_gather: expected "step" with {given}, got "module": each rank computes slots of another rank, for '
+            "which it needs the parameters whole"
+        )
+    if config.backend == "xla" or config.spmd:
+        yield f"backend: expected another one than xla with {given}: it compiles a step into one program"
 
 
 def check_slots(global_batch_size: int, num_slots: int | None, world_size: int = 1) -> int:

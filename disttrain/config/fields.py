@@ -42,6 +42,7 @@ from disttrain.config.annotations import (
 from disttrain.config.checks import problems
 from disttrain.config.declaration import Declaration
 from disttrain.config.groups import (
+    AuditConfig,
     CheckpointConfig,
     EarlyStopConfig,
     EmaConfig,
@@ -213,6 +214,7 @@ class Config(Declaration):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     ledger: LedgerConfig = LedgerConfig()
+    audit: AuditConfig = AuditConfig()
     validate: ValidateConfig = ValidateConfig()  # type: ignore[assignment]  # see _Hidden
     early_stop: EarlyStopConfig = EarlyStopConfig()
     ema: EmaConfig = EmaConfig()

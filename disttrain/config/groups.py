@@ -68,6 +68,16 @@ class LedgerConfig(Declaration):
     """Steps from one hash of batch, parameters and optimizer state to the next, in the ledger."""
 
 
+class AuditConfig(Declaration):
+    """The audit of steps: each slot is computed again by another rank, to find hardware that computes wrong bits."""
+
+    prefix: ClassVar[str] = "audit."
+    every_steps: Annotated[NonNegative, FieldNote("steps", may_change=True, harmless=True)] = 0
+    """Steps from one audited step to the next. In such a step each slot is computed by two ranks, and hashes of its
+    gradient are compared before the update; a rank that computes wrong bits is named (docs/audit.md). On one rank the
+    same rank computes again, which finds transient faults alone. 0: no audit."""
+
+
 class ValidateConfig(Declaration):
     """The times at which the validation data is evaluated, and the batches in which it is."""
 

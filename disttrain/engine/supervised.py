@@ -263,6 +263,7 @@ def create_supervised_trainer(
     gradients: Gradients | None = None,
     before_step: BeforeStep | None = None,
     after_step: AfterStep | None = None,
+    around_step: Callable[[Step], Step] = identity,
     backend: Backend | None = None,
 ) -> Engine:
     """Return an engine that trains `model` with the step body, whose parts these arguments choose.
@@ -273,7 +274,8 @@ def create_supervised_trainer(
 
     `before_step` runs before each optimizer step, when the gradients are unscaled and reduced. It skips the step by
     returning False. `after_step(stepped)` runs after each update; `stepped` is whether the optimizer stepped, and only
-    then should a learning rate schedule step. Rank 0 of `backend` draws the seed of a deterministic engine.
+    then should a learning rate schedule step. `around_step(step)` is what the engine calls in place of the step
+    body. Rank 0 of `backend` draws the seed of a deterministic engine.
     """
     if precision is not None and (amp_mode is not None or scaler is not False):
         raise ValueError(f"expected precision alone or amp_mode and scaler, got both (amp_mode={amp_mode!r})")
@@ -285,7 +287,7 @@ def create_supervised_trainer(
     precision = precision or choose_precision_of(model, device, amp_mode, scaler, gradient_accumulation_steps)
     gradients = gradients or Accumulation(model, gradient_accumulation_steps)
     parts = (device, non_blocking, prepare_batch, model_transform, output_transform, model_fn)
-    step = training_step(model, optimizer, loss_fn, *parts, precision, gradients, before_step, after_step)
+    step = around_step(training_step(model, optimizer, loss_fn, *parts, precision, gradients, before_step, after_step))
     trainer = DeterministicEngine(step, backend=backend) if deterministic else Engine(step)
     if scaler is True and isinstance(precision, AMP):
         trainer.state.scaler = precision.scaler

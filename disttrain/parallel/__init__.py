@@ -26,6 +26,10 @@
     model_checks        refuses models that cannot have the same bits on any number of ranks
     slot_checks         refuses forwards that change parameters, and loops that are left before their end
     shard_checks        refuses forwards that cannot run module by module under FSDP2
+    audit               lets another rank compute each slot of a step again, and compares the gradients
+    audit_exchange      holds what ranks send in an audited step against what arrives
+    audit_verdicts      tells which rank is faulty, from the answers of several ranks; pure Python
+    packed_batches      a microbatch as bytes, for another rank
     rehearsal           runs the first slot twice, and refuses a forward whose gradients then differ
     user_collectives    refuses collectives in the user's code
     fingerprints        numbers that tell whether a tensor has changed

@@ -77,13 +77,17 @@ class Buckets:
         """Drop the state of the step before, even if it failed."""
         self._open, self._num_sent = False, 0
 
-    def opens(self) -> None:
-        """Note that the backward of the rank's last slot comes next."""
+    def opens(self, *, may_send: bool = True) -> None:
+        """Note that the backward of the rank's last slot comes next; nothing leaves in it unless it `may_send`."""
         self._arrived.clear()
         self._missing = [len(bucket.index) for bucket in self.buckets]
         alone = all(_num_hooks(parameter) == 1 for parameter in self._parameters)
-        self._early = self._has_seen_a_backward and alone
+        self._early = may_send and self._has_seen_a_backward and alone
         self._open = True
+
+    def waits(self) -> None:
+        """Note that other backwards come before the buckets are sent."""
+        self._open = False
 
     def complete(self) -> None:
         """Send the buckets that are left."""

@@ -49,7 +49,7 @@ class SlotBuffers:
         self.moved: list[Place] = []
         """The frozen parameters that a forward has been seen to move."""
         self._first = slots.mine[0]
-        self._restores = len(slots.mine) > 1
+        self._restores = self._has_several = len(slots.mine) > 1
         self._group = process_group if slots.world_size > 1 else None
         self._is_source = slots.rank == 0
         self._at_start: list[Tensor] | None = None
@@ -69,6 +69,30 @@ class SlotBuffers:
         if self._at_start:
             self._set(self._at_start)
         self._at_start = None
+
+    def step_is_audited(self) -> None:
+        """Keep the buffers with which the step begins, also for a rank with one slot: its slots run more than once."""
+        self._restores = True
+
+    def again_starts(self) -> None:
+        """Restore the buffers with which the step began, for a slot that runs again, or that of another rank."""
+        self._reset_constants()
+        self._frozen.slot_starts()
+        if self._at_start:
+            self._set(self._at_start)
+
+    def again_ends(self) -> None:
+        self._check_forms()
+        self._take_moved(self._frozen.moved_by_slot())
+
+    def step_is_undone(self) -> None:
+        """Restore the buffers with which a step began that is done again."""
+        self.again_starts()
+        self._at_start = self._after_first = None
+
+    def now(self) -> list[Tensor]:
+        """Return the persistent buffers, and the frozen parameters that move, as the newest slot has left them."""
+        return self._now()
 
     def slot_starts(self, slot: int) -> None:
         """Restore the buffers with which the step began."""
@@ -95,6 +119,7 @@ class SlotBuffers:
         self._reset_constants()
         self._take_moved(self._frozen.moved_on_any_rank(self._group))
         if not self._places:
+            self._restores = self._has_several
             return
         if self._is_source and self._after_first is not None:
             self._set(self._after_first)
@@ -104,6 +129,7 @@ class SlotBuffers:
             if not self._is_source:
                 self._unpack(packed)
         self._at_start = self._after_first = None
+        self._restores = self._has_several
 
     def _take_moved(self, moved: list[tuple[Place, Tensor]]) -> None:
         """Treat frozen parameters, given with their values at the start of the step, as buffers from now on."""

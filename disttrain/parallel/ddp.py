@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from disttrain.errors import ConfigError
+from disttrain.parallel.audit_exchange import SentPieces
 from disttrain.parallel.buckets import Bucket, Buckets
 from disttrain.parallel.buffers import SlotBuffers
 from disttrain.parallel.gradients import GradientProgress
@@ -118,20 +119,38 @@ class SlotGradients(GradientsOverSlots):
             self._buckets = Buckets(self._trained.tensors, self._send)
 
     def _step(self, batch: Sequence[Any], iteration: int) -> Iterator[Any]:
-        last = self.slots.mine[-1]
+        last, audit = self.slots.mine[-1], self.audits(iteration)
+        kept: Gradient = []
         for slot, microbatch in self._in_turn(batch, iteration):
-            sends = self._buckets is not None and slot == last and not self._rehearsal.is_on
+            sends = self._buckets is not None and slot == last and not self.rehearsing
             if sends and self._buckets is not None:
-                self._buckets.opens()
+                self._buckets.opens(may_send=audit is None)
             yield microbatch
-            if not self._rehearsal.takes(self._trained.names, self._trained.tensors) and not sends:
-                self._take(slot)
+            if self._rehearsal.takes(self._trained.names, self._trained.tensors):
+                continue
+            if audit is None:
+                if not sends:
+                    self._take(slot)
+                continue
+            gradient = self._audited(audit, slot, self._trained.tensors)
+            if sends and self._buckets is not None:
+                kept = gradient
+                self._buckets.waits()
+            elif not self._is_again:
+                self._put(slot, gradient)
+        pieces, unused = SentPieces(), set(self._unused)
+        if audit is not None:
+            self._set(kept)
+            self._tree.watch = pieces
         if self._buckets is None:
             self._meet_here()
         else:
             self._buckets.complete()
             self._meet()
         self._sums.parts.clear()
+        if audit is not None:
+            self._unused, self._tree.watch = unused, None
+            self._met(audit, pieces, [each.grad for each in self._trained.tensors if each.grad is not None])
         with self.progress.waits():
             self._buffers.step_ends()
 
@@ -143,6 +162,7 @@ class SlotGradients(GradientsOverSlots):
 
     def _begin(self) -> None:
         super()._begin()
+        self._tree.watch = None
         if self._buckets is not None:
             self._buckets.begin()
         self._sums = TreeSum[Gradient](self.slots.num_slots, _add)
@@ -150,7 +170,15 @@ class SlotGradients(GradientsOverSlots):
 
     def _take(self, slot: int) -> None:
         """Add a slot's gradients to the sums."""
-        self._sums.put((slot, slot + 1), self.weights.apply(slot, self._taken_off(self._trained.tensors)))
+        self._put(slot, self._taken_off(self._trained.tensors))
+
+    def _put(self, slot: int, gradient: Gradient) -> None:
+        self._sums.put((slot, slot + 1), self.weights.apply(slot, gradient))
+
+    def _set(self, gradient: Gradient) -> None:
+        """Give the parameters the gradients of the last slot back, which the audit has taken off."""
+        for parameter, each in zip(self._trained.tensors, gradient, strict=False):
+            parameter.grad = each
 
     def _meet_here(self) -> None:
         """Set the parameters' gradients where one rank runs all slots."""

@@ -16,7 +16,8 @@ from torch import Tensor
 from disttrain.devices import device_row
 from disttrain.parallel.layout import part_here
 
-PIECE = 2**18
+PIECE, HOST_PIECE = 2**18, 2**14
+"""The words that are multiplied at once: on a device few and large ones, on the host those that its caches hold."""
 MULTIPLIER = 0x2545F4914F6CDD1D
 
 Versions = dict[str, tuple[int, int | None]]
@@ -51,9 +52,10 @@ def fingerprint_by_place(tensor: Tensor) -> Tensor:
     if tensor.layout != torch.strided:
         return torch.ones((), dtype=torch.int64)  # a sparse gradient, which is refused later
     words = _words(tensor)
-    weights = torch.arange(1, min(PIECE, words.numel()) + 1, device=words.device) * MULTIPLIER | 1
+    size = HOST_PIECE if words.is_cpu else PIECE
+    weights = torch.arange(1, min(size, words.numel()) + 1, device=words.device) * MULTIPLIER | 1
     total = torch.ones((), dtype=torch.int64, device=words.device)
-    for piece in torch.split(words, PIECE):
+    for piece in torch.split(words, size):
         total = total * MULTIPLIER + (piece * weights[: piece.numel()]).sum()
     return total
 

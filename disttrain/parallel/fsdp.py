@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from disttrain.parallel.audit_exchange import SentPieces
 from disttrain.parallel.buffers import Place, SlotBuffers, place_of
 from disttrain.parallel.fsdp_layout import FsdpLayout
 from disttrain.parallel.gradients import GradientProgress
@@ -106,24 +107,38 @@ class FsdpGradients(GradientsOverSlots):
         ]
 
     def _step(self, batch: Sequence[Any], iteration: int) -> Iterator[Any]:
+        audit = self.audits(iteration)
         with self._layout.gathered():
             for slot, microbatch in self._in_turn(batch, iteration):
                 yield microbatch
-                if not self._rehearsal.takes(self._trained.names, self._gathered):
-                    self._take(slot)
+                if self._rehearsal.takes(self._trained.names, self._gathered):
+                    continue
+                if audit is None:
+                    self._take(slot, self._taken_off(self._gathered))
+                    continue
+                gradient = self._audited(audit, slot, self._gathered)
+                if not self._is_again:
+                    self._take(slot, gradient)
+            if audit is not None:  # while the parameters are gathered: the step may still be undone
+                pieces = self._tree.watch = SentPieces()
+                self._meet()
+                self._tree.watch = None
+                self._met(audit, pieces, ())  # each rank has another part of the sum
             self._buffers.step_ends()
             self._keep_moved()
-        self._meet()
+        if audit is None:
+            self._meet()
 
     def _begin(self) -> None:
         super()._begin()
+        self._tree.watch = None
         for parameter in self._gathered:
             parameter.grad = None
         self._sums = TreeSum[WholeGradient](self.slots.num_slots, _add)
 
-    def _take(self, slot: int) -> None:
+    def _take(self, slot: int, gradient: WholeGradient) -> None:
         """Add a slot's gradients to the sums."""
-        wide = [part.to(accumulation_dtype(part.dtype)) for part in self._taken_off(self._gathered)]
+        wide = [part.to(accumulation_dtype(part.dtype)) for part in gradient]
         self._sums.put((slot, slot + 1), self.weights.apply(slot, wide))
 
     @torch.no_grad()

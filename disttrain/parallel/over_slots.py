@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from disttrain.errors import ConfigError
+from disttrain.errors import ConfigError, FaultyRank
+from disttrain.parallel.audit import Audit, StepAgain
+from disttrain.parallel.audit_exchange import SentPieces
 from disttrain.parallel.buffers import SlotBuffers
 from disttrain.parallel.global_loss import GlobalLoss
 from disttrain.parallel.gradients import GradientProgress
@@ -46,7 +48,8 @@ ALONE = (
 class GradientsOverSlots(ABC):
     """The base of the gradients of runs that are cut into slots; the step calls `module`.
 
-    A subclass sets `_buffers`, `_checks` and `_rehearsal`.
+    A subclass sets `_buffers`, `_checks` and `_rehearsal`. In an audited step it shows the gradients of each slot to
+    the audit (`_audited`), drops those that are computed again, and sends nothing before the loop of `_in_turn` ends.
     """
 
     several = True
@@ -60,6 +63,10 @@ class GradientsOverSlots(ABC):
     _checks: SlotChecks
     _rehearsal: Rehearsal
     _global_loss: GlobalLoss | None = None
+    audit: Audit | None = None
+    """Computes each slot of some steps again on another rank; None: of no step."""
+    _is_again = False
+    """Whether the microbatch that was yielded last is computed again, for the audit."""
 
     def __init__(
         self,
@@ -91,7 +98,11 @@ class GradientsOverSlots(ABC):
 
     @property
     def rehearsing(self) -> bool:
-        return self._rehearsal.is_on
+        return self._rehearsal.is_on or self._is_again
+
+    def audits(self, iteration: int) -> Audit | None:
+        """Return the audit of a step, counted from 1; None if it has none."""
+        return self.audit if self.audit is not None and self.audit.is_due(iteration) else None
 
     def opens(self, iteration: int) -> bool:
         return True
@@ -140,6 +151,9 @@ class GradientsOverSlots(ABC):
         slot. The first slot of a process may be yielded twice; `Rehearsal.takes` is called after each backward.
         """
         self._checks.step_starts(iteration)
+        if (audit := self.audits(iteration)) is not None:
+            audit.begins(batch, iteration)
+            self._buffers.step_is_audited()
         if self._global_loss is not None:
             self._look_ahead(self._global_loss, batch, iteration)
         for copied in self._rehearsal.copy(batch[0]):
@@ -163,9 +177,45 @@ class GradientsOverSlots(ABC):
             yield slot, microbatch
             self._checks.slot_ends()
             self._buffers.slot_ends(slot)
+        if audit is not None:
+            yield from self._again(audit, iteration)
         if self._global_loss is not None:
             self._global_loss.end()
         self._checks.step_ends()
+
+    def _again(self, audit: Audit, iteration: int) -> Iterator[tuple[int, Any]]:
+        """Yield the slots that this rank computes again, its own or another rank's, as their owner computes them."""
+        unused, self._is_again = set(self._unused), True
+        try:
+            for slot, microbatch in audit.again():
+                self._buffers.again_starts()
+                self._seed_generators(seed_for(self._seed, "step", iteration - 1, slot))
+                self._checks.slot_starts()
+                if self._global_loss is not None:
+                    self._global_loss.slot = slot
+                yield slot, microbatch
+                self._checks.slot_ends()
+                self._buffers.again_ends()
+        except (StepAgain, FaultyRank):
+            self._buffers.step_is_undone()
+            raise
+        finally:
+            self._is_again, self._unused = False, unused
+
+    def _met(self, audit: Audit, pieces: SentPieces, gradient: Sequence[Tensor]) -> None:
+        """Show the audit how the gradients have met; if they have to meet again, put everything back before."""
+        try:
+            audit.met(pieces, gradient)
+        except StepAgain:
+            self._buffers.step_is_undone()
+            self._checks.step_is_undone()
+            raise
+
+    def _audited(self, audit: Audit, slot: int, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Take a slot's gradients off the parameters, and show them to the audit."""
+        gradient = self._taken_off(parameters)
+        audit.computed(slot, gradient, self._buffers.now() if slot == 0 else ())
+        return gradient
 
     def _no_collectives(self) -> AbstractContextManager[None]:
         """Refuse collectives in the rehearsal, which sends nothing itself."""

@@ -146,20 +146,23 @@ def deep_copy(microbatch: Any) -> Any:
     """Copy a microbatch; tensors on the CPU keep their place relative to `ALIGNMENT`, on which bits can depend."""
     memo: dict[int, Any] = {}
     for leaf in tree_leaves(microbatch):
-        if type(leaf) is Tensor and leaf.is_leaf and leaf.device.type == "cpu" and _is_dense(leaf):
-            memo[id(leaf)] = _copied_alike(leaf)
+        if keeps_its_place(leaf):
+            memo[id(leaf)] = copied_to(leaf, leaf.data_ptr() % ALIGNMENT)
     return copy.deepcopy(microbatch, memo)
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and tensor.is_contiguous() and tensor.numel() > 0
+def keeps_its_place(leaf: Any) -> bool:
+    """Return whether a part of a batch is a tensor whose bits could depend on its address: dense, and on the CPU."""
+    if type(leaf) is not Tensor or not leaf.is_leaf or leaf.device.type != "cpu":
+        return False
+    return leaf.layout == torch.strided and leaf.is_contiguous() and leaf.numel() > 0
 
 
-def _copied_alike(tensor: Tensor) -> Tensor:
-    """Copy a contiguous tensor to an address that lies as far behind a multiple of `ALIGNMENT`."""
+def copied_to(tensor: Tensor, place: int) -> Tensor:
+    """Copy a contiguous tensor to an address that lies `place` bytes behind a multiple of `ALIGNMENT`."""
     size = tensor.element_size()
     memory = torch.empty(tensor.numel() + ALIGNMENT // size, dtype=tensor.dtype)
-    start = (tensor.data_ptr() - memory.data_ptr()) % ALIGNMENT // size
+    start = (place - memory.data_ptr()) % ALIGNMENT // size
     copied = memory[start : start + tensor.numel()].view(tensor.shape)
     return copied.copy_(tensor.detach()).requires_grad_(tensor.requires_grad)
 

@@ -126,6 +126,10 @@ class SlotChecks:
         for checks in self._further:
             checks.step_ends()
 
+    def step_is_undone(self) -> None:
+        """Note that the newest step is done again, after its loop has run to its end."""
+        self._newest -= 1
+
     def slot_starts(self) -> None:
         self._in_slot = True
         if self._steps_left and not self._before:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
+from disttrain.parallel.audit_exchange import SentPieces
 from disttrain.parallel.slots import Node, Slots
 
 SMALL_MESSAGE_BYTES = 2 * 1024**2
@@ -84,6 +85,8 @@ class TreeReduce:
         self._nodes = [slots.nodes(rank) for rank in range(slots.world_size)]
         self._others = [rank for rank in range(slots.world_size) if rank != slots.rank]
         self._free: list[Tensor] = []
+        self.watch: SentPieces | None = None
+        """Takes fingerprints of what is sent and received; None: nobody asks."""
 
     def reduce(self, parts: Mapping[Node, Tensor], *, out: Tensor | None = None, divisor: int = 1) -> Tensor:
         """Return the sum over all slots, divided by `divisor`, in `out` (default: the last part).
@@ -125,8 +128,8 @@ class TreeReduce:
         chunks = self._chunks(size, whole)
         yield from self._folding(parts, chunks, out[chunks[rank]], divisor)
         if not whole:
-            receives: list[Message] = [(dist.irecv, out[chunks[r]], r) for r in self._others]
-            yield self._post(receives + [(dist.isend, out[chunks[rank]], r) for r in self._others])
+            messages: list[Message] = [(dist.irecv, out[chunks[r]], r) for r in self._others]
+            yield from self._exchanged(messages + [(dist.isend, out[chunks[rank]], r) for r in self._others])
 
     def _folding(
         self, parts: dict[Node, Tensor], chunks: Sequence[slice], out: Tensor, divisor: int
@@ -142,10 +145,19 @@ class TreeReduce:
         sends: list[Message] = [
             (dist.isend, part[chunks[r]], r) for r in self._others for _, part in sorted(parts.items())
         ]
-        yield self._post(receives + sends)
+        yield from self._exchanged(receives + sends)
         chunk |= {node: part[mine] for node, part in parts.items()}
         torch.div(self.slots.fold(chunk, _add), divisor, out=out)
         self._free.append(room)
+
+    def _exchanged(self, messages: Sequence[Message]) -> Iterator[list[Work]]:
+        """Send and receive all messages; what comes after this in a generator has what arrived."""
+        if self.watch is None:
+            yield self._post(messages)
+            return
+        number = self.watch.begins(messages)
+        yield self._post(messages)
+        self.watch.ends(number, messages)
 
     def _chunks(self, size: int, whole: bool) -> list[slice]:
         """Return the chunk that each rank folds, by rank: the whole tensor, or its 1/W."""

@@ -26,6 +26,7 @@ module_settings    plain attributes of modules that handlers change
 ema                the moving average of the weights
 evaluation_point   the parameters of an optimizer that evaluates at another point than it trains at
 train              the way of a run: assemble, restore, attach, train, result
+audit              the audited steps: faults are named, and a step is done again
 slot_results       the results that the step body takes from each slot of a step
 train_metrics      metrics of the training data, over the steps from one log point to the next
 measures           builds the evaluations, and the metrics of the training and validation data

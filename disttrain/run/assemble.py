@@ -91,6 +91,7 @@ def assemble(
         best=best,
         early_stop=early_stop,
         ema=ema,
+        audited=stepping.audited,
         bad_steps=None if config.on_nan == "skip" else BadSteps(config.spike_factor),
         data=data.identity,
         valid_data=data.valid,

@@ -14,6 +14,7 @@ finds that the lock at the path is not the one that it holds, and writes nothing
       launches/        0001/, ...: the cfg.py, the modules and the versions of each launch that had others
       checkpoints/     step-00000140/, ... newest last
       ledger.jsonl     the results of each step, as evidence
+      audits.jsonl     the faults that audited steps have found; absent if there are none
       metrics/         train.jsonl, valid.jsonl, and tensorboard/ if it is installed
       logs/            rank-0.log, ...
       result.json      how the run ended
@@ -55,6 +56,7 @@ class RunDirectory:
         self.launches = path / "launches"
         self.checkpoints = path / "checkpoints"
         self.ledger_jsonl = path / "ledger.jsonl"
+        self.audits_jsonl = path / "audits.jsonl"
         self.metrics = path / "metrics"
         self.logs = path / "logs"
         self._lock: IO[str] | None = None

@@ -35,6 +35,7 @@ def outcome(run: Run, end: StepEnd, attempts: Attempts) -> dict[str, Any]:
         **best_entry(run, end.saved_at),
         **({} if run.terminated is None else {"terminated": run.terminated}),
         **({} if run.stopped is None else {"stopped": run.stopped, "early_stop": run.config.early_stop.model_dump()}),
+        **({} if run.audited is None else run.audited.entry()),
         **({} if run.begin is None else {"init_from": run.begin._asdict()}),
         "skipped_steps": run.skipped_steps,
         "rollbacks": len(run.left_out),

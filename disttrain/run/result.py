@@ -34,6 +34,7 @@ _OPTIONAL: dict[str, type | tuple[type, ...]] = {
     "train": dict,
     "terminated": dict,
     "init_from": dict,
+    "audit": dict,
     "stopped": str,
     "early_stop": dict,
     "xla_compilations": int,

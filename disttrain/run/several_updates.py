@@ -233,19 +233,16 @@ def parameters_by_update(config: Config, step_function: StepFunction) -> dict[st
                 "those of a part of it, such as model.discriminator.parameters()"
             )
         if not any(each.requires_grad for each in parameters):
-            raise ConfigError(
-                f"{place}: expected a parameter with requires_grad, got frozen ones alone; leave this update out, or "
-                "freeze less where the model is built"
-            )
+            raise ConfigError(f"{place}: expected a parameter with requires_grad, got frozen ones alone; leave it out")
         for each in parameters:
             if owner.setdefault(id(each), name) != name:
                 raise ConfigError(
                     f"{place}: expected parameters that no other update trains, but {owner[id(each)]} has "
                     f"{names[id(each)]} too; train it in one of them"
                 )
-    lost = [name for key, name in names.items() if key not in owner]
-    trained = dict(step_function.named_parameters())
-    if lost := [name for name in lost if trained[name].requires_grad]:
+    if lost := [
+        name for name, each in step_function.named_parameters() if each.requires_grad and id(each) not in owner
+    ]:
         raise ConfigError(
             f"updates: expected every parameter with requires_grad in one of them, but {shortened(lost)} would never "
             "be trained; give it to an update, or freeze it with requires_grad_(False) where the model is built"

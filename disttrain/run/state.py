@@ -1,6 +1,5 @@
 """The parts of an assembled run, its position, and the further objects that its handlers keep."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -14,7 +13,7 @@ from disttrain.config import Config, binding_fields, config_hash, describe
 from disttrain.data import SlotLoader, StreamLoader
 from disttrain.engine import Engine
 from disttrain.engine.supervised import StepFunction
-from disttrain.errors import CheckpointError, ConfigError
+from disttrain.errors import ConfigError
 from disttrain.evidence import state_tensors
 from disttrain.handlers.bad_steps import BadSteps
 from disttrain.handlers.best import Best
@@ -22,6 +21,7 @@ from disttrain.handlers.early_stop import EarlyStop
 from disttrain.parallel import GradientsOverSlots, Layout, Slots
 from disttrain.parallel.optimizers import Optimizers
 from disttrain.precision import Precision
+from disttrain.run.audit import AuditedSteps
 from disttrain.run.directory import RunDirectory
 from disttrain.run.ema import Ema
 from disttrain.run.evaluated import Evaluated
@@ -32,13 +32,11 @@ from disttrain.run.initial_weights import Taken, modules_of
 from disttrain.run.length import run_length, total_steps
 from disttrain.run.module_settings import ModuleSettings
 from disttrain.run.slot_results import SlotResults
-from disttrain.run.updates import Updates
+from disttrain.run.updates import Updates, counters_in
 from disttrain.run.validation_sets import ValidationSets
 from disttrain.run.weight_source import Begin, begin_of
 
 T = TypeVar("T")
-STEP = re.compile(r"[0-9]{1,15}")
-"""A step as the key of a JSON object."""
 
 
 @dataclass(kw_only=True)
@@ -74,6 +72,8 @@ class Run:
     """The best evaluation so far; None without checkpoint.monitor."""
     ema: Ema | None
     """The moving average of the weights; None without ema.decay."""
+    audited: AuditedSteps | None
+    """The audit of some steps; None without audit.every_steps."""
     early_stop: EarlyStop | None
     """Whether the run ends early; None without early_stop.monitor."""
     bad_steps: BadSteps | None
@@ -266,25 +266,13 @@ class Run:
 
     def load_position(self, position: Mapping[str, Any]) -> None:
         """Restore the counters that `position` wrote into a checkpoint; CheckpointError for what no run wrote."""
-        skipped, left_out, recent = (
-            position.get(name, kind())
-            for name, kind in (("skipped_steps", int), ("left_out", dict), ("recent_losses", list))
-        )
-        is_right = {
-            "left_out": isinstance(left_out, dict) and all(STEP.fullmatch(step) for step in left_out),
-            "recent_losses": isinstance(recent, list) and all(type(loss) in (int, float) for loss in recent),
-        }
-        if wrong := [name for name, right in is_right.items() if not right]:
-            raise CheckpointError(
-                f"the checkpoint's position has {wrong[0]}={str(position[wrong[0]])[:60]}, which no run wrote; "
-                "use another checkpoint, or start anew with --fresh"
-            )
-        self.updates.num_skipped = skipped if isinstance(skipped, int) else 0
+        skipped, left_out, recent = counters_in(position)
+        self.updates.num_skipped = skipped
         self.evaluation_due = position.get("evaluation_due") is True
         self.terminated = position.get("terminated")
         self.begin = begin_of(position.get("init_from"))
         self.updates.follow(position.get("schedule_monitor"), self.config.schedule_monitor)
-        self.left_out.update({int(step): str(reason) for step, reason in left_out.items()})
+        self.left_out.update(left_out)
         if self.settings is not None:
             self.settings.load(position.get("module_settings", {}))
         if self.best is not None:

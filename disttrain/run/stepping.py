@@ -4,6 +4,7 @@
 kind (`several_updates.py`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,10 +15,12 @@ from disttrain.backend import Backend
 from disttrain.config import Config
 from disttrain.devices import device_row
 from disttrain.engine import DeterministicEngine, Engine, RunEvents, create_supervised_trainer
+from disttrain.engine.step_defaults import Step
 from disttrain.engine.supervised import StepFunction
 from disttrain.parallel import Layout, Slots, Strategy
 from disttrain.parallel.leaving_out import LeavingOut
 from disttrain.precision import Precision, choose_precision
+from disttrain.run.audit import AuditedSteps, build_audit
 from disttrain.run.builders import build_optimizer, build_schedule, forgotten_parameters
 from disttrain.run.evaluation_point import begin_training
 from disttrain.run.factories import build
@@ -39,6 +42,8 @@ class Stepping:
     updates: Updates
     slot_results: Any
     trainer: Engine
+    audited: AuditedSteps | None
+    """The audit of steps; None without one."""
     forgotten: list[str] | None
     """The trained parameters in no group of the optimizer, if that is a mistake."""
 
@@ -91,6 +96,8 @@ def one_update(
     updates = build_updates(config, step_function, layout, schedule, gradients, left_out=left_out)
     with backend.agree("building the metrics of the training data"):
         slot_results = SlotResults(build_train_metrics(config, slots, layout, backend))
+    audited = build_audit(config, slots, backend, gradients, slot_results, updates.leaves_out)
+    around: Callable[[Step], Step] = (lambda step: step) if audited is None else audited.around
     trainer = create_supervised_trainer(
         gradients.module,
         optimizer,
@@ -101,6 +108,7 @@ def one_update(
         gradients=LeavingOut(gradients, updates.leaves_out),
         before_step=updates.before_step,
         after_step=updates.after_step,
+        around_step=around,
         backend=backend,
     )
     return Stepping(
@@ -111,6 +119,7 @@ def one_update(
         updates=updates,
         slot_results=slot_results,
         trainer=attached(trainer, updates, slot_results),
+        audited=audited,
         forgotten=forgotten,
     )
 
@@ -144,6 +153,7 @@ def several_updates(
         updates=several.updates,
         slot_results=several.results,
         trainer=attached(DeterministicEngine(several.step, backend=backend), several.updates, several.results),
+        audited=None,
         forgotten=None,
     )
 

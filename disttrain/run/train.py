@@ -19,7 +19,7 @@ from disttrain.config import Config
 from disttrain.data import SlotLoader
 from disttrain.engine import Events
 from disttrain.errors import NonFiniteError
-from disttrain.evidence import Ledger
+from disttrain.evidence import Ledger, tensor_hashes
 from disttrain.handlers.compilations import Compilations
 from disttrain.handlers.curves import Curves
 from disttrain.handlers.losses import LossLog
@@ -176,6 +176,9 @@ def attach(run: Run, preemption: Preemption, console: Console, step: int, stack:
             curves = Curves(run.directory.metrics, step, tensorboard=config.log.tensorboard)
         reporter = Reporter(ledger, curves, display, posts)
         stack.callback(reporter.close)
+    if run.audited is not None:
+        hashes = None if config.strategy == "fsdp" else lambda: tensor_hashes(run.state_tensors(), run.layout.whole)
+        run.audited.begins(run.directory, hashes, reporter.warn)
     stragglers = stragglers_of(run, reporter)
     losses = LossLog(
         backend,

@@ -15,13 +15,14 @@ are seeded twice a step.
 
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from disttrain.engine import Engine, Events
-from disttrain.errors import ConfigError
+from disttrain.errors import CheckpointError, ConfigError
 from disttrain.handlers.best import number_in
 from disttrain.handlers.losses import UpdateOutcome
 from disttrain.parallel import Layout
@@ -29,6 +30,9 @@ from disttrain.run.optimizer_checks import required_arguments
 from disttrain.seeding import seed_for, seed_position
 
 logger = logging.getLogger(__name__)
+
+STEP = re.compile(r"[0-9]{1,15}")
+"""A step as the key of a JSON object."""
 
 
 class Updates:
@@ -148,3 +152,25 @@ class Updates:
         update = self.grad_norm, self._reason
         self.grad_norm = self._reason = None
         return update
+
+
+def counters_in(position: Mapping[str, Any]) -> tuple[int, dict[int, str], list[float]]:
+    """Return a checkpoint's skipped steps, steps that are left out with reasons, and recent losses.
+
+    *Errors*: CheckpointError for values that no run wrote.
+    """
+    skipped, left_out, recent = (
+        position.get(name, kind())
+        for name, kind in (("skipped_steps", int), ("left_out", dict), ("recent_losses", list))
+    )
+    is_right = {
+        "left_out": isinstance(left_out, dict) and all(STEP.fullmatch(step) for step in left_out),
+        "recent_losses": isinstance(recent, list) and all(type(loss) in (int, float) for loss in recent),
+    }
+    if wrong := [name for name, right in is_right.items() if not right]:
+        raise CheckpointError(
+            f"the checkpoint's position has {wrong[0]}={str(position[wrong[0]])[:60]}, which no run wrote; "
+            "use another checkpoint, or start anew with --fresh"
+        )
+    skipped = skipped if isinstance(skipped, int) else 0
+    return skipped, {int(step): str(reason) for step, reason in left_out.items()}, recent

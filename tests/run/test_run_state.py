@@ -63,6 +63,7 @@ def test_handlers_get_the_complete_run(tmp_path: Path) -> None:
         schedule=constant,
         ema={"decay": 0.9},
         early_stop={"monitor": "loss"},
+        audit={"every_steps": 5},
     )
     [values] = values_by_call
     started_later = ("attached", "kept", "samples", "settings", "begin", "frozen", "pretrained", "evaluation_due")
