@@ -20,8 +20,11 @@ from disttrain.errors import (
     DisttrainError,
     HangError,
     Interrupted,
+    LeftOutError,
     NonFiniteError,
     RemoteError,
+    RunIsOverError,
+    TooFewLeftError,
 )
 
 
@@ -35,8 +38,11 @@ from disttrain.errors import (
         (DamagedError, CheckpointError),
         (DataError, RuntimeError),
         (HangError, RuntimeError),
+        (LeftOutError, RuntimeError),
         (NonFiniteError, RuntimeError),
         (RemoteError, RuntimeError),
+        (RunIsOverError, LeftOutError),
+        (TooFewLeftError, RuntimeError),
     ],
 )
 def test_an_error_for_a_person_is_also_one_of_pythons_own(error: type[Exception], own: type[Exception]) -> None:

@@ -78,6 +78,8 @@ def run_options(options: argparse.Namespace, handlers: Handlers) -> int:
             take_defaults(options)
             if options.ranks is not None:
                 return start_ranks(options)
+            if options.recover:
+                raise ConfigError("--recover: expected ranks to start, got none; add --ranks N")
         with Preemption(starting=True) as preemption:
             return report_exit_code(run_command(options, handlers, preemption))
     except (ConfigError, KeyboardInterrupt) as error:  # before the ranks were started or connected

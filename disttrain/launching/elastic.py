@@ -7,6 +7,8 @@ of that name starts again.
 *Source*: torch.distributed.elastic.rendezvous (`rendezvous_handler_registry`), launcher.api.launch_agent.
 """
 
+from typing import TYPE_CHECKING
+
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
@@ -15,6 +17,11 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+else:
+    from torch.distributed import Store
 
 NAME = "disttrain"
 
@@ -26,14 +33,16 @@ def register() -> None:
 
 def _create(params: RendezvousParameters) -> RendezvousHandler:
     backend, store = create_backend(params)
-    return _StaysOpen(create_handler(store, backend, params))
+    return _StaysOpen(create_handler(store, backend, params), store)
 
 
 class _StaysOpen(RendezvousHandler):
     """A rendezvous that an agent leaves without closing it; the other agents miss its heartbeats."""
 
-    def __init__(self, handler: RendezvousHandler) -> None:
+    def __init__(self, handler: RendezvousHandler, store: Store) -> None:
         self._handler = handler
+        self.store = store
+        """The store of all agents, which outlives every rank."""
 
     def get_backend(self) -> str:
         return NAME

@@ -27,7 +27,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.machinery import ModuleSpec
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
@@ -58,14 +58,22 @@ RENDEZVOUS = "last_call_timeout=1,join_timeout=600,close_timeout=5,keep_alive_in
 
 
 def torchrun_words(
-    ranks: int, *, nodes: str, endpoint: str | None, run_id: str, max_restarts: int, opens_store: bool | None = None
+    ranks: int,
+    *,
+    nodes: str,
+    endpoint: str | None,
+    run_id: str,
+    max_restarts: int,
+    opens_store: bool | None = None,
+    recover: bool = False,
 ) -> list[str]:
     """Return torchrun's options: for this host alone, or for `nodes` hosts (N or MIN:MAX) that meet at `endpoint`.
 
     The host at `endpoint` opens a store there, which torchrun knows by the address, or by `opens_store`: this host does
-    or does not.
+    or does not. `recover`: the agent waits for the end of a rank by itself, and not by looking now and then.
     """
-    words = ["--nproc-per-node", str(ranks), "--max-restarts", str(max_restarts), "--monitor-interval", "0.2"]
+    interval = "0.01" if recover else "0.2"
+    words = ["--nproc-per-node", str(ranks), "--max-restarts", str(max_restarts), "--monitor-interval", interval]
     words += ["--signals-to-handle", _SIGNAL_NAMES]
     if endpoint is None:
         return ["--standalone", *words]
@@ -83,10 +91,13 @@ def run_torchrun(
     preload: Sequence[str],
     *,
     grace_s: int | None = None,
+    silence_s: float | None = None,
 ) -> int:
     """Print and run `torchrun WORDS -m MODULE ARGUMENTS`; return the exit code of its ranks on this host.
 
     After a signal ranks have `grace_s` until they are killed; None: the environment's value, or torchrun's default.
+    With `silence_s` ranks that die are replaced, and the others recover in place; one that gives no sign of life for so
+    long is left out.
 
     A rank calls the module's `main(arguments)` and exits with the code that it returns. The rank's process has already
     imported the modules `preload`; their imports must have no effect.
@@ -100,12 +111,13 @@ def run_torchrun(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    from disttrain.launching import elastic  # it imports torchrun's modules
+    from disttrain.launching import elastic, recovering_agent  # they import torchrun's modules
 
     elastic.register()
+    reports = _suppress if silence_s is not None else _report_killed_rank
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
-            logging.getLogger(name).addFilter(_report_killed_rank)
+            logging.getLogger(name).addFilter(reports)
     # These are the options for which torchrun's --standalone stands.
     standalone = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", str(uuid.uuid4())]
     words = [option for word in words for option in (standalone if word == "--standalone" else [word])]
@@ -113,13 +125,14 @@ def run_torchrun(
         os.environ[_EXIT_CODES_FOLDER] = folder
         _start_server(preload)  # after the variables: ranks have the server's environment, and torchrun's variables
         signalled = False
+        recovers = nullcontext() if silence_s is None else recovering_agent.used(silence_s, Path(folder))
         try:
             parse: Callable[[list[str]], object] = torchrun.parse_args
             config_of: Callable[[object], tuple[Any, Any, Any]] = torchrun.config_from_args
             with hidden_variables():
                 config, _, _ = config_of(parse([*words, "--start-method", "forkserver", "-m", module]))
             config.rdzv_backend = elastic.NAME
-            with _no_main_module():
+            with _no_main_module(), recovers:
                 _wait_for_server()
                 elastic_launch(config, _run_rank)(module, list(arguments), multiprocessing.get_start_method())
         except ChildFailedError as error:
@@ -260,6 +273,11 @@ def _exit_code_in(folder: Path) -> int | None:
     """Return the first code but 0 that a rank of this host has reported, else 0; None without a report."""
     codes = [int(path.read_text() or "1") for path in sorted(folder.iterdir())]
     return next((code for code in codes if code), 0) if codes else None
+
+
+def _suppress(_record: logging.LogRecord) -> bool:
+    """Suppress a log message of torchrun's agent; the agent that recovers prints about ranks itself."""
+    return False
 
 
 def _report_killed_rank(record: logging.LogRecord) -> bool:

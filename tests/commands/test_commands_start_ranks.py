@@ -27,9 +27,12 @@ config = Config(
 class Torchrun:
     """In the place of `run_torchrun`: keeps its arguments, starts nothing, and returns an exit code."""
 
-    def __call__(self, words: list[str], name: str, arguments: list[str], *rest: Any, grace_s: int | None) -> int:
+    def __call__(
+        self, words: list[str], name: str, arguments: list[str], *rest: Any, grace_s: int | None, **more: Any
+    ) -> int:
         self.options, self.arguments, self.grace_s = parse_args([*words, "-m", name, *arguments]), arguments, grace_s
         self.variables, self.preload = rest
+        self.silence_s = more["silence_s"]
         return 75
 
 
@@ -59,6 +62,13 @@ def test_one_host(cfg: str, torchrun: Torchrun) -> None:
     assert torchrun.variables["OMP_NUM_THREADS"] == "1"  # torch's own number is set by each rank
     assert torchrun.grace_s is None
     assert "torchmetrics" in torchrun.preload  # the config has a metric
+
+
+def test_a_launch_that_recovers_in_place_and_how_long_it_waits_for_signs_of_life(cfg: str, torchrun: Torchrun) -> None:
+    for words, expected in (([], None), (["--recover"], 10.0), (["--recover", "--silence", "2.5"], 2.5)):
+        typed(cfg, "--ranks", "3", *words)
+        assert torchrun.silence_s == expected
+        assert torchrun.options.monitor_interval == (0.2 if expected is None else 0.01)
 
 
 def test_several_hosts(cfg: str, torchrun: Torchrun) -> None:
@@ -97,6 +107,8 @@ def test_the_ranks_get_the_config_the_overrides_and_the_options(
         (["--ranks", "2", "--nodes", "2"], "expected --nodes and --rdzv together, got --nodes 2 and --rdzv None"),
         (["--ranks", "2", "--rdzv", "a:1"], "expected --nodes and --rdzv together, got --nodes 1 and --rdzv a:1"),
         (["--ranks", "2", "max_epoch=3"], "max_epochs"),
+        (["--ranks", "2", "--silence", "5"], "expected --silence 5 with --recover, got it alone; add --recover"),
+        (["--ranks", "2", "--recover", "--silence", "0.5"], "--silence to be from 1 to 3600 seconds, got 0.5"),
     ],
 )
 def test_a_mistake_is_an_error_before_anything_starts(

@@ -1,0 +1,97 @@
+"""The steps by which ranks agree, answered from a variable."""
+
+from typing import Any
+
+import pytest
+
+from disttrain.errors import LeftOutError, TooFewLeftError
+from disttrain.launching.membership import asks, decode, died, encode, refused, started
+from disttrain.launching.procedures import Announce, Now, Procedure, Read, Swap, Wait, change, end_of, join, leave
+
+A, B = "one/0.1", "one/1.2"
+
+
+class Stored:
+    """The text of a store; `meanwhile` is run before the first swap, as what somebody else does."""
+
+    def __init__(self, text: str = "") -> None:
+        self.text, self.time, self.announced = text, 0.0, {}
+        self.meanwhile: list[Procedure] = []
+
+    def run(self, procedure: Procedure) -> Any:
+        answer: Any = None
+        while True:
+            try:
+                question = procedure.send(answer)
+            except StopIteration as done:
+                return done.value
+            match question:
+                case Read():
+                    answer = self.text
+                case Swap(expected, desired):
+                    others, self.meanwhile = self.meanwhile, []
+                    for other in others:
+                        self.run(other)
+                    self.text = answer = desired if self.text == expected else self.text
+                case Announce(number, reason):
+                    answer = self.announced.setdefault(number, reason)
+                case Now():
+                    answer = self.time
+                case Wait(text, at_most_s):
+                    self.time += at_most_s
+                    answer = text
+
+
+def test_an_event_that_somebody_elses_overtook_is_applied_to_what_is_there() -> None:
+    stored = Stored()
+    stored.run(change(started, "one", [A]))
+    stored.meanwhile = [change(asks, A)]
+    state = stored.run(change(started, "two", ["two/0.1"]))
+    assert (state.number, state.members, state.alive) == (1, (A,), (A, "two/0.1"))
+
+
+def test_the_end_of_a_generation_is_announced_once_and_the_beginning_is_none() -> None:
+    stored = Stored()
+    stored.run(change(started, "one", [A, B]))
+    stored.run(change(asks, A))
+    assert stored.run(join(B, 5.0)).members == (A, B)
+    assert stored.announced == {}
+    stored.run(change(died, B, "B was killed"))
+    assert stored.run(leave(A, 1, 3, "lost a peer", 5.0)).number == 2
+    assert stored.announced == {1: "B was killed"}
+
+
+def test_who_waits_goes_on_without_those_who_do_not_come_in_time() -> None:
+    stored = Stored()
+    stored.run(change(started, "one", [A, B]))
+    stored.run(change(asks, A))
+    stored.run(join(B, 5.0))
+    assert stored.run(leave(A, 1, 3, "lost a peer", 5.0)).members == (A,)
+    assert stored.time == 5.0
+    with pytest.raises(LeftOutError, match="generation 2: lost a peer"):
+        stored.run(leave(B, 1, 3, "woke up", 5.0))
+
+
+def test_in_the_beginning_nobody_goes_on_without_another() -> None:
+    stored = Stored()
+    stored.run(change(started, "one", [A, B]))
+    with pytest.raises(TooFewLeftError, match=f"expected every rank within 5 s, got nothing from {B}"):
+        stored.run(join(A, 5.0))
+    with pytest.raises(TooFewLeftError, match=f"got nothing from {B}"):
+        stored.run(join(B, 5.0))
+    alone = Stored()
+    alone.run(change(started, "one", [A], 2))
+    with pytest.raises(TooFewLeftError, match="got nothing from 1 more hosts"):
+        alone.run(join(A, 5.0))
+
+
+def test_why_a_generation_is_over() -> None:
+    state = asks(started(decode(""), "one", [A]), A)
+    assert end_of(state, 1) is None
+    assert end_of(asks(started(state, "one", [B]), B), 1) == f"{B} joins"
+    assert end_of(refused(state, "refused"), 1) == "refused"
+    stored = Stored(encode(state))
+    assert stored.run(leave(A, 1, 3, "broken", 5.0)).number == 2
+    assert end_of(decode(stored.text), 1) == "broken"
+    stored.run(leave(A, 2, 3, "again", 5.0))
+    assert end_of(decode(stored.text), 1) == "the generations after it have begun"

@@ -1,0 +1,182 @@
+"""The agent that recovers in place, with real ranks: a rank that dies is replaced while the others keep running.
+
+What only the simulator can try many times is in test_launching_procedures.py.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+RANK = """
+import datetime, os, signal, sys, time
+from pathlib import Path
+import torch, torch.distributed as dist
+from disttrain.errors import DisttrainError
+from disttrain.launching.generations import Member
+from disttrain.launching.torchrun import report_exit_code
+
+def main(arguments):
+    member = Member.of_this_process()
+    folder = Path(arguments[0])
+    say = lambda text: print(f"{os.getpid()} {member.name.rpartition('/')[2]} {text}\\n", end="", flush=True)
+    done = []  # the steps
+    try:
+        generation = member.first()
+        while True:
+            at = member.topology(generation)
+            say(f"generation {generation.number} rank {at.rank} of {at.world_size} step {len(done)}")
+            limit = datetime.timedelta(seconds=30)
+            dist.init_process_group(
+                "gloo", store=member.store(generation), rank=at.rank, world_size=at.world_size, timeout=limit)
+            try:
+                if generation.source is not None:
+                    given = [done]
+                    dist.broadcast_object_list(given, src=generation.source)
+                    done = given[0]
+                while len(done) < 60:
+                    if (why := member.ended(generation)) is not None:
+                        raise RuntimeError(why)
+                    total = torch.ones(1)
+                    dist.all_reduce(total)
+                    action(member, len(done), folder)
+                    done.append(len(done))
+                    time.sleep(0.01)
+                dist.barrier()
+                break
+            except RuntimeError as error:
+                dist.destroy_process_group()
+                generation = member.leave(generation, str(error), len(done))
+    except DisttrainError as error:
+        say(f"{type(error).__name__}: {error}")
+        return report_exit_code(error.exit_code)
+    member.finish()
+    assert done == list(range(60))
+    say("done")
+    return report_exit_code(0)
+"""
+
+LAUNCH = """
+import sys
+from disttrain.launching.torchrun import run_torchrun, torchrun_words
+if __name__ == "__main__":
+    folder, ranks, restarts = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    words = torchrun_words(ranks, nodes="1", endpoint=None, run_id="x", max_restarts=restarts, recover=True)
+    variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+    sys.exit(run_torchrun(words, "rank_program", [folder], variables, ["torch.distributed"], silence_s=2.0))
+"""
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    def said(self, pattern: str) -> list[str]:
+        return [line for line in self.out.splitlines() if re.search(pattern, line)]
+
+
+def launch(folder: Path, action: str, *, ranks: int = 3, restarts: int = 3) -> Done:
+    """Run ranks that do 60 steps, in each of which `action` (member, step, folder) runs; return what they printed."""
+    (folder / "rank_program.py").write_text(RANK + textwrap.dedent(action))
+    (folder / "start.py").write_text(LAUNCH)
+    done = subprocess.run(
+        [sys.executable, "start.py", str(folder), str(ranks), str(restarts)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "RES_OPTIONS": "timeout:1 attempts:1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def test_a_rank_that_is_killed_is_replaced_and_the_others_keep_their_processes(tmp_path: Path) -> None:
+    killed = """
+    def action(member, step, folder):
+        if member.name.endswith("/1.2") and step == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step == 50 and not list(folder.glob("joined")):
+            time.sleep(0.3)  # the new rank has time to come
+        if member.name.endswith("/1.4"):
+            (folder / "joined").touch()
+    """
+    done = launch(tmp_path, killed)
+    assert done.code == 0, done
+    assert "the rank with local rank 1 was ended by SIGKILL" in done.err
+    finished = done.said(" done$")
+    assert {line.split()[1] for line in finished} == {"0.1", "1.4", "2.3"}, done
+    for name in ("0.1", "2.3"):
+        (second,) = done.said(rf" {name} generation 2 rank . of 2 step 2[01]$")
+        assert len({line.split()[0] for line in done.said(f" {name} ")}) == 1  # one process
+        assert second.split()[4:5] == ["rank"]
+    assert len(done.said(" generation 3 rank . of 3 ")) == 3
+    assert not done.said("Error")
+
+
+@pytest.mark.slow
+def test_without_restarts_left_the_others_go_on_alone(tmp_path: Path) -> None:
+    killed = """
+    def action(member, step, folder):
+        if member.name.endswith("/0.1") and step == 20:
+            sys.exit(1)
+    """
+    done = launch(tmp_path, killed, restarts=0)
+    assert done.code == 0, done
+    assert len(done.said(" generation 2 rank . of 2 step 2[01]$")) == 2
+    assert len(done.said(" done$")) == 2
+    assert "local rank 0 is not started again: --max-restarts are used up" in done.err
+
+
+@pytest.mark.slow
+def test_a_refusal_restarts_all_ranks_and_uses_up_a_restart(tmp_path: Path) -> None:
+    refuses = """
+    def action(member, step, folder):
+        if step == 20 and not (folder / "once").exists() and member.name.endswith("/0.1"):
+            (folder / "once").touch()
+            member.refuse("no copy of the shards is left")
+        if step == 30:
+            time.sleep(0.3)
+    """
+    done = launch(tmp_path, refuses)
+    assert done.code == 0, done
+    assert "all ranks start again from the newest checkpoint: no copy of the shards is left" in done.err
+    assert len(done.said(" generation 1 rank . of 3 step 0")) == 6
+    assert len(done.said(" done$")) == 3
+    assert launch(tmp_path, refuses.replace("once", "again"), restarts=0).code == 1
+
+
+@pytest.mark.slow
+def test_when_all_ranks_die_all_are_restarted(tmp_path: Path) -> None:
+    killed = """
+    def action(member, step, folder):
+        if step == 20 and int(member.name.rpartition(".")[2]) <= 3:
+            dist.barrier()
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = launch(tmp_path, killed, restarts=5)
+    assert done.code == 0, done
+    assert "no rank is left that holds the state of the run" in done.err
+    assert len(done.said(" done$")) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("code", "restarts"), [(0, 3), (2, 3), (75, 3)])
+def test_ranks_that_end_by_themselves_are_not_replaced(tmp_path: Path, code: int, restarts: int) -> None:
+    ends = f"""
+    def action(member, step, folder):
+        if step == 20:
+            dist.barrier()
+            sys.exit(report_exit_code({code}))
+    """
+    done = launch(tmp_path, ends, restarts=restarts)
+    assert done.code == code, done
+    assert len(done.said("generation")) == 3
