@@ -7,7 +7,7 @@ of that name starts again.
 *Source*: torch.distributed.elastic.rendezvous (`rendezvous_handler_registry`), launcher.api.launch_agent.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
@@ -33,16 +33,18 @@ def register() -> None:
 
 def _create(params: RendezvousParameters) -> RendezvousHandler:
     backend, store = create_backend(params)
-    return _StaysOpen(create_handler(store, backend, params), store)
+    return _StaysOpen(create_handler(store, backend, params), store, params.min_nodes, params.max_nodes)
 
 
 class _StaysOpen(RendezvousHandler):
     """A rendezvous that an agent leaves without closing it; the other agents miss its heartbeats."""
 
-    def __init__(self, handler: RendezvousHandler, store: Store) -> None:
+    def __init__(self, handler: RendezvousHandler, store: Store, least: int, most: int) -> None:
         self._handler = handler
-        self.store = store
+        self.store: Any = store
         """The store of all agents, which outlives every rank."""
+        self.least, self.most = least, most
+        """How many hosts the run needs, and takes."""
 
     def get_backend(self) -> str:
         return NAME

@@ -23,6 +23,8 @@ from disttrain.errors import TooFewLeftError
 from disttrain.launching.membership import Agreement, Generation, decode, finished, host_of, refused
 from disttrain.launching.procedures import (
     Announce,
+    Beat,
+    Beats,
     Now,
     Procedure,
     Read,
@@ -106,12 +108,19 @@ class AgreementStore:
                 self._store.set(f"ended/{number}", reason)
             case Now():
                 return time.monotonic()
+            case Beat(host, sign):
+                self._store.set(f"beat/{host}", sign)
+            case Beats(hosts):
+                return [self._get(f"beat/{host}") for host in hosts]
             case Wait(text, at_most_s):
                 return self._changed(text, at_most_s)
         return None
 
     def _read(self) -> str:
-        return self._store.get(_STATE).decode() if self._store.check([_STATE]) else ""
+        return self._get(_STATE)
+
+    def _get(self, key: str) -> str:
+        return self._store.get(key).decode() if self._store.check([key]) else ""
 
     def _changed(self, text: str, at_most_s: float) -> str:
         # Not `Store.wait`: no signal is handled during it, and an agent's signal ends ranks that wait.
@@ -151,9 +160,12 @@ class Member:
         """
         return self._entered(self._place.run(join(self.name, patience_s)))
 
-    def leave(self, generation: Generation, reason: str, step: int, patience_s: float = PATIENCE_S) -> Generation:
+    def leave(
+        self, generation: Generation, reason: str, step: int | None, patience_s: float = PATIENCE_S
+    ) -> Generation:
         """Say that this member has left `generation` with `step` committed; wait for the next one, and return it.
 
+        `step` is None for a member that joined and has not taken the whole state yet: it has nothing to give.
         Call it after the group of `generation` is closed: from now on nothing of it may go on in this process.
 
         *Errors*: LeftOutError if the others went on without this member: it may call `first`, or end. TooFewLeftError

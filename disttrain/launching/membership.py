@@ -62,7 +62,8 @@ class Generation:
 class Agreement:
     """All that is agreed on. `ended` is why generation `number` is over, None while it goes on.
 
-    `hosts` agents begin the run, and `came` are those that have said which ranks they start. `alive` are the ranks that
+    `hosts` agents begin the run, and `came` are those that have said which ranks they start; with fewer than `least` of
+    them the run waits for others, as without recovery. `alive` are the ranks that
     were started and have not been seen to end. `ready` are those that wait for the next generation, with the committed
     step (None: joins). `away` are silent ones, `finished` those that have done all their work. `restart`: why the run
     cannot go on in place.
@@ -74,6 +75,7 @@ class Agreement:
     reason: str = BEGINS
     ended: str | None = BEGINS
     hosts: int = 1
+    least: int = 1
     came: tuple[str, ...] = ()
     alive: tuple[str, ...] = ()
     ready: Mapping[str, int | None] = field(default_factory=dict)
@@ -111,11 +113,13 @@ def host_of(name: str) -> str:
     return name.rpartition("/")[0]
 
 
-def started(state: Agreement, host: str, names: Iterable[str], hosts: int = 1) -> Agreement:
-    """The agent of a host has started ranks; `hosts` agents begin the run together."""
+def started(state: Agreement, host: str, names: Iterable[str], hosts: int = 1, least: int = 1) -> Agreement:
+    """The agent of a host has started ranks; `hosts` agents begin the run together, and it needs `least`."""
     alive = state.alive + tuple(name for name in names if name not in state.alive)
     came = state.came if host in state.came else (*state.came, host)
-    return settled(replace(state, alive=alive, came=came, hosts=hosts if state.number == 0 else state.hosts))
+    if not state.came:
+        state = replace(state, hosts=hosts, least=least)
+    return settled(replace(state, alive=alive, came=came))
 
 
 def asks(state: Agreement, name: str) -> Agreement:
@@ -127,19 +131,25 @@ def asks(state: Agreement, name: str) -> Agreement:
     return settled(replace(state, ready={name: None, **state.ready}, away=away, ended=ended))
 
 
-def left(state: Agreement, name: str, number: int, step: int, reason: str) -> Agreement:
-    """A member has left generation `number` with `step` committed; ignored if that is not the present one."""
+def left(state: Agreement, name: str, number: int, step: int | None, reason: str) -> Agreement:
+    """A member has left generation `number` with `step` committed; ignored if that is not the present one.
+
+    `step` is None for one that has not taken the state of the run yet.
+    """
     if number != state.number or name not in state.members or name not in state.alive or name in state.finished:
         return state
     away = tuple(other for other in state.away if other != name)
     return settled(replace(state, ready={**state.ready, name: step}, away=away, ended=state.ended or reason))
 
 
-def died(state: Agreement, name: str, reason: str) -> Agreement:
-    """The agent of a rank has seen its process end."""
+def died(state: Agreement, name: str, reason: str, instead: str | None = None) -> Agreement:
+    """The agent of a rank has seen its process end; it starts the rank `instead` in its place.
+
+    Both at once: in the beginning nobody goes on without the new one.
+    """
     if name not in state.alive:
         return state
-    alive = tuple(other for other in state.alive if other != name)
+    alive = tuple(other for other in state.alive if other != name) + ((instead,) if instead is not None else ())
     ready = {other: step for other, step in state.ready.items() if other != name}
     away = tuple(other for other in state.away if other != name)
     ends = name in state.members and name not in state.finished
@@ -149,11 +159,12 @@ def died(state: Agreement, name: str, reason: str) -> Agreement:
 
 def silent(state: Agreement, names: Iterable[str], reason: str) -> Agreement:
     """Nothing was heard of members for too long: the next generation does not wait for them."""
-    quiet = [name for name in names if name in state.alive and name not in (*state.ready, *state.finished, *state.away)]
+    quiet = [name for name in names if name in state.alive and name not in (*state.finished, *state.away)]
     if not quiet:
         return state
-    ends = any(name in state.members for name in quiet)
-    return settled(replace(state, away=(*state.away, *quiet), ended=state.ended or reason if ends else state.ended))
+    ready = {name: step for name, step in state.ready.items() if name not in quiet}
+    ended = state.ended or reason if any(name in state.members for name in quiet) else state.ended
+    return settled(replace(state, away=(*state.away, *quiet), ready=ready, ended=ended))
 
 
 def overdue(state: Agreement, number: int, reason: str) -> Agreement:
@@ -164,6 +175,11 @@ def overdue(state: Agreement, number: int, reason: str) -> Agreement:
     if number != state.number or not (state.missing or number == 0):
         return state
     return silent(state, state.missing, reason) if number else refused(state, reason)
+
+
+def departed(state: Agreement, host: str) -> Agreement:
+    """The agent of a host has ended: its ranks have, and nobody waits for signs of it."""
+    return replace(state, came=tuple(other for other in state.came if other != host))
 
 
 def finished(state: Agreement, name: str) -> Agreement:
@@ -181,19 +197,13 @@ def refused(state: Agreement, reason: str) -> Agreement:
 
 def settled(state: Agreement) -> Agreement:
     """Commit the next generation if everybody it waits for is there; restart if it could not hold the run's state."""
-    begins = state.number == 0
     if state.ended is None or state.restart is not None or state.missing:
         return state
-    if begins and len(state.came) < state.hosts:
+    if state.number == 0 and len(state.came) < state.hosts:
         return state
-    steps = [step for step in state.ready.values() if step is not None]
-    if not steps and not begins:
-        if state.finished:
-            return state  # nothing is left to do: a member finishes once all have ended their last step
-        return replace(state, restart=f"no rank is left that holds the state of the run: {state.ended}")
-    if steps and max(steps) - min(steps) > 1:
-        return replace(state, restart=f"the ranks are at steps {min(steps)} to {max(steps)}: {state.ended}")
-    if not state.ready:
+    if (restart := _obstacle(state)) is not None and not state.finished:  # a run that is done is not restarted
+        return replace(state, restart=f"{restart}: {state.ended}")
+    if restart is not None or not state.ready:
         return state
     members = _in_order(state)
     return replace(
@@ -205,6 +215,19 @@ def settled(state: Agreement) -> Agreement:
         ended=None,
         ready={},
     )
+
+
+def _obstacle(state: Agreement) -> str | None:
+    """Return why those that are ready could not go on with the run; None if they can."""
+    steps = [step for step in state.ready.values() if step is not None]
+    if not steps and state.number:  # in the beginning all take a checkpoint, or begin anew
+        return "no rank is left that holds the state of the run"
+    if steps and max(steps) - min(steps) > 1:
+        return f"the ranks are at steps {min(steps)} to {max(steps)}"
+    hosts = len({host_of(name) for name in state.ready})
+    if hosts < state.least and state.ready and not state.finished:
+        return f"expected at least {state.least} hosts, got {hosts}"
+    return None
 
 
 def _in_order(state: Agreement) -> tuple[str, ...]:

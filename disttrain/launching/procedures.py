@@ -8,11 +8,11 @@ simulator tries is what runs. A procedure may be asked a `Swap` again whose answ
 *Errors*: LeftOutError, RunIsOverError and TooFewLeftError, from the procedures that wait for a generation.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator, Mapping
 from typing import Any, NamedTuple
 
 from disttrain.errors import LeftOutError, RunIsOverError, TooFewLeftError
-from disttrain.launching.membership import Agreement, Generation, asks, decode, encode, left, overdue
+from disttrain.launching.membership import Agreement, Generation, asks, decode, encode, host_of, left, overdue, silent
 
 RETRY_S = 1.0
 
@@ -39,6 +39,19 @@ class Now(NamedTuple):
     """Seconds of a clock that never goes back."""
 
 
+class Beat(NamedTuple):
+    """Put a sign of life of a host into the store; no answer."""
+
+    host: str
+    sign: str
+
+
+class Beats(NamedTuple):
+    """The last signs of life of hosts, in their order; "" for one that has given none."""
+
+    hosts: tuple[str, ...]
+
+
 class Wait(NamedTuple):
     """Wait until the store may hold another text than `text`, at most so long; the answer is what it holds then."""
 
@@ -46,7 +59,7 @@ class Wait(NamedTuple):
     at_most_s: float
 
 
-Question = Read | Swap | Announce | Now | Wait
+Question = Read | Swap | Announce | Now | Beat | Beats | Wait
 Procedure = Generator[Question, Any, Any]
 
 
@@ -84,7 +97,7 @@ def join(name: str, patience_s: float) -> Procedure:
     return (yield from _next(name, state.number - (name in state.members), patience_s))
 
 
-def leave(name: str, generation: int, step: int, reason: str, patience_s: float) -> Procedure:
+def leave(name: str, generation: int, step: int | None, reason: str, patience_s: float) -> Procedure:
     """Say that `generation` is over for this member, which has committed `step`; wait for the next and return it."""
     yield from change(left, name, generation, step, reason)
     return (yield from _next(name, generation, patience_s))
@@ -123,3 +136,43 @@ def _found(state: Agreement, name: str, number: int) -> Generation | None:
     if state.finished and not state.missing and state.ended is not None:
         raise RunIsOverError("the other ranks have finished the run")
     return None
+
+
+class Watch:
+    """Counts for how long others have shown no new sign of life; a pause of this process's own counts for nobody."""
+
+    def __init__(self, silence_s: float) -> None:
+        self.silence_s = silence_s
+        self._looked: float | None = None
+        self._seen: dict[str, tuple[str, float]] = {}
+
+    def quiet(self, now: float, signs: Mapping[str, str]) -> list[str]:
+        """Return those whose sign has stayed the same for `silence_s`; `signs` has the last sign of each."""
+        if self._looked is None or now - self._looked > self.silence_s / 2:
+            self._seen = {}  # this process itself was stopped, or cut off: others may have given signs meanwhile
+        self._looked = now
+        self._seen = {
+            name: (sign, self._seen[name][1] if name in self._seen and self._seen[name][0] == sign else now)
+            for name, sign in signs.items()
+        }
+        return [name for name, (_, since) in self._seen.items() if now - since >= self.silence_s]
+
+
+def watch_over(host: str, sign: str, watch: Watch, stopped: Collection[str]) -> Procedure:
+    """Give a sign of life of this host, and leave out who gives none: other hosts, and the `stopped` ranks of this one.
+
+    Return the state after it.
+    """
+    yield Beat(host, sign)
+    state = decode((yield Read()))
+    hosts = tuple(other for other in state.came if other != host)
+    signs: list[str] = yield Beats(hosts)
+    own = [name for name in state.alive if host_of(name) == host]
+    now: float = yield Now()
+    lives = {name: "stopped" if name in stopped else sign for name in own}
+    quiet = watch.quiet(now, {**dict(zip(hosts, signs, strict=True)), **lives})
+    names = [name for name in state.alive if name in quiet or host_of(name) in quiet]
+    if any(name not in (*state.finished, *state.away) for name in names):
+        reason = f"nothing was heard of {', '.join(quiet)} for {watch.silence_s:g} s"
+        state = yield from change(silent, names, reason)
+    return state

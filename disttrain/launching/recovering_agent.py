@@ -11,14 +11,11 @@ are. Here each rank is a context of processes of its own, since torch's stops al
 *Source*: torch.distributed.elastic.agent.server.api (`SimpleElasticAgent`), multiprocessing.start_processes.
 """
 
-import logging
 import os
-import select
 import signal
 import socket
 import sys
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -26,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
+from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, start_processes
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -34,15 +31,14 @@ from torch.distributed.launcher import api as launcher
 
 from disttrain.errors import TooFewLeftError
 from disttrain.launching.generations import AgreementStore
-from disttrain.launching.membership import died, finished, started
-from disttrain.launching.procedures import announce, change, end_of
+from disttrain.launching.membership import Agreement, departed, died, finished, refused, started
+from disttrain.launching.procedures import Watch, announce, change, end_of, watch_over
+from disttrain.launching.process_watch import Lease, end_at_once, stopped, wait_for_an_end
 from disttrain.launching.recovery_variables import Recovery, torchruns_variables
+from disttrain.launching.running_launch import agreement_of, join_running
 
-logger = logging.getLogger(__name__)
-
-_NONCE = "disttrain/recovery"
-_ROOT = "disttrain/recovery/"
 _LONGEST_WAIT_S = 0.2
+_LINGER_S = 0.5
 
 
 @contextmanager
@@ -69,23 +65,43 @@ class RecoveringAgent(LocalElasticAgent):
         self._contexts: dict[int, PContext] = {}
         self._names: dict[int, str] = {}
         self._failures: dict[int, ProcessFailure] = {}
-        self._number = 0
+        self._number = self._looks = 0
         self._where: Recovery | None = None
-        self._place: AgreementStore | None = None
+        self._store_of_all: AgreementStore | None = None
+        self._watch = Watch(silence_s)
+        self._lease = Lease(silence_s, end_at_once)
+
+    @property
+    def _place(self) -> AgreementStore:
+        assert self._store_of_all is not None
+        return self._store_of_all
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        """Meet the other agents as torch's agent does; or, at this agent's start, join ranks that run already."""
+        handler: Any = worker_group.spec.rdzv_handler
+        self._where = None if self._incarnations else join_running(handler, self._silence_s)
+        if self._where is None:
+            super()._rendezvous(worker_group)
+            assert worker_group.store is not None
+            self._where = agreement_of(handler, worker_group.store, worker_group.group_rank == 0, self._silence_s)
+            return
+        count = worker_group.spec.local_world_size
+        group: Any = worker_group
+        group.workers = [Worker(rank, rank, rank, count, count) for rank in range(count)]
+        group.store = self._store = handler.store
+        group.group_rank, group.group_world_size = 0, 1
+        group.master_addr, group.master_port = self._where.host, self._where.port
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        """Start all ranks of this host, after a rendezvous of the agents; return their process ids by local rank."""
-        store, spec = worker_group.store, worker_group.spec
-        assert store is not None
-        if worker_group.group_rank == 0:
-            store.set(_NONCE, uuid.uuid4().hex)
-        nonce = store.get(_NONCE).decode()
-        address: Any = spec.rdzv_handler
-        self._where = Recovery(address.store.host, address.store.port, _ROOT + nonce, "", self._silence_s)
-        self._place = AgreementStore(self._where)
+        """Start all ranks of this host; return their process ids by local rank."""
+        spec = worker_group.spec
+        assert self._where is not None
+        self._store_of_all = AgreementStore(self._where)
         self._contexts, self._failures, self._number = {}, {}, 0
         self._names = {local_rank: self._new_name(local_rank) for local_rank in range(spec.local_world_size)}
-        self._place.run(change(started, self._host, list(self._names.values()), worker_group.group_world_size or 1))
+        handler: Any = spec.rdzv_handler
+        hosts, least = worker_group.group_world_size or 1, handler.least
+        self._place.run(change(started, self._host, list(self._names.values()), hosts, least))
         for local_rank in self._names:
             self._start_rank(worker_group, local_rank)
         return {local_rank: context.pids()[0] for local_rank, context in self._contexts.items()}
@@ -99,83 +115,94 @@ class RecoveringAgent(LocalElasticAgent):
         assert self._where is not None
         assert spec.entrypoint is not None
         where = replace(self._where, member=self._names[local_rank])
+        restarts = int(spec.max_restarts - self._remaining_restarts)
         self._contexts[local_rank] = start_processes(
             name=spec.role,
             entrypoint=spec.entrypoint,
             args={0: spec.args},
-            envs={0: {**torchruns_variables(worker_group, local_rank, self._restarts_used()), **where.variables()}},
+            envs={0: {**torchruns_variables(worker_group, local_rank, restarts), **where.variables()}},
             logs_specs=DefaultLogsSpecs(os.devnull),
             start_method=self._start_method,
         )
         worker_group.workers[local_rank].id = self._contexts[local_rank].pids()[0]
 
-    def _restarts_used(self) -> int:
-        return int(self._worker_group.spec.max_restarts - self._remaining_restarts)
-
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         """Wait a moment for the end of a rank; tell the store, and start another in its place."""
-        assert self._place is not None
-        _wait_for_an_end(self._pids(), _LONGEST_WAIT_S)
+        wait_for_an_end(list(self._pids()), _LONGEST_WAIT_S)
         try:
-            died_now = self._tell_ends()
-            state = self._place.state()
-            while (reason := end_of(state, self._number)) is not None:  # again: who announced it may have died
-                self._place.run(announce(self._number, reason))
-                if self._number == state.number:
-                    break
-                self._number += 1
-            if state.restart is None and not state.finished:
-                for local_rank in died_now:
-                    self._start_again(worker_group, local_rank)
+            replaced = self._tell_ends(replace_dead=True)
+            state = self._look(self._place)
+            for local_rank in replaced:
+                if state.restart is None and not state.finished:
+                    self._start_rank(worker_group, local_rank)
+                else:
+                    self._place.run(change(died, self._names[local_rank], "it was not started any more"))
         except TooFewLeftError as error:
             print(error, file=sys.stderr)
             return self._failed()
         if state.restart is not None:
             print(f"all ranks start again from the newest checkpoint: {state.restart}", file=sys.stderr)
             return self._failed()
+        if state.finished:  # nobody waits for a rank that is stopped
+            self._kill(pid for pid, name in self._pids().items() if name in state.away)
         if self._contexts:
             return RunResult(state=WorkerState.HEALTHY)
         if state.finished:
             return RunResult(WorkerState.SUCCEEDED, {worker.global_rank: None for worker in worker_group.workers})
         return self._failed()
 
-    def _tell_ends(self) -> list[int]:
-        """Tell the store which ranks have ended; return the local ranks of those that have died."""
-        assert self._place is not None
-        died_now = []
+    def _look(self, place: AgreementStore) -> Agreement:
+        """Give a sign of life, leave out who gives none, and announce again what has ended; return the state."""
+        self._looks += 1
+        pids = self._pids()
+        names = [pids[pid] for pid in stopped(pids)]
+        state: Agreement = place.run(watch_over(self._host, str(self._looks), self._watch, names))
+        if len(state.came) > 1:
+            self._lease.renew()
+        else:
+            self._lease.suspend()
+        while (reason := end_of(state, self._number)) is not None:  # who announced it may have died before it did
+            place.run(announce(self._number, reason))
+            if self._number == state.number:
+                break
+            self._number += 1
+        return state
+
+    def _tell_ends(self, replace_dead: bool) -> list[int]:
+        """Tell the store which ranks have ended; return the local ranks in which another is to be started."""
+        replaced = []
         for local_rank, context in list(self._contexts.items()):
             if (result := context.wait(0)) is None:
                 continue
             del self._contexts[local_rank]
-            name = self._names[local_rank]
-            if (failure := result.failures.get(0)) is None:
+            name, failure = self._names[local_rank], result.failures.get(0)
+            if failure is None:
                 self._place.run(change(finished, name))
                 continue
-            code = failure.exitcode
-            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-            if code < 0:  # a killed rank could not print anything
+            how = f"ended with code {failure.exitcode}"
+            if failure.exitcode < 0:  # a killed rank could not print anything
+                how = f"was ended by {signal.Signals(-failure.exitcode).name}"
                 print(f"the rank with local rank {local_rank} {how}", file=sys.stderr)
             self._failures[local_rank] = failure
-            self._place.run(change(died, name, f"{name} {how}"))
-            died_now.append(local_rank)
-        return died_now
+            state = self._place.state()  # a rank that ends because all restart uses up no restart of its own
+            goes_on = replace_dead and state.restart is None and not state.finished
+            instead = self._instead_of(local_rank) if goes_on else None
+            self._place.run(change(died, name, f"{name} {how}", instead))
+            replaced += [local_rank] * (instead is not None)
+        return replaced
 
-    def _start_again(self, worker_group: WorkerGroup, local_rank: int) -> None:
-        """Start a new rank in the place of one that died, while restarts are left."""
-        assert self._place is not None
+    def _instead_of(self, local_rank: int) -> str | None:
+        """Return the name of a new rank in the place of one that died, while restarts are left."""
+        report = self._exit_codes / str(local_rank)
         if self._remaining_restarts <= 0:
             print(f"local rank {local_rank} is not started again: --max-restarts are used up", file=sys.stderr)
             if self._contexts:  # the run's exit code is that of the ranks that go on
-                self._report_of(local_rank).unlink(missing_ok=True)
-            return
+                report.unlink(missing_ok=True)
+            return None
         self._remaining_restarts -= 1
-        self._report_of(local_rank).unlink(missing_ok=True)
+        report.unlink(missing_ok=True)
         self._names[local_rank] = self._new_name(local_rank)
-        self._place.run(change(started, self._host, [self._names[local_rank]]))
-        self._start_rank(worker_group, local_rank)
-
-    def _report_of(self, local_rank: int) -> Path:
-        return self._exit_codes / str(local_rank)
+        return self._names[local_rank]
 
     def _failed(self) -> RunResult:
         """Return a result upon which torch's agent restarts all ranks, or ends if no restarts are left."""
@@ -185,39 +212,52 @@ class RecoveringAgent(LocalElasticAgent):
             failures = {workers[0].global_rank: ProcessFailure(0, workers[0].id or 0, 1, os.devnull)}
         return RunResult(WorkerState.FAILED, failures=failures)
 
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        """Stop all ranks of this host for a restart of all, which the other hosts have to know of."""
+        with suppress(TooFewLeftError):
+            self._place.run(change(refused, "the hosts meet anew"))
+        super()._stop_workers(worker_group)
+
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         """Signal all ranks of this host, and kill those that do not end within `timeout` seconds.
 
         Meanwhile they may still recover: a rank that leaves its generation waits for the next one, to save in it.
         """
+        self._lease.suspend()
         deadline = time.monotonic() + timeout
-        for context in self._contexts.values():
+        self._kill(stopped(self._pids()))
+        for pid in self._pids():
             with suppress(ProcessLookupError):
-                os.kill(context.pids()[0], death_sig)
+                os.kill(pid, death_sig)
         while self._contexts and (rest_s := deadline - time.monotonic()) > 0:
-            _wait_for_an_end(self._pids(), min(rest_s, _LONGEST_WAIT_S))
+            wait_for_an_end(list(self._pids()), min(rest_s, _LONGEST_WAIT_S))
             with suppress(TooFewLeftError):
-                self._tell_ends()
+                self._tell_ends(replace_dead=False)
         for context in self._contexts.values():
             context.close(signal.SIGKILL)
         self._contexts = {}
         super()._shutdown(death_sig, timeout)  # it has no context of its own, but other things that end
 
-    def _pids(self) -> list[int]:
-        return [context.pids()[0] for context in self._contexts.values()]
+    def _exit_barrier(self) -> None:
+        """Wait until the ranks of the other hosts have ended: one of the agents has the store in its process."""
+        self._lease.suspend()
+        deadline = time.monotonic() + self._exit_barrier_timeout
+        with suppress(TooFewLeftError):  # the agent that has the store has ended
+            state: Agreement = self._place.run(change(departed, self._host))
+            others, watch = bool(state.came), Watch(self._silence_s)
+            while state.came and time.monotonic() < deadline:
+                time.sleep(_LONGEST_WAIT_S)
+                state = self._place.run(watch_over(self._host, "ended", watch, []))
+                if all(name in state.away for name in state.alive if name not in state.finished):
+                    break
+            time.sleep(_LINGER_S * others)  # the others read that they are the last
 
+    def _pids(self) -> dict[int, str]:
+        """Return the names of the ranks that run, by process id."""
+        return {context.pids()[0]: self._names[local_rank] for local_rank, context in self._contexts.items()}
 
-def _wait_for_an_end(pids: list[int], at_most_s: float) -> None:
-    """Wait until one of the processes ends; they are no children of this process, but of the server."""
-    if not hasattr(os, "pidfd_open"):  # Linux has it
-        time.sleep(min(0.02, at_most_s))
-        return
-    files: list[int] = []
-    try:
-        files.extend(os.pidfd_open(pid) for pid in pids)
-        select.select(files, [], [], at_most_s)
-    except ProcessLookupError:
-        return  # it has ended already
-    finally:
-        for file in files:
-            os.close(file)
+    @staticmethod
+    def _kill(pids: Any) -> None:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
