@@ -5,6 +5,8 @@
     membership         who is in the run: the agreement of ranks and agents, as pure functions
     procedures         how they agree: the steps, without a store or a clock
     generations        a rank's side of it, over the store of the agents
+    running_launch     where the agents agree, and how one that comes later finds those that run
+    process_watch      which ranks of a host have ended or are stopped, and the lease of its agent
     recovery_variables what an agent tells its ranks about it
     elastic            the rendezvous of torchrun's agents, which an agent leaves without closing it
     local_ranks        starts ranks on this host without torchrun, for `disttrain verify`

@@ -453,7 +453,7 @@ class Simulation:
         self.go_on(host.agent)
 
     def agent(self, host: Host) -> Generator[Any, Any, None]:
-        """An agent as recovering_agent.py has it: start ranks, tell who ended, replace, watch; meet the others to restart."""
+        """An agent as recovering_agent.py has it: start ranks, tell who ended, replace, watch, meet to restart."""
         left, joins = self.troubles.restarts, False
         yield Sleep(self.random.uniform(0.0, 1.0))
         while True:

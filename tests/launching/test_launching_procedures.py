@@ -6,7 +6,22 @@ import pytest
 
 from disttrain.errors import LeftOutError, TooFewLeftError
 from disttrain.launching.membership import asks, decode, died, encode, refused, started
-from disttrain.launching.procedures import Announce, Now, Procedure, Read, Swap, Wait, change, end_of, join, leave
+from disttrain.launching.procedures import (
+    Announce,
+    Beat,
+    Beats,
+    Now,
+    Procedure,
+    Read,
+    Swap,
+    Wait,
+    Watch,
+    change,
+    end_of,
+    join,
+    leave,
+    watch_over,
+)
 
 A, B = "one/0.1", "one/1.2"
 
@@ -17,6 +32,7 @@ class Stored:
     def __init__(self, text: str = "") -> None:
         self.text, self.time, self.announced = text, 0.0, {}
         self.meanwhile: list[Procedure] = []
+        self.signs: dict[str, str] = {}
 
     def run(self, procedure: Procedure) -> Any:
         answer: Any = None
@@ -35,6 +51,10 @@ class Stored:
                     self.text = answer = desired if self.text == expected else self.text
                 case Announce(number, reason):
                     answer = self.announced.setdefault(number, reason)
+                case Beat(host, sign):
+                    self.signs[host] = sign
+                case Beats(hosts):
+                    answer = [self.signs.get(host, "") for host in hosts]
                 case Now():
                     answer = self.time
                 case Wait(text, at_most_s):
@@ -95,3 +115,34 @@ def test_why_a_generation_is_over() -> None:
     assert end_of(decode(stored.text), 1) == "broken"
     stored.run(leave(A, 2, 3, "again", 5.0))
     assert end_of(decode(stored.text), 1) == "the generations after it have begun"
+
+
+def test_who_shows_no_new_sign_for_the_silence_is_quiet_and_a_pause_of_ones_own_counts_for_nobody() -> None:
+    watch = Watch(4.0)
+    for now in (0.0, 1.0, 2.0, 3.0):
+        assert watch.quiet(now, {"a": f"{now}", "b": "the same"}) == []
+    assert watch.quiet(4.0, {"a": "x", "b": "the same", "c": "new"}) == ["b"]
+    assert watch.quiet(9.0, {"a": "x", "b": "the same"}) == []  # this process was stopped for 5 s
+    for now in (10.0, 11.0, 12.0):
+        assert watch.quiet(now, {"a": "x", "b": f"{now}"}) == []
+    assert watch.quiet(13.0, {"a": "x", "b": "13"}) == ["a"]
+
+
+def test_an_agent_leaves_out_a_host_that_is_silent_and_a_rank_that_is_stopped() -> None:
+    far = "two/0.1"
+    stored = Stored()
+    for name in (A, B, far):
+        stored.run(change(started, name.rpartition("/")[0], [name], 2))
+    for name in (A, B, far):
+        stored.run(change(asks, name))
+    watch, state = Watch(4.0), decode(stored.text)
+    for look in range(4):
+        stored.time += 1.5
+        stored.signs["two"] = f"{look}"
+        state = stored.run(watch_over("one", f"{look}", watch, [B]))
+    assert (state.ended, state.away) == (f"nothing was heard of {B} for 4 s", (B,))
+    for look in range(4):
+        stored.time += 1.5
+        state = stored.run(watch_over("one", f"more {look}", watch, [B]))
+    assert state.away == (B, far)
+    assert stored.run(leave(A, 1, 3, "lost", 5.0)).members == (A,)

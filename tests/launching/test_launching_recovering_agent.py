@@ -5,9 +5,13 @@ What only the simulator can try many times is in test_launching_procedures.py.
 
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,8 +71,9 @@ LAUNCH = """
 import sys
 from disttrain.launching.torchrun import run_torchrun, torchrun_words
 if __name__ == "__main__":
-    folder, ranks, restarts = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    words = torchrun_words(ranks, nodes="1", endpoint=None, run_id="x", max_restarts=restarts, recover=True)
+    folder, ranks, restarts, endpoint = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    hosts = {"nodes": "1:3" if endpoint else "1", "endpoint": endpoint or None}
+    words = torchrun_words(ranks, **hosts, run_id="x", max_restarts=restarts, recover=True)
     variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
     sys.exit(run_torchrun(words, "rank_program", [folder], variables, ["torch.distributed"], silence_s=2.0))
 """
@@ -83,20 +88,33 @@ class Done(NamedTuple):
         return [line for line in self.out.splitlines() if re.search(pattern, line)]
 
 
-def launch(folder: Path, action: str, *, ranks: int = 3, restarts: int = 3) -> Done:
-    """Run ranks that do 60 steps, in each of which `action` (member, step, folder) runs; return what they printed."""
-    (folder / "rank_program.py").write_text(RANK + textwrap.dedent(action))
+def begin(
+    folder: Path, action: str, *, ranks: int = 3, restarts: int = 3, endpoint: str = "", steps: int = 60
+) -> subprocess.Popen[str]:
+    """Start a launcher of ranks that do so many steps, in each of which `action` (member, step, folder) runs."""
+    (folder / "rank_program.py").write_text(RANK.replace("60", str(steps)) + textwrap.dedent(action))
     (folder / "start.py").write_text(LAUNCH)
-    done = subprocess.run(
-        [sys.executable, "start.py", str(folder), str(ranks), str(restarts)],
+    return subprocess.Popen(
+        [sys.executable, "start.py", str(folder), str(ranks), str(restarts), endpoint],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "RES_OPTIONS": "timeout:1 attempts:1"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=100,
-        check=False,
     )
-    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def done(launcher: subprocess.Popen[str]) -> Done:
+    """Wait for the end of a launcher; return what it and its ranks printed."""
+    try:
+        out, err = launcher.communicate(timeout=100)
+    finally:
+        launcher.kill()
+    return Done(launcher.returncode, out, err)
+
+
+def launch(folder: Path, action: str, *, ranks: int = 3, restarts: int = 3) -> Done:
+    return done(begin(folder, action, ranks=ranks, restarts=restarts))
 
 
 def test_a_rank_that_is_killed_is_replaced_and_the_others_keep_their_processes(tmp_path: Path) -> None:
@@ -109,17 +127,17 @@ def test_a_rank_that_is_killed_is_replaced_and_the_others_keep_their_processes(t
         if member.name.endswith("/1.4"):
             (folder / "joined").touch()
     """
-    done = launch(tmp_path, killed)
-    assert done.code == 0, done
-    assert "the rank with local rank 1 was ended by SIGKILL" in done.err
-    finished = done.said(" done$")
-    assert {line.split()[1] for line in finished} == {"0.1", "1.4", "2.3"}, done
+    end = launch(tmp_path, killed)
+    assert end.code == 0, end
+    assert "the rank with local rank 1 was ended by SIGKILL" in end.err
+    finished = end.said(" done$")
+    assert {line.split()[1] for line in finished} == {"0.1", "1.4", "2.3"}, end
     for name in ("0.1", "2.3"):
-        (second,) = done.said(rf" {name} generation 2 rank . of 2 step 2[01]$")
-        assert len({line.split()[0] for line in done.said(f" {name} ")}) == 1  # one process
+        (second,) = end.said(rf" {name} generation 2 rank . of 2 step 2[01]$")
+        assert len({line.split()[0] for line in end.said(f" {name} ")}) == 1  # one process
         assert second.split()[4:5] == ["rank"]
-    assert len(done.said(" generation 3 rank . of 3 ")) == 3
-    assert not done.said("Error")
+    assert len(end.said(" generation 3 rank . of 3 ")) == 3
+    assert not end.said("Error")
 
 
 @pytest.mark.slow
@@ -129,11 +147,11 @@ def test_without_restarts_left_the_others_go_on_alone(tmp_path: Path) -> None:
         if member.name.endswith("/0.1") and step == 20:
             sys.exit(1)
     """
-    done = launch(tmp_path, killed, restarts=0)
-    assert done.code == 0, done
-    assert len(done.said(" generation 2 rank . of 2 step 2[01]$")) == 2
-    assert len(done.said(" done$")) == 2
-    assert "local rank 0 is not started again: --max-restarts are used up" in done.err
+    end = launch(tmp_path, killed, restarts=0)
+    assert end.code == 0, end
+    assert len(end.said(" generation 2 rank . of 2 step 2[01]$")) == 2
+    assert len(end.said(" done$")) == 2
+    assert "local rank 0 is not started again: --max-restarts are used up" in end.err
 
 
 @pytest.mark.slow
@@ -146,11 +164,11 @@ def test_a_refusal_restarts_all_ranks_and_uses_up_a_restart(tmp_path: Path) -> N
         if step == 30:
             time.sleep(0.3)
     """
-    done = launch(tmp_path, refuses)
-    assert done.code == 0, done
-    assert "all ranks start again from the newest checkpoint: no copy of the shards is left" in done.err
-    assert len(done.said(" generation 1 rank . of 3 step 0")) == 6
-    assert len(done.said(" done$")) == 3
+    end = launch(tmp_path, refuses)
+    assert end.code == 0, end
+    assert "all ranks start again from the newest checkpoint: no copy of the shards is left" in end.err
+    assert len(end.said(" generation 1 rank . of 3 step 0")) == 6
+    assert len(end.said(" done$")) == 3
     assert launch(tmp_path, refuses.replace("once", "again"), restarts=0).code == 1
 
 
@@ -162,10 +180,10 @@ def test_when_all_ranks_die_all_are_restarted(tmp_path: Path) -> None:
             dist.barrier()
             os.kill(os.getpid(), signal.SIGKILL)
     """
-    done = launch(tmp_path, killed, restarts=5)
-    assert done.code == 0, done
-    assert "no rank is left that holds the state of the run" in done.err
-    assert len(done.said(" done$")) == 3
+    end = launch(tmp_path, killed, restarts=5)
+    assert end.code == 0, end
+    assert "no rank is left that holds the state of the run" in end.err
+    assert len(end.said(" done$")) == 3
 
 
 @pytest.mark.slow
@@ -177,6 +195,66 @@ def test_ranks_that_end_by_themselves_are_not_replaced(tmp_path: Path, code: int
             dist.barrier()
             sys.exit(report_exit_code({code}))
     """
-    done = launch(tmp_path, ends, restarts=restarts)
-    assert done.code == code, done
-    assert len(done.said("generation")) == 3
+    end = launch(tmp_path, ends, restarts=restarts)
+    assert end.code == code, end
+    assert len(end.said("generation")) == 3
+
+
+STOPS = """
+def action(member, step, folder):
+    if step == 20 and not (folder / "stopped").exists() and member.name.endswith("/1.2"):
+        (folder / "stopped").write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wakes", [True, False])
+def test_a_rank_that_is_stopped_is_left_out_and_joins_when_it_wakes(tmp_path: Path, wakes: bool) -> None:
+    launcher = begin(tmp_path, STOPS, steps=600 if wakes else 60)
+    while not (tmp_path / "stopped").exists() or not (tmp_path / "stopped").read_text():
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    if wakes:
+        time.sleep(5.0)
+        os.kill(int((tmp_path / "stopped").read_text()), signal.SIGCONT)
+    end = done(launcher)
+    assert end.code == 0, end
+    assert len(end.said(" generation 2 rank . of 2 step 2[01]$")) == 2
+    assert len(end.said(" generation 3 rank . of 3 ")) == (3 if wakes else 0)
+    assert len(end.said(" done$")) == (3 if wakes else 2)
+
+
+NOTHING = """
+def action(member, step, folder):
+    (folder / f"{member.name.replace('/', '-')}.at").write_text(str(step))
+    time.sleep(0.03)
+"""
+
+
+@pytest.mark.slow
+def test_hosts_come_and_go_and_the_others_keep_their_processes(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"localhost:{probe.getsockname()[1]}"
+    launchers = [begin(tmp_path, NOTHING, ranks=2, endpoint=endpoint, steps=500)]
+    for _ in range(2):
+        count = len(launchers) * 2
+        _wait_until(lambda count=count: len(list(tmp_path.glob("*.at"))) >= count)
+        launchers.append(begin(tmp_path, NOTHING, ranks=2, endpoint=endpoint, steps=500))
+    _wait_until(lambda: len(list(tmp_path.glob("*.at"))) == 6)
+    launchers[1].kill()
+    ends = [done(launcher) for launcher in launchers]
+    assert [end.code for end in ends] == [0, -9, 0], ends
+    numbers = {line.split()[3] for end in (ends[0], ends[2]) for line in end.said(" of 4 ")}
+    assert len(numbers) == 1 or numbers == {"2", "4"}, ends
+    for end in (ends[0], ends[2]):
+        assert len(end.said(" done$")) == 2, ends
+        assert len({line.split()[0] for line in end.said(" generation ")}) == 2  # each rank is one process
+
+
+def _wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

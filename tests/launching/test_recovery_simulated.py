@@ -27,6 +27,7 @@ class Bug(NamedTuple):
     old: str
     new: str
     seeds: int = 300
+    is_slow: bool = False
 
 
 # Some rules only save time, since another one holds too: a word of a generation that is over (`left`, `overdue`) would
@@ -49,10 +50,10 @@ BUGS = {
     "the dead are waited for": Bug("died", "other for other in state.alive if other != name", "state.alive"),
     "the dead are ready": Bug("died", "if other != name}", "}"),
     "who is silent is waited for": Bug("silent", "away=(*state.away, *quiet), ", ""),
-    "who has finished is waited for": Bug("missing", "*self.finished, ", ""),
+    "who has finished is waited for": Bug("missing", "*self.finished, ", "", is_slow=True),
     "a lost race counts as won": Bug("change", "if text == desired:", "if True:"),
     "the old generation is taken for the next": Bug("_found", "state.number > number and ", ""),
-    "who is left out waits on": Bug("_found", "if name not in state.ready:", "if False:"),
+    "who is left out waits on": Bug("_found", "if name not in state.ready:", "if False:", is_slow=True),
     "nobody is left out after a wait": Bug("_next", "waited >= patience_s", "False", 1000),
 }
 
@@ -66,7 +67,6 @@ def planted(bug: Bug) -> Iterator[None]:
     function = found.fget if isinstance(found, property) else found
     source = inspect.cleandoc("\n" + inspect.getsource(function))
     assert source.count(bug.old) == 1, (bug, source)
-    names = dict(vars(sys.modules[function.__module__]))
     names = vars(sys.modules[function.__module__])
     scope: dict[str, object] = {}
     exec(compile(source.replace(bug.old, bug.new), f"<{bug.where}>", "exec"), names, scope)  # noqa: S102
@@ -105,10 +105,13 @@ def test_without_trouble_nothing_happens_but_the_run() -> None:
     assert counts["restarts"] == 0
 
 
-@pytest.mark.parametrize("name", BUGS)
+SLOW = [pytest.param(name, marks=[pytest.mark.slow] * bug.is_slow) for name, bug in BUGS.items()]
+
+
+@pytest.mark.parametrize("name", SLOW)
 def test_a_planted_bug_is_found(name: str) -> None:
     deaths_alone = Troubles(0.3, *CALM[1:])
-    with planted(BUGS[name]), pytest.raises((Violation, RuntimeError, TypeError, KeyError)):
+    with planted(BUGS[name]), pytest.raises(Violation):
         for seed in range(BUGS[name].seeds):
             simulate(seed)
             simulate(seed, troubles=deaths_alone)
