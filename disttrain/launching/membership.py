@@ -123,12 +123,21 @@ def started(state: Agreement, host: str, names: Iterable[str], hosts: int = 1, l
 
 
 def asks(state: Agreement, name: str) -> Agreement:
-    """A rank without state asks to be in the next generation, and so ends this one; ignored from a member of it."""
+    """A rank without state asks to be in the next generation; ignored from a member of the present one.
+
+    That ends the present generation, once all ranks of its host that start have asked: they join together.
+    """
     if name not in state.alive or (name in state.members and name not in state.away):
         return state
     away = tuple(other for other in state.away if other != name)
-    ended = state.ended or f"{name} joins"
-    return settled(replace(state, ready={name: None, **state.ready}, away=away, ended=ended))
+    ready = {name: None, **state.ready}
+    starting = [
+        other
+        for other in state.alive
+        if host_of(other) == host_of(name) and other not in (*ready, *state.members, *away, *state.finished)
+    ]
+    ended = state.ended or (None if starting else f"{name} joins")
+    return settled(replace(state, ready=ready, away=away, ended=ended))
 
 
 def left(state: Agreement, name: str, number: int, step: int | None, reason: str) -> Agreement:
@@ -172,9 +181,13 @@ def overdue(state: Agreement, number: int, reason: str) -> Agreement:
 
     In the beginning the whole run waits for all, and is restarted without them.
     """
-    if number != state.number or not (state.missing or number == 0):
+    if number != state.number:
         return state
-    return silent(state, state.missing, reason) if number else refused(state, reason)
+    if number == 0:
+        return refused(state, reason)
+    if state.ended is None and state.ready:  # one that joins waits for others of its host
+        return settled(replace(state, ended=reason))
+    return silent(state, state.missing, reason)
 
 
 def departed(state: Agreement, host: str) -> Agreement:
@@ -191,8 +204,8 @@ def finished(state: Agreement, name: str) -> Agreement:
 
 
 def refused(state: Agreement, reason: str) -> Agreement:
-    """A member cannot go on in place: the whole run starts again from its checkpoint."""
-    return state if state.restart is not None else replace(state, restart=reason)
+    """A member cannot go on in place: the whole run starts again from its checkpoint, unless it is done."""
+    return state if state.restart is not None or state.finished else replace(state, restart=reason)
 
 
 def settled(state: Agreement) -> Agreement:

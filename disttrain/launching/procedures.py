@@ -115,8 +115,10 @@ def _next(name: str, number: int, patience_s: float) -> Procedure:
         if (generation := _found(state, name, number)) is not None:
             return generation
         waited = (yield Now()) - began
-        if waited >= patience_s and (state.missing or state.number == 0):
-            absent = ", ".join(state.missing) or f"{state.hosts - len(state.came)} more hosts"
+        if waited >= patience_s and (state.missing or state.number == 0 or state.ended is None):
+            absent = ", ".join(state.missing) or (
+                "others that start" if state.number else f"{state.hosts - len(state.came)} more hosts"
+            )
             reason = f"expected every rank within {patience_s:g} s, got nothing from {absent}"
             text = encode((yield from change(overdue, state.number, reason)))
         else:
@@ -129,12 +131,11 @@ def _found(state: Agreement, name: str, number: int) -> Generation | None:
         raise TooFewLeftError(state.restart)
     if state.number > number and name in state.members:
         return state.generation
-    if name not in state.ready:
-        if state.finished and not any(other in state.alive and other not in state.finished for other in state.members):
-            raise RunIsOverError("the other ranks have finished the run")
-        raise LeftOutError(f"the others went on without {name}, as generation {state.number}: {state.reason}")
-    if state.finished and not state.missing and state.ended is not None:
+    gone = {*state.finished, *state.away}
+    if state.finished and not any(other in state.alive and other not in gone for other in state.members):
         raise RunIsOverError("the other ranks have finished the run")
+    if name not in state.ready:
+        raise LeftOutError(f"the others went on without {name}, as generation {state.number}: {state.reason}")
     return None
 
 

@@ -105,7 +105,8 @@ def run_torchrun(
     if grace_s is not None:
         variables = {**variables, **_set_grace(grace_s)}
     settings = [f"{name}={os.environ.setdefault(name, value)}" for name, value in variables.items()]
-    print(shlex.join([*settings, "torchrun", *words, "-m", module, *arguments]), flush=True)
+    note = "" if silence_s is None else "  # and ranks that recover in place, which torchrun by itself does not have"
+    print(shlex.join([*settings, "torchrun", *words, "-m", module, *arguments]) + note, flush=True)
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

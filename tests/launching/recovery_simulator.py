@@ -673,8 +673,9 @@ class Simulation:
         began = process.waits_since
         if began is None or process.stopped_until > began:
             return
-        deaths_alone = self.troubles == Troubles(self.troubles.kills, *CALM[1:]) and process.holds
-        longest = SHORT_WAIT_S if deaths_alone else PATIENCE_S + SILENCE_S + 6 * TRIES * REQUEST_S
+        deaths_alone = self.troubles == Troubles(self.troubles.kills, *CALM[1:])
+        short = SHORT_WAIT_S if process.holds else PATIENCE_S - 1.0
+        longest = short if deaths_alone else PATIENCE_S + SILENCE_S + 6 * TRIES * REQUEST_S
         if self.now - began > longest:
             raise Violation(f"{process.name} waited for {self.now - began:.0f} s")
 

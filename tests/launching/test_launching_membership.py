@@ -72,6 +72,14 @@ def test_one_that_joins_ends_the_generation_and_stands_behind_the_survivors_of_i
     assert state.generation.behind == (1,)
 
 
+def test_ranks_of_a_host_join_together() -> None:
+    state = started(begun(A, B), "two", [C, "two/1.2"])
+    state = asks(state, C)
+    assert (state.number, state.ended) == (1, None)
+    assert asks(state, "two/1.2").ended == "two/1.2 joins"
+    assert overdue(state, 1, "it does not start").ended == "it does not start"
+
+
 def test_no_generation_is_without_a_state_nor_with_steps_apart() -> None:
     state = begun(A, B)
     new = started(died(state, A, "A was killed"), "one", ["one/0.3"])
@@ -104,7 +112,7 @@ def test_waiting_ends_for_the_generation_in_which_it_began_alone() -> None:
     assert overdue(state, 0, "too long") == state
     state = left(overdue(state, 1, "too long"), A, 1, 3, "broken")
     assert state.members == (A,)
-    assert overdue(state, 1, "too long") == state
+    assert overdue(state, 1, "too long") == state  # it has just begun
     assert overdue(started(Agreement(), "one", [A, B]), 0, "too long").restart == "too long"
 
 

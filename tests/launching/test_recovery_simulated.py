@@ -45,7 +45,7 @@ BUGS = {
     "who is behind by a step takes nothing": Bug("behind", "step != self.step", "step is None", 1000),
     "who joins takes nothing": Bug("behind", "step != self.step", "step is not None and step != self.step"),
     "who joins counts as one with a state": Bug("asks", "{name: None,", "{name: 0,"),
-    "who joins does not end the generation": Bug("asks", 'state.ended or f"{name} joins"', "state.ended"),
+    "who joins does not end the generation": Bug("asks", 'None if starting else f"{name} joins"', "None"),
     "who left does not end the generation": Bug("left", "ended=state.ended or reason", "ended=state.ended"),
     "the dead are waited for": Bug("died", "other for other in state.alive if other != name", "state.alive"),
     "the dead are ready": Bug("died", "if other != name}", "}"),
