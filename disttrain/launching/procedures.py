@@ -131,8 +131,9 @@ def _found(state: Agreement, name: str, number: int) -> Generation | None:
         raise TooFewLeftError(state.restart)
     if state.number > number and name in state.members:
         return state.generation
-    gone = {*state.finished, *state.away}
-    if state.finished and not any(other in state.alive and other not in gone for other in state.members):
+    # Those that wait without a state have nothing to do either.
+    idle = {*state.finished, *state.away, *(other for other, step in state.ready.items() if step is None)}
+    if state.finished and not any(other in state.alive and other not in idle for other in state.members):
         raise RunIsOverError("the other ranks have finished the run")
     if name not in state.ready:
         raise LeftOutError(f"the others went on without {name}, as generation {state.number}: {state.reason}")

@@ -212,13 +212,13 @@ class RecoveringAgent(LocalElasticAgent):
             failures = {workers[0].global_rank: ProcessFailure(0, workers[0].id or 0, 1, os.devnull)}
         return RunResult(WorkerState.FAILED, failures=failures)
 
-    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+    def _stop_workers(self, worker_group: WorkerGroup, *more: Any, **others: Any) -> None:
         """Stop all ranks of this host for a restart of all, which the other hosts have to know of."""
         with suppress(TooFewLeftError):
             self._place.run(change(refused, "the hosts meet anew"))
-        super()._stop_workers(worker_group)
+        super()._stop_workers(worker_group, *more, **others)  # versions of torch give it different arguments
 
-    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30, **_: Any) -> None:
         """Signal all ranks of this host, and kill those that do not end within `timeout` seconds.
 
         Meanwhile they may still recover: a rank that leaves its generation waits for the next one, to save in it.
@@ -236,7 +236,7 @@ class RecoveringAgent(LocalElasticAgent):
         for context in self._contexts.values():
             context.close(signal.SIGKILL)
         self._contexts = {}
-        super()._shutdown(death_sig, timeout)  # it has no context of its own, but other things that end
+        super()._shutdown(death_sig)  # it has no context of its own, but other things that end
 
     def _exit_barrier(self) -> None:
         """Wait until the ranks of the other hosts have ended: one of the agents has the store in its process."""

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from disttrain.errors import LeftOutError, TooFewLeftError
-from disttrain.launching.membership import asks, decode, died, encode, refused, started
+from disttrain.errors import LeftOutError, RunIsOverError, TooFewLeftError
+from disttrain.launching.membership import asks, decode, died, encode, finished, refused, started
 from disttrain.launching.procedures import (
     Announce,
     Beat,
@@ -146,3 +146,13 @@ def test_an_agent_leaves_out_a_host_that_is_silent_and_a_rank_that_is_stopped() 
         state = stored.run(watch_over("one", f"more {look}", watch, [B]))
     assert state.away == (B, far)
     assert stored.run(leave(A, 1, 3, "lost", 5.0)).members == (A,)
+
+
+def test_one_that_has_taken_no_state_is_told_when_the_others_have_finished() -> None:
+    stored = Stored()
+    stored.run(change(started, "one", [A, B]))
+    stored.run(change(asks, A))
+    stored.run(join(B, 5.0))
+    stored.run(change(finished, A))
+    with pytest.raises(RunIsOverError):
+        stored.run(leave(B, 1, None, "lost a peer", 5.0))
