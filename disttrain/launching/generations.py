@@ -15,6 +15,7 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +142,13 @@ class Member:
         self._meets, self._hears = AgreementStore(where).store, AgreementStore(where).store
         self._present = 0
         self._known: dict[int, str] = {}
+        self.when_ended: Callable[[int, str], object] | None = None
+        """Called with (number, reason) when the present generation has ended, by the thread that listens.
+
+        It breaks the connections of the group in which this rank may wait for one that is stopped or cut off. It may
+        come while the main thread leaves that generation, but not once it is in the next one.
+        """
+        self._enters = threading.Lock()
         self._changed = threading.Event()
         self._listener = threading.Thread(target=self._listen, name="disttrain-generations", daemon=True)
         self._listener.start()
@@ -211,7 +219,8 @@ class Member:
         )
 
     def _entered(self, generation: Generation) -> Generation:
-        self._present = generation.number
+        with self._enters:
+            self._present = generation.number
         self._changed.set()
         return generation
 
@@ -229,6 +238,9 @@ class Member:
                     self._known[number] = "the launcher's store does not answer"
                     return
                 heard = number
+                with self._enters:
+                    if self.when_ended is not None and self._present == number:
+                        self.when_ended(number, self._known[number])
 
 
 def _wait_for_days(store: Store, key: str) -> str:

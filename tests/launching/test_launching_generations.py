@@ -54,12 +54,18 @@ def test_survivors_meet_and_one_that_joins_meets_them(agent: AgreementStore, sta
     assert (first[0].number, set(first[0].members), first[0].source) == (1, set(NAMES), None)
     assert [member.ended(first[0]) for member in (one, two, three)] == [None] * 3
 
+    heard: list[tuple[int, str]] = []
+    one.when_ended = lambda number, reason: heard.append((number, reason))
     agent.run(change(died, two.name, "two was killed"))
     deadline = time.monotonic() + 20
     while one.ended(first[0]) is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert one.ended(first[0]) == "two was killed"
+    while not heard:
+        time.sleep(0.01)
+    assert heard == [(1, "two was killed")]
+    one.when_ended = None
     second = met([start(one.leave, first[0], "lost", 7), start(three.leave, first[0], "lost", 8)])
     assert second == [Generation(2, (one.name, three.name), "two was killed", (7, 8))] * 2
     assert [member.ended(second[0]) for member in (one, three)] == [None] * 2

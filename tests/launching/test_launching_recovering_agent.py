@@ -23,12 +23,15 @@ RANK = """
 import datetime, os, signal, sys, time
 from pathlib import Path
 import torch, torch.distributed as dist
+from disttrain.backend.sockets import open_sockets, shut_down
 from disttrain.errors import DisttrainError
 from disttrain.launching.generations import Member
 from disttrain.launching.torchrun import report_exit_code
 
 def main(arguments):
     member = Member.of_this_process()
+    store_port = int(os.environ["DISTTRAIN_RECOVERY_STORE"].rpartition(":")[2])
+    member.when_ended = lambda number, reason: shut_down(open_sockets(store_port))
     folder = Path(arguments[0])
     say = lambda text: print(f"{os.getpid()} {member.name.rpartition('/')[2]} {text}\\n", end="", flush=True)
     done = []  # the steps
@@ -56,6 +59,8 @@ def main(arguments):
                 dist.barrier()
                 break
             except RuntimeError as error:
+                if "imed out" in str(error):
+                    say("waited for the limit")
                 dist.destroy_process_group()
                 generation = member.leave(generation, str(error), len(done))
     except DisttrainError as error:
@@ -221,6 +226,7 @@ def test_a_rank_that_is_stopped_is_left_out_and_joins_when_it_wakes(tmp_path: Pa
     end = done(launcher)
     assert end.code == 0, end
     assert len(end.said(" generation 2 rank . of 2 step 2[01]$")) == 2
+    assert not end.said("waited for the limit")
     assert len(end.said(" generation 3 rank . of 3 ")) == (3 if wakes else 0)
     assert len(end.said(" done$")) == (3 if wakes else 2)
 
