@@ -4,6 +4,10 @@
 generations, at most `patience_s` each. One sleeping thread with a connection of its own hears when the present
 generation has ended. The store is that of the agent, which outlives the ranks.
 
+*Use*: `first`, once the rank has built what it can build alone; connect a group at `store(generation)` with the numbers
+of `topology(generation)`; let `behind` take the state of `source` and compare; train. When the group breaks, or
+`ended(generation)` says so, close the group, `leave`, and begin again with the generation that it returns. `finish`.
+
 *Errors*: LeftOutError, RunIsOverError and TooFewLeftError. The last one also for a store that does not answer: without
 it nobody can say who goes on.
 

@@ -258,6 +258,26 @@ def test_hosts_come_and_go_and_the_others_keep_their_processes(tmp_path: Path) -
         assert len({line.split()[0] for line in end.said(" generation ")}) == 2  # each rank is one process
 
 
+@pytest.mark.slow
+def test_a_host_that_reaches_no_other_ends_and_the_others_go_on_without_it(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"localhost:{probe.getsockname()[1]}"
+    first = begin(tmp_path, NOTHING, ranks=1, endpoint=endpoint, steps=300)
+    _wait_until(lambda: len(list(tmp_path.glob("*.at"))) == 1)
+    other = begin(tmp_path, NOTHING, ranks=1, endpoint=endpoint, steps=300)
+    _wait_until(lambda: len(list(tmp_path.glob("*.at"))) == 2)
+    first.send_signal(signal.SIGSTOP)  # it has the store
+    cut_off = done(other)
+    assert cut_off.code == 1
+    assert "this host reaches no other any more: its ranks end here" in cut_off.err
+    first.send_signal(signal.SIGCONT)
+    end = done(first)
+    assert end.code == 0, end
+    assert len(end.said(" done$")) == 1
+    assert len(end.said(" generation 3 rank 0 of 1 ")) == 1
+
+
 def _wait_until(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not holds():
