@@ -18,6 +18,11 @@ from disttrain.launching import membership, procedures
 
 MODULES = (membership, procedures)
 AT_ONCE = 500
+# Beside the mixture that a seed chooses: deaths alone, where every wait is short, and ranks that are stopped often.
+MIXTURES = (
+    Troubles(0.3, *CALM[1:]),
+    Troubles(kills=0.1, stops=0.5, agent_stops=0.0, host_losses=0.0, cuts=0.1, loses=0.0, slow=0.0),
+)
 
 
 class Bug(NamedTuple):
@@ -53,7 +58,7 @@ BUGS = {
     "who has finished is waited for": Bug("missing", "*self.finished, ", "", is_slow=True),
     "a lost race counts as won": Bug("change", "if text == desired:", "if True:"),
     "the old generation is taken for the next": Bug("_found", "state.number > number and ", ""),
-    "who is left out waits on": Bug("_found", "if name not in state.ready:", "if False:", is_slow=True),
+    "who is left out waits on": Bug("_found", "if name not in state.ready:", "if False:"),
     "nobody is left out after a wait": Bug("_next", "waited >= patience_s", "False", 1000),
 }
 
@@ -82,14 +87,15 @@ def planted(bug: Bug) -> Iterator[None]:
 
 def test_schedules_of_many_seeds_keep_the_rules() -> None:
     counts: Counter[str] = Counter()
-    for seed in range(200):
+    for seed in range(120):
         counts.update(simulate(seed))
-        if seed % 10 == 0:
-            simulate(seed, troubles=Troubles(0.3, *CALM[1:]))
+        if seed % 20 == 0:
+            for troubles in MIXTURES:
+                simulate(seed, troubles=troubles)
     # They are no idle schedules.
-    assert counts["generations"] > 600
-    assert counts["kills"] > 600
-    assert counts["behind"] > 20
+    assert counts["generations"] > 300
+    assert counts["kills"] > 300
+    assert counts["behind"] > 10
     assert min(counts[name] for name in ("stops", "cuts", "losses", "restarts", "redone")) > 0
 
 
@@ -110,11 +116,11 @@ SLOW = [pytest.param(name, marks=[pytest.mark.slow] * bug.is_slow) for name, bug
 
 @pytest.mark.parametrize("name", SLOW)
 def test_a_planted_bug_is_found(name: str) -> None:
-    deaths_alone = Troubles(0.3, *CALM[1:])
     with planted(BUGS[name]), pytest.raises(Violation):
         for seed in range(BUGS[name].seeds):
             simulate(seed)
-            simulate(seed, troubles=deaths_alone)
+            for troubles in MIXTURES:
+                simulate(seed, troubles=troubles)
 
 
 @pytest.mark.slow
