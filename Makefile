@@ -44,7 +44,7 @@ slurm:
 slow: $(LAUNCHERS_STAMP) slurm  ## run the long tests, which `make test` leaves out (about 30 minutes)
 	$(BIN)/python -m pytest -m slow --timeout 900 -o faulthandler_timeout=1200 -n 2 --dist loadfile
 
-soak: setup  ## 400 kills, 80 power losses (root), 20 minutes of faults on three hosts (root), fuzzing, 500 programs; 1 hour
+soak: setup  ## 400 kills, 80 power losses and 20 minutes of faults on three hosts (root), fuzzing, 500 programs, recoveries; 2 hours
 	$(BIN)/python -m pytest -n 2 --dist loadfile --hypothesis-profile explore \
 		tests/properties tests/checkpoint tests/config
 	$(BIN)/python -m pytest --timeout 3600 -o faulthandler_timeout=4000 --hypothesis-profile explore tests/zoo/test_zoo_programs.py
@@ -53,6 +53,7 @@ soak: setup  ## 400 kills, 80 power losses (root), 20 minutes of faults on three
 	$(BIN)/python tests/soak/kills.py --kills 200
 	$(BIN)/python tests/soak/kills.py --kills 200 --asynchronous
 	$(BIN)/python tests/soak/chaos.py --minutes 20
+	$(BIN)/python tests/launching/test_recovery_simulated.py 1000000 100000
 
 test-xla: $(XLA_STAMP)  ## run the XLA backend and the suite's core on torch 2.9, in .venv-xla (6 GB, made in 3 minutes)
 	$(XLA_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/xla

@@ -1,8 +1,8 @@
 """The reader of environment variables: the launch by torchrun or Slurm that this process belongs to.
 
 *Contract*: nothing else in the package reads a variable, except `launching/torchrun.py`, which sets them for its ranks,
-`launching/pet_variables.py`, which reads those of torchrun's options, and `process.py`, which sets those that a process
-must have from its start.
+`launching/pet_variables.py` and `launching/recovery_variables.py`, which read those of torchrun's options and of
+recovery in place, and `process.py`, which sets those that a process must have from its start.
 `read_launch` is a function of the mapping that it gets. torchrun's variables win over Slurm's, because one agent per
 node inside `srun` is common. Slurm's variables count only in a step that `srun` started with several tasks: a batch
 script, or `srun --pty bash`, is one process.
@@ -36,7 +36,7 @@ TORCHRUN_READS_GRACE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 
 
 _CORE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
-_LAUNCHER_PREFIXES = ("TORCHELASTIC_", "SLURM_", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_")
+_LAUNCHER_PREFIXES = ("DISTTRAIN_RECOVERY_", "TORCHELASTIC_", "SLURM_", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_")
 
 
 @dataclass(frozen=True)

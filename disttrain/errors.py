@@ -110,6 +110,20 @@ class HangError(DisttrainError, RuntimeError):
     """A rank that made no progress for `timeout_s`; the message names the rank, its work and its place in the code."""
 
 
+class LeftOutError(DisttrainError, RuntimeError):
+    """The other members of the run went on without this rank; it may ask to join them anew."""
+
+
+class RunIsOverError(LeftOutError):
+    """The other members have finished the run, so this rank has nothing to do."""
+
+    exit_code = 0
+
+
+class TooFewLeftError(DisttrainError, RuntimeError):
+    """The run cannot go on in the processes that are left: it has to start again from its newest checkpoint."""
+
+
 class RemoteError(DisttrainError, RuntimeError):
     """The failure of another rank, for which this rank stops.
 

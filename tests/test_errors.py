@@ -21,9 +21,12 @@ from disttrain.errors import (
     FaultyRank,
     HangError,
     Interrupted,
+    LeftOutError,
     NonFiniteError,
     OutOfMemory,
     RemoteError,
+    RunIsOverError,
+    TooFewLeftError,
 )
 
 
@@ -38,9 +41,12 @@ from disttrain.errors import (
         (DataError, RuntimeError),
         (FaultyRank, RuntimeError),
         (HangError, RuntimeError),
+        (LeftOutError, RuntimeError),
         (NonFiniteError, RuntimeError),
         (OutOfMemory, MemoryError),
         (RemoteError, RuntimeError),
+        (RunIsOverError, LeftOutError),
+        (TooFewLeftError, RuntimeError),
     ],
 )
 def test_an_error_for_a_person_is_also_one_of_pythons_own(error: type[Exception], own: type[Exception]) -> None:

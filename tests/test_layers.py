@@ -29,6 +29,7 @@ ALLOWED = {
         "handlers/preemption.py",  # the signal handlers of a rank
         "data/fetching.py",  # a worker ignores what is meant for its rank
         "launching/end_with_launcher.py",  # asks the kernel for SIGKILL when the launcher dies
+        "launching/recovering_agent.py",  # the launcher's own signals, and the names of those that ended a rank
         "launching/torchrun.py",  # the launcher's own signals, in a process that is no rank
         "commands/scenarios.py",  # sends SIGKILL
         "commands/verification.py",  # knows a death by its SIGKILL
@@ -117,4 +118,5 @@ def test_environment_variables_are_read_in_few_files() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "putenv")
     }
-    assert readers == {"environment.py", "pod.py", "process.py", "launching/torchrun.py", "launching/pet_variables.py"}
+    of_launchers = {f"launching/{name}.py" for name in ("torchrun", "pet_variables", "recovery_variables")}
+    assert readers == {"environment.py", "pod.py", "process.py", *of_launchers}

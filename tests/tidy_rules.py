@@ -30,6 +30,7 @@ PLACEHOLDER = re.compile(r"(?<![A-Z])(NAME|ROOM)(?![A-Z])")
 
 # Library names that nothing in the package, the docs, the examples or the benchmarks uses, each with its reason.
 LIBRARY: Mapping[str, str] = {
+    "Member": "a rank's side of recovery in place, which run/ will take up (docs/recovery_protocol.md)",
     "supervised_evaluation_step": "the engine's room exports it: an evaluator's step for an Engine of one's own",
     "supervised_evaluation_step_amp": "the engine's room exports it: an evaluator's step for an Engine of one's own",
     "supervised_training_step_amp": "docs/precision.md names it by its ending",

@@ -12,7 +12,7 @@ agent.server.api.SimpleElasticAgent (`run`, `_exit_barrier`).
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.distributed.elastic.agent.server import api as agents
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -26,6 +26,11 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 from torch.distributed.elastic.utils import store as store_util
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+else:
+    from torch.distributed import Store
 
 NAME = "disttrain"
 OTHERS_END_WITHIN_S = 5.0
@@ -73,14 +78,18 @@ def polite_agents() -> Iterator[None]:
 
 def _create(params: RendezvousParameters) -> RendezvousHandler:
     backend, store = create_backend(params)
-    return _StaysOpen(create_handler(store, backend, params))
+    return _StaysOpen(create_handler(store, backend, params), store, params.min_nodes, params.max_nodes)
 
 
 class _StaysOpen(RendezvousHandler):
     """A rendezvous that an agent leaves without closing it; the other agents miss its heartbeats."""
 
-    def __init__(self, handler: RendezvousHandler) -> None:
+    def __init__(self, handler: RendezvousHandler, store: Store, least: int, most: int) -> None:
         self._handler = handler
+        self.store: Any = store
+        """The store of all agents, which outlives every rank."""
+        self.least, self.most = least, most
+        """How many hosts the run needs, and takes."""
 
     def get_backend(self) -> str:
         return NAME

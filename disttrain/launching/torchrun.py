@@ -38,10 +38,9 @@ import torch
 from disttrain import environment
 from disttrain.errors import ConfigError, Interrupted
 from disttrain.files import keep_socket_paths_short
-from disttrain.host_memory import num_killed_for_memory
+from disttrain.launching.killed_ranks import KilledRanks, suppress
 from disttrain.launching.local_ranks import as_if_started_by_hand
 from disttrain.launching.pet_variables import hidden_variables
-from disttrain.pod import note_end
 
 _EXIT_CODES_FOLDER = "DISTTRAIN_EXIT_CODES"
 """The variable that holds the folder into which the ranks of this host write their exit codes."""
@@ -49,8 +48,6 @@ _EXIT_CODES_FOLDER = "DISTTRAIN_EXIT_CODES"
 _FINAL_CODES = (2, Interrupted.exit_code)
 """Exit codes after which a restart would change nothing."""
 
-_killed_before: int | None = None
-"""The processes that the kernel had killed for want of memory when the newest launch of this process began."""
 
 _OTHERS_STOP_WITHIN_S = 2.0
 """How long a rank that a signal stopped waits for the other ranks of its host; they stop at the same step."""
@@ -63,14 +60,22 @@ RENDEZVOUS = "last_call_timeout=1,join_timeout=600,close_timeout=5,keep_alive_in
 
 
 def torchrun_words(
-    ranks: int, *, nodes: str, endpoint: str | None, run_id: str, max_restarts: int, opens_store: bool | None = None
+    ranks: int,
+    *,
+    nodes: str,
+    endpoint: str | None,
+    run_id: str,
+    max_restarts: int,
+    opens_store: bool | None = None,
+    recover: bool = False,
 ) -> list[str]:
     """Return torchrun's options: for this host alone, or for `nodes` hosts (N or MIN:MAX) that meet at `endpoint`.
 
     The host at `endpoint` opens a store there, which torchrun knows by the address, or by `opens_store`: this host does
-    or does not.
+    or does not. `recover`: the agent waits for the end of a rank by itself, and not by looking now and then.
     """
-    words = ["--nproc-per-node", str(ranks), "--max-restarts", str(max_restarts), "--monitor-interval", "0.2"]
+    interval = "0.01" if recover else "0.2"
+    words = ["--nproc-per-node", str(ranks), "--max-restarts", str(max_restarts), "--monitor-interval", interval]
     words += ["--signals-to-handle", _SIGNAL_NAMES]
     if endpoint is None:
         return ["--standalone", *words]
@@ -88,10 +93,13 @@ def run_torchrun(
     preload: Sequence[str],
     *,
     grace_s: int | None = None,
+    silence_s: float | None = None,
 ) -> int:
     """Print and run `torchrun WORDS -m MODULE ARGUMENTS`; return the exit code of its ranks on this host.
 
     After a signal ranks have `grace_s` until they are killed; None: the environment's value, or torchrun's default.
+    With `silence_s` ranks that die are replaced, and the others recover in place; one that gives no sign of life for so
+    long is left out.
 
     A rank calls the module's `main(arguments)` and exits with the code that it returns. The rank's process has already
     imported the modules `preload`; their imports must have no effect.
@@ -99,21 +107,20 @@ def run_torchrun(
     if grace_s is not None:
         variables = {**variables, **_set_grace(grace_s)}
     settings = [f"{name}={os.environ.setdefault(name, value)}" for name, value in variables.items()]
-    print(shlex.join([*settings, "torchrun", *words, "-m", module, *arguments]), flush=True)
+    note = "" if silence_s is None else "  # and ranks that recover in place, which torchrun by itself does not have"
+    print(shlex.join([*settings, "torchrun", *words, "-m", module, *arguments]) + note, flush=True)
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    from disttrain.launching import elastic  # it imports torchrun's modules
-
-    global _killed_before
-    _killed_before = num_killed_for_memory()
+    from disttrain.launching import elastic, recovering_agent  # they import torchrun's modules
 
     elastic.register()
+    reports = suppress if silence_s is not None else KilledRanks().report
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
-            logging.getLogger(name).addFilter(_report_killed_rank)
+            logging.getLogger(name).addFilter(reports)
     # These are the options for which torchrun's --standalone stands.
     standalone = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", str(uuid.uuid4())]
     words = [option for word in words for option in (standalone if word == "--standalone" else [word])]
@@ -121,13 +128,14 @@ def run_torchrun(
         os.environ[_EXIT_CODES_FOLDER] = folder
         _start_server(preload)  # after the variables: ranks have the server's environment, and torchrun's variables
         signalled = False
+        agents = elastic.polite_agents() if silence_s is None else recovering_agent.used(silence_s, Path(folder))
         try:
             parse: Callable[[list[str]], object] = torchrun.parse_args
             config_of: Callable[[object], tuple[Any, Any, Any]] = torchrun.config_from_args
             with hidden_variables():
                 config, _, _ = config_of(parse([*words, "--start-method", "forkserver", "-m", module]))
             config.rdzv_backend = elastic.NAME
-            with _no_main_module(), elastic.polite_agents():
+            with _no_main_module(), agents:
                 _wait_for_server()
                 elastic_launch(config, _run_rank)(module, list(arguments), multiprocessing.get_start_method())
         except ChildFailedError as error:
@@ -268,26 +276,3 @@ def _exit_code_in(folder: Path) -> int | None:
     """Return the first code but 0 that a rank of this host has reported, else 0; None without a report."""
     codes = [int(path.read_text() or "1") for path in sorted(folder.iterdir())]
     return next((code for code in codes if code), 0) if codes else None
-
-
-def _report_killed_rank(record: logging.LogRecord) -> bool:
-    """Suppress a log message of torchrun's agent; print a line about a rank that was killed."""
-    code, local_rank = (*record.args, None, None)[:2] if isinstance(record.args, tuple) else (None, None)
-    if str(record.msg).startswith("failed (exitcode") and isinstance(code, int) and code < 0:
-        name = signal.Signals(-code).name
-        why = _hint_at_memory() if -code == signal.SIGKILL else ""
-        text = f"the rank with local rank {local_rank} was ended by {name}{why}"
-        note_end(text)
-        print(text, file=sys.stderr)
-    return False
-
-
-def _hint_at_memory() -> str:
-    """Return a hint if the kernel has killed processes for want of memory since this launcher began."""
-    now = num_killed_for_memory()
-    if now is None or _killed_before is None or now <= _killed_before:
-        return ""
-    return (
-        ": the kernel of this host has killed a process for want of memory meanwhile; --memory tells what a rank needs "
-        "(docs/memory.md)"
-    )

@@ -1,6 +1,5 @@
 """torchrun: its options, the exit codes that ranks report, and a real launch that restarts killed ranks."""
 
-import logging
 import os
 import socket
 import subprocess
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.run import config_from_args, parse_args
 
 from disttrain import environment
@@ -124,39 +122,6 @@ def test_the_code_of_a_host_is_its_ranks_first_that_is_not_0(tmp_path: Path) -> 
     for local_rank, (code, expected) in enumerate([("0", 0), ("75", 75), ("2", 75), ("", 75)]):
         (tmp_path / str(local_rank)).write_text(code)
         assert torchrun._exit_code_in(tmp_path) == expected
-
-
-def test_torchruns_log_is_suppressed_and_a_killed_rank_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    text = "failed (exitcode: %s) local_rank: %s (pid: %s) of fn: %s (start_method: %s)"
-    for arguments in ((-9, 1, 77, "_run_rank", "forkserver"), (1, 0, 78, "_run_rank", "forkserver")):
-        record = logging.LogRecord("torch.distributed.elastic", logging.ERROR, "api.py", 1, text, arguments, None)
-        assert not torchrun._report_killed_rank(record)
-    assert capsys.readouterr().err == "the rank with local rank 1 was ended by SIGKILL\n"
-
-
-@pytest.mark.parametrize(
-    ("before", "now", "code", "hints"),
-    [(3, 4, -9, True), (3, 3, -9, False), (3, 4, -15, False), (None, 4, -9, False), (3, None, -9, False)],
-)
-def test_a_kill_for_want_of_memory_is_hinted_at(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    before: int | None,
-    now: int | None,
-    code: int,
-    hints: bool,
-) -> None:
-    monkeypatch.setattr(torchrun, "_killed_before", before)
-    monkeypatch.setattr(torchrun, "num_killed_for_memory", lambda: now)
-    record = logging.LogRecord(
-        "torch", logging.ERROR, "api.py", 1, "failed (exitcode: %s) local_rank: %s", (code, 0), None
-    )
-    torchrun._report_killed_rank(record)
-    assert ("has killed a process for want of memory meanwhile; --memory tells" in capsys.readouterr().err) == hints
-
-
-def test_torch_logs_a_failed_rank_in_the_words_that_are_matched() -> None:
-    assert '"failed (exitcode: %s)' in Path(api.__file__).read_text()  # launching/torchrun.py matches this text
 
 
 def test_a_grace_is_refused_where_torchrun_does_not_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
