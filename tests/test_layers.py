@@ -30,6 +30,7 @@ ALLOWED = {
         "data/fetching.py",  # a worker ignores what is meant for its rank
         "launching/end_with_launcher.py",  # asks the kernel for SIGKILL when the launcher dies
         "launching/recovering_agent.py",  # the launcher's own signals, and the names of those that ended a rank
+        "launching/killed_ranks.py",  # the name of the signal that ended a rank
         "launching/torchrun.py",  # the launcher's own signals, in a process that is no rank
         "commands/scenarios.py",  # sends SIGKILL
         "commands/verification.py",  # knows a death by its SIGKILL
