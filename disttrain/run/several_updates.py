@@ -261,10 +261,7 @@ def check_own(optimizer: Optimizer, own: frozenset[int], step: nn.Module) -> Non
     names = {id(parameter): name for name, parameter in step.named_parameters()}
     members = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     if others := [names[member] for member in members if member not in own]:
-        raise ConfigError(
-            f"optimizer: expected the parameters of its update alone, got {shortened(others)}; take those that "
-            "`parameters` returns"
-        )
+        raise ConfigError(f"optimizer: expected the parameters of its update alone, got {shortened(others)} too")
     missing = [name for key, name in names.items() if key in own and key not in members]
     if lost := [name for name in missing if step.get_parameter(name).requires_grad]:
         raise ConfigError(f"optimizer: expected all parameters of its update in a group, got none of {shortened(lost)}")
