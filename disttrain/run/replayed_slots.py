@@ -26,8 +26,6 @@ class ReplayedSlot:
     """One slot of a step."""
 
     slot: int
-    update: str | None = None
-    """The update of the step that ran it; None unless the config has several."""
     indices: list[int] | None = None
     """The indices of its samples; None for a stream, whose samples have none."""
     sources: list[str] | None = None
@@ -39,6 +37,8 @@ class ReplayedSlot:
     """2-norm of the gradient of its own loss, before it is weighted, summed over the slots and clipped."""
     values: dict[str, Any] = field(default_factory=dict)
     """The values that the forward returned beside the loss; a pair is (sum, weight)."""
+    update: str | None = None
+    """The update of the step that ran it; None unless the config has several."""
 
 
 Before = Callable[[Run, int, Any], None]
@@ -104,7 +104,7 @@ class SlotWatcher:
                 if not ends:  # an update that follows needs all of this one
                     yield microbatch
                 continue
-            self._current = ReplayedSlot(slot, update)
+            self._current = ReplayedSlot(slot, update=update)
             self.slots.append(self._current)
             if self._before is not None:
                 self._before(run, slot, microbatch)
