@@ -35,19 +35,20 @@ $(LAUNCHERS_STAMP): $(STAMP)
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,launchers]'
 	@touch $@
 
-# The scheduler of launch/slurm, where apt-get can install it; elsewhere its tests say that they were skipped.
-slurm:
+# `make slow` runs the tests of launch/slurm where it is installed; elsewhere they say that they were skipped.
+slurm:  ## install the scheduler of launch/slurm by apt-get, as root
 	@command -v slurmctld slurmd munged > /dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && \
 		timeout 120 apt-get update -qq && DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -qq --no-install-recommends \
 		slurmctld slurmd slurm-client munge > /dev/null; } || echo 'Slurm is not installed: its tests are skipped'
 
-slow: $(LAUNCHERS_STAMP) slurm  ## run the long tests, which `make test` leaves out (about 30 minutes)
+slow: $(LAUNCHERS_STAMP)  ## run the long tests, which `make test` leaves out (about 30 minutes)
 	$(BIN)/python -m pytest -m slow --timeout 900 -o faulthandler_timeout=1200 -n 2 --dist loadfile
 
 soak: setup  ## 400 kills, 80 power losses and 20 minutes of faults on three hosts (root), fuzzing, 500 programs, recoveries; 2 hours
 	$(BIN)/python -m pytest -n 2 --dist loadfile --hypothesis-profile explore \
 		tests/properties tests/checkpoint tests/config
 	$(BIN)/python -m pytest --timeout 3600 -o faulthandler_timeout=4000 --hypothesis-profile explore tests/zoo/test_zoo_programs.py
+	$(BIN)/python -m pytest -m soak --timeout 3000 -o faulthandler_timeout=3600
 	$(BIN)/python tests/soak/fuzz.py --seconds 60
 	$(BIN)/python tests/soak/power.py --losses 40
 	$(BIN)/python tests/soak/kills.py --kills 200

@@ -145,7 +145,7 @@ def test_a_rank_that_is_killed_is_replaced_and_the_others_keep_their_processes(t
     assert not end.said("Error")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_without_restarts_left_the_others_go_on_alone(tmp_path: Path) -> None:
     killed = """
     def action(member, step, folder):
@@ -159,7 +159,7 @@ def test_without_restarts_left_the_others_go_on_alone(tmp_path: Path) -> None:
     assert "local rank 0 is not started again: --max-restarts are used up" in end.err
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_refusal_restarts_all_ranks_and_uses_up_a_restart(tmp_path: Path) -> None:
     refuses = """
     def action(member, step, folder):
@@ -177,7 +177,7 @@ def test_a_refusal_restarts_all_ranks_and_uses_up_a_restart(tmp_path: Path) -> N
     assert launch(tmp_path, refuses.replace("once", "again"), restarts=0).code == 1
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_when_all_ranks_die_all_are_restarted(tmp_path: Path) -> None:
     killed = """
     def action(member, step, folder):
@@ -191,7 +191,7 @@ def test_when_all_ranks_die_all_are_restarted(tmp_path: Path) -> None:
     assert len(end.said(" done$")) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize(("code", "restarts"), [(0, 3), (2, 3), (75, 3)])
 def test_ranks_that_end_by_themselves_are_not_replaced(tmp_path: Path, code: int, restarts: int) -> None:
     ends = f"""
@@ -213,7 +213,7 @@ def action(member, step, folder):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("wakes", [True, False])
 def test_a_rank_that_is_stopped_is_left_out_and_joins_when_it_wakes(tmp_path: Path, wakes: bool) -> None:
     launcher = begin(tmp_path, STOPS, steps=600 if wakes else 60)
@@ -238,7 +238,7 @@ def action(member, step, folder):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_hosts_come_and_go_and_the_others_keep_their_processes(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -258,7 +258,7 @@ def test_hosts_come_and_go_and_the_others_keep_their_processes(tmp_path: Path) -
         assert len({line.split()[0] for line in end.said(" generation ")}) == 2  # each rank is one process
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_host_that_reaches_no_other_ends_and_the_others_go_on_without_it(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

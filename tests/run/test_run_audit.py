@@ -129,7 +129,7 @@ def test_a_persistent_fault_ends_the_run_on_every_rank(ranks: Ranks, tmp_path: P
     assert [line["rank"] for line in lines_of(tmp_path)] == [2] * len(lines_of(tmp_path))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(3000)
 def test_there_is_no_alarm_in_twenty_thousand_clean_steps(ranks: Ranks, tmp_path: Path) -> None:
     changes = AUDITED | {"max_steps": 20_000, "num_slots": 3, "global_batch_size": 12, "ledger": {"every_steps": 5000}}
