@@ -10,7 +10,7 @@ agent.server.api.SimpleElasticAgent (`run`, `_exit_barrier`).
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -64,12 +64,12 @@ class PoliteAgent(LocalElasticAgent):
 
 
 @contextmanager
-def polite_agents() -> Iterator[None]:
-    """Let torchrun start its ranks by a PoliteAgent meanwhile."""
+def agents_by(make: Callable[..., LocalElasticAgent] = PoliteAgent) -> Iterator[None]:
+    """Let torchrun start its ranks by the agent that `make` makes, meanwhile; torchrun names its own class alone."""
     from torch.distributed.launcher import api
 
     module: Any = api
-    before, module.LocalElasticAgent = module.LocalElasticAgent, PoliteAgent
+    before, module.LocalElasticAgent = module.LocalElasticAgent, make
     try:
         yield
     finally:

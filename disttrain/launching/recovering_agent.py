@@ -16,17 +16,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerState
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, start_processes
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-from torch.distributed.launcher import api as launcher
 
 from disttrain.errors import TooFewLeftError
 from disttrain.launching.elastic import PoliteAgent
@@ -39,18 +36,6 @@ from disttrain.launching.running_launch import agreement_of, join_running
 
 _LONGEST_WAIT_S = 0.2
 _LINGER_S = 0.5
-
-
-@contextmanager
-def used(silence_s: float, exit_codes: Path) -> Iterator[None]:
-    """Let torch's launcher start a `RecoveringAgent`; it names its class, and takes no other."""
-    names: dict[str, Any] = vars(launcher)
-    before = names["LocalElasticAgent"]
-    names["LocalElasticAgent"] = partial(RecoveringAgent, silence_s, exit_codes)
-    try:
-        yield
-    finally:
-        names["LocalElasticAgent"] = before
 
 
 class RecoveringAgent(PoliteAgent):

@@ -28,6 +28,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.machinery import ModuleSpec
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
@@ -128,14 +129,16 @@ def run_torchrun(
         os.environ[_EXIT_CODES_FOLDER] = folder
         _start_server(preload)  # after the variables: ranks have the server's environment, and torchrun's variables
         signalled = False
-        agents = elastic.polite_agents() if silence_s is None else recovering_agent.used(silence_s, Path(folder))
+        agent: Callable[..., Any] = elastic.PoliteAgent
+        if silence_s is not None:
+            agent = partial(recovering_agent.RecoveringAgent, silence_s, Path(folder))
         try:
             parse: Callable[[list[str]], object] = torchrun.parse_args
             config_of: Callable[[object], tuple[Any, Any, Any]] = torchrun.config_from_args
             with hidden_variables():
                 config, _, _ = config_of(parse([*words, "--start-method", "forkserver", "-m", module]))
             config.rdzv_backend = elastic.NAME
-            with _no_main_module(), agents:
+            with _no_main_module(), elastic.agents_by(agent):
                 _wait_for_server()
                 elastic_launch(config, _run_rank)(module, list(arguments), multiprocessing.get_start_method())
         except ChildFailedError as error:

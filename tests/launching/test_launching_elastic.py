@@ -73,6 +73,6 @@ def test_an_agent_that_a_signal_ends_releases_those_that_wait_for_it(monkeypatch
 
 def test_torchrun_uses_such_agents_meanwhile() -> None:
     own = api.LocalElasticAgent
-    with elastic.polite_agents():
+    with elastic.agents_by():
         assert api.LocalElasticAgent is elastic.PoliteAgent
     assert api.LocalElasticAgent is own is LocalElasticAgent
