@@ -23,8 +23,13 @@ def test_the_last_reason_is_in_the_log(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("environ", [{}, {TERMINATION_LOG: ""}, {TERMINATION_LOG: "/no/such/folder/log"}])
-def test_without_a_log_nothing_happens(environ: dict[str, str]) -> None:
+def test_without_a_log_nothing_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     note_end("text", environ)
+    assert list(tmp_path.iterdir()) == []
+    assert not Path("/no/such").exists()
 
 
 def test_the_operator_sets_all_three_variables() -> None:

@@ -107,9 +107,7 @@ class Audit:
 
         `buffers`: what the slot has left in the buffers, if that counts.
         """
-        values = fingerprints_by_place([*gradient, *buffers])
-        digest = hashlib.blake2b(repr(values).encode(), digest_size=16).hexdigest()
-        self._answers.setdefault(slot, []).append(digest)
+        self._answers.setdefault(slot, []).append(_digest([*gradient, *buffers]))
 
     def met(self, pieces: SentPieces, gradient: Sequence[Tensor]) -> None:
         """Compare what was sent with what arrived, and `gradient`, the sum over all slots, with that of the others.
@@ -117,8 +115,7 @@ class Audit:
         `gradient` is empty where each rank has another part of it. The audit of the step ends here.
         *Errors*: StepAgain if the ranks disagree.
         """
-        digest = hashlib.blake2b(repr(fingerprints_by_place(gradient)).encode(), digest_size=16).hexdigest()
-        by_rank = self._gathered((pieces.prints(), digest))
+        by_rank = self._gathered((pieces.prints(), _digest(gradient)))
         faults = exchange_faults([prints for prints, _ in by_rank])
         if not faults:
             judged = judge_at_once("the sum of the gradients", [digest for _, digest in by_rank])
@@ -181,6 +178,11 @@ class Audit:
         for work in dist.batch_isend_irecv(ops):
             work.wait()
         return [each.numpy().tobytes() for each in torch.split(arrives.cpu(), list(sizes))]
+
+
+def _digest(tensors: Sequence[Tensor]) -> str:
+    """Return one text for the bits of some tensors."""
+    return hashlib.blake2b(repr(fingerprints_by_place(tensors)).encode(), digest_size=16).hexdigest()
 
 
 def _differing(by_rank: Sequence[dict[int, list[str]]]) -> list[int]:

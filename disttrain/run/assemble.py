@@ -23,10 +23,7 @@ from disttrain.errors import ConfigError
 from disttrain.handlers.bad_steps import BadSteps
 from disttrain.parallel import Slots, World, strategy_for
 from disttrain.parallel.strategies import Strategy
-from disttrain.run.builders import (
-    build_model,
-    build_step_function,
-)
+from disttrain.run.builders import build_model, build_step_function
 from disttrain.run.data import build_data
 from disttrain.run.directory import RunDirectory
 from disttrain.run.ema import EMA, build_ema

@@ -24,8 +24,8 @@ def check_memory(run: Run, console: Console) -> None:
     """Refuse or warn of a run whose known rows do not fit; every rank calls this."""
     if not counts(run.backend.device):
         return
-    table = known_memory(run)
     with run.backend.agree("comparing the run with the memory"):
+        table = known_memory(run)
         share = table.share
         if share is not None and share > 1:
             raise ConfigError(

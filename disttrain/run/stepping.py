@@ -4,7 +4,6 @@
 kind (`several_updates.py`).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from disttrain.backend import Backend
 from disttrain.config import Config
 from disttrain.devices import device_row
 from disttrain.engine import DeterministicEngine, Engine, RunEvents, create_supervised_trainer
-from disttrain.engine.step_defaults import Step
+from disttrain.engine.step_defaults import identity
 from disttrain.engine.supervised import StepFunction
 from disttrain.parallel import Layout, Slots, Strategy
 from disttrain.parallel.leaving_out import LeavingOut
@@ -97,7 +96,6 @@ def one_update(
     with backend.agree("building the metrics of the training data"):
         slot_results = SlotResults(build_train_metrics(config, slots, layout, backend))
     audited = build_audit(config, slots, backend, gradients, slot_results, updates.leaves_out)
-    around: Callable[[Step], Step] = (lambda step: step) if audited is None else audited.around
     trainer = create_supervised_trainer(
         gradients.module,
         optimizer,
@@ -108,7 +106,7 @@ def one_update(
         gradients=LeavingOut(gradients, updates.leaves_out),
         before_step=updates.before_step,
         after_step=updates.after_step,
-        around_step=around,
+        around_step=identity if audited is None else audited.around,
         backend=backend,
     )
     return Stepping(

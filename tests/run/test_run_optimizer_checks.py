@@ -150,13 +150,14 @@ def test_a_state_dict_of_another_form_is_refused() -> None:
 def test_one_that_cannot_be_copied_is_not_tried() -> None:
     optimizer = Own(parameters(), lambda gradient: 1 / 0)
     optimizer.more = Uncopied()  # type: ignore[attr-defined]
-    check_optimizer_steps(optimizer, sharded=True)
+    assert check_optimizer_steps(optimizer, sharded=True) is False
+    assert optimizer.history == []
 
 
 def test_parameters_of_all_dtypes_and_dimensions_are_tried() -> None:
     shapes = [((), torch.float32), ((3,), torch.bfloat16), ((2, 0), torch.float64), ((2, 2, 2), torch.complex64)]
     given = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape, dtype in shapes]
-    check_optimizer_steps(Adam(given), sharded=True)
+    assert check_optimizer_steps(Adam(given), sharded=True) is False
 
 
 def test_the_arguments_without_defaults_are_named() -> None:
