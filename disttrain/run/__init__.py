@@ -17,7 +17,7 @@ weight_names       pairs the names of stored weights with those of a model
 weight_source      finds and reads the weights that `init_from` names
 updates            around each update: gradient norm, clipping, schedule, updates that are left out
 several_updates    several updates in a step, each for its own parameters
-part_results       the results and the outcome of several updates, as those of one
+updates_together   the results and the outcome of several updates, as those of one
 stepping           builds the engine's step, with one update or several
 freezing           the parameters that are trained, and the groups of the optimizer, while both change
 frozen_weights     frozen weights that checkpoints leave out

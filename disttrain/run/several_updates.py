@@ -42,9 +42,9 @@ from disttrain.run.builders import build_optimizer, build_schedule
 from disttrain.run.evaluation_point import has_two_points
 from disttrain.run.factories import build
 from disttrain.run.field_places import field_place
-from disttrain.run.part_results import PartResults, PartUpdates, Precisions, States
 from disttrain.run.step_checks import CheckedStep, checked_forward
 from disttrain.run.updates import Updates
+from disttrain.run.updates_together import Precisions, ResultsTogether, States, UpdatesTogether
 from disttrain.seeding import seed_for
 
 
@@ -89,7 +89,7 @@ class Training:
             self._layout.show_flags()
 
 
-class PartGradients:
+class GradientsTogether:
     """The gradients of several updates, as far as a run asks those of one."""
 
     def __init__(self, parts: Sequence[BuiltUpdate]) -> None:
@@ -98,7 +98,6 @@ class PartGradients:
         always = next(part for part in parts if part.update.every == 1)
         self.weights = always.gradients.weights
         self.progress = always.gradients.progress
-        self.module = always.gradients.module
 
     def is_last(self, name: str, iteration: int) -> bool:
         """Return whether the update of this name is the last one that is due in a step."""
@@ -113,7 +112,7 @@ class SeveralUpdates:
     """The updates of a run, and the step that runs those that are due."""
 
     def __init__(
-        self, parts: Sequence[BuiltUpdate], training: Training, results: PartResults, updates: PartUpdates
+        self, parts: Sequence[BuiltUpdate], training: Training, results: ResultsTogether, updates: UpdatesTogether
     ) -> None:
         self.parts = list(parts)
         self.results = results
@@ -122,7 +121,7 @@ class SeveralUpdates:
         schedules = {part.update.name: part.schedule for part in parts if part.schedule is not None}
         self.schedule = States(schedules) if schedules else None
         self.precision = Precisions({part.update.name: part.precision for part in parts})
-        self.gradients = PartGradients(parts)
+        self.gradients = GradientsTogether(parts)
         self._training = training
         self._groups = self._group_sizes()
 
@@ -141,7 +140,7 @@ class SeveralUpdates:
         iteration = engine.state.iteration
         due = [part for part in self.parts if part.is_due(iteration)]
         self._check_groups()
-        self.updates.begin_parts()
+        self.updates.check_all()
         losses = []
         for part in due:
             given = batch if part is due[-1] else [deep_copy(microbatch) for microbatch in batch]
@@ -171,7 +170,7 @@ def build_several(
     training = Training(step_function, strategy.layout)
     with backend.agree("finding the parameters of the updates"):
         own = parameters_by_update(config, step_function)
-    results = PartResults(list(config.updates))
+    results = ResultsTogether(list(config.updates))
     parts, around = [], {}
     for name, update in config.updates.items():
         of_update = of_one_update(config, update)
@@ -210,7 +209,7 @@ def build_several(
                 step=body,
             )
         )
-    return SeveralUpdates(parts, training, results, PartUpdates(around, strategy.layout, config.seed, left_out))
+    return SeveralUpdates(parts, training, results, UpdatesTogether(around, strategy.layout, config.seed, left_out))
 
 
 def parameters_by_update(config: Config, step_function: StepFunction) -> dict[str, frozenset[int]]:

@@ -9,15 +9,15 @@ from torch.optim import SGD, Optimizer
 
 from disttrain.engine import Engine
 from disttrain.parallel.optimizers import Optimizers
-from disttrain.run.part_results import PartUpdates
 from disttrain.run.updates import Updates
+from disttrain.run.updates_together import UpdatesTogether
 
 
 @pytest.mark.parametrize("several", [False, True])
 def test_the_parts_of_a_step(tmp_path: Path, several: bool) -> None:
     run = small_run(tmp_path, **(FIELDS if several else {}))
     assert isinstance(run.trainer, Engine)
-    assert type(run.updates) is (PartUpdates if several else Updates)
+    assert type(run.updates) is (UpdatesTogether if several else Updates)
     if several:
         assert isinstance(run.optimizer, Optimizers)
         assert list(run.optimizers) == ["b", "a"]

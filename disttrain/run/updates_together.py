@@ -18,7 +18,7 @@ from disttrain.precision import Precision
 from disttrain.run.updates import Updates
 
 
-class PartResults:
+class ResultsTogether:
     """The results of this rank's slots over the updates of a step, as `SlotResults` gives those of one update."""
 
     metrics = None
@@ -62,44 +62,44 @@ class PartResults:
         return together
 
 
-class PartUpdates(Updates):
+class UpdatesTogether(Updates):
     """The updates of several optimizers in a step, in the form of `Updates`."""
 
-    def __init__(self, of_parts: Mapping[str, Updates], layout: Layout, seed: int, left_out: dict[int, str]) -> None:
+    def __init__(self, by_name: Mapping[str, Updates], layout: Layout, seed: int, left_out: dict[int, str]) -> None:
         super().__init__(nn.Identity(), layout, None, seed=seed, on_nan="stop", grad_clip_norm=None, left_out=left_out)
-        self._of_parts = dict(of_parts)
-        self.follows_values = any(each.follows_values for each in of_parts.values())
-        self.monitor = next(iter(of_parts.values())).monitor
-        for each in of_parts.values():
+        self._by_name = dict(by_name)
+        self.follows_values = any(each.follows_values for each in by_name.values())
+        self.monitor = next(iter(by_name.values())).monitor
+        for each in by_name.values():
             each.before_update = self.before_update
 
     def begin(self, step: int) -> None:
         super().begin(step)
-        for each in self._of_parts.values():
+        for each in self._by_name.values():
             each.begin(step)
 
-    def begin_parts(self) -> None:
+    def check_all(self) -> None:
         """Check the parameters as handlers see them, before any update shows its own alone."""
         for check in self.checks:
             check()
 
     def ends(self, due: Sequence[str]) -> None:
         """Take the outcome of the due updates of a step."""
-        taken = {name: self._of_parts[name].take() for name in due}
+        taken = {name: self._by_name[name].take() for name in due}
         norms = [norm for norm, _ in taken.values() if norm is not None]
         self.grad_norm = norm_of_norms(norms) if norms else None
         reasons = [f"{name}: {reason}" for name, (_, reason) in taken.items() if reason is not None]
         self._reason = "; ".join(reasons) or None
-        self.stepped = any(self._of_parts[name].stepped for name in due)
+        self.stepped = any(self._by_name[name].stepped for name in due)
 
     def evaluated(self, values: Mapping[str, Any]) -> None:
-        for each in self._of_parts.values():
+        for each in self._by_name.values():
             each.evaluated(values)
 
     def follow(self, before: str | None, wanted: str | None) -> None:
-        for each in self._of_parts.values():
+        for each in self._by_name.values():
             each.follow(before, wanted)
-        self.monitor = next(iter(self._of_parts.values())).monitor
+        self.monitor = next(iter(self._by_name.values())).monitor
 
 
 class States:

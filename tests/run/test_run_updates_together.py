@@ -7,7 +7,7 @@ from small_run import single
 from torch import Tensor
 
 from disttrain.handlers.values import fetch_values
-from disttrain.run.part_results import PartResults, Precisions, States
+from disttrain.run.updates_together import Precisions, ResultsTogether, States
 
 
 def result(loss: float, **values: Any) -> tuple[Tensor, None, dict[str, Any]]:
@@ -15,7 +15,7 @@ def result(loss: float, **values: Any) -> tuple[Tensor, None, dict[str, Any]]:
 
 
 def test_the_values_of_all_updates_of_a_slot_come_together() -> None:
-    results = PartResults(["d", "g"])
+    results = ResultsTogether(["d", "g"])
     for name, losses in (("d", (1.0, 2.0)), ("g", (3.0, 4.0))):
         for loss in losses:
             given = result(loss, seen=torch.tensor(loss * 10)) if name == "d" else result(loss)
@@ -32,7 +32,7 @@ def test_the_values_of_all_updates_of_a_slot_come_together() -> None:
 
 
 def test_an_update_that_was_not_due_has_no_values() -> None:
-    results = PartResults(["d", "g"])
+    results = ResultsTogether(["d", "g"])
     results.of("d", None, None, result(1.0), torch.tensor(1.0))
     assert [list(kept.numbers) for kept in results.take()] == [["d/loss"]]
 
