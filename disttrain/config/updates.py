@@ -54,7 +54,13 @@ class Update(Declaration):
         by_position = dict(zip(names, given, strict=False))
         if twice := sorted(by_position.keys() & values.keys()):
             raise ConfigError(f"updates: expected {twice[0]} of an Update once, got it by position and by name.")
-        super().__init__(**by_position, **values)
+        fields = {**by_position, **values}
+        try:
+            super().__init__(**fields)
+        except ConfigError as error:
+            if not isinstance(name := fields.get("name"), str):
+                raise
+            raise ConfigError(str(error).replace(self.prefix, f"updates.{name}.")) from None
 
 
 def updates_by_name(given: Any) -> Any:

@@ -107,3 +107,9 @@ def test_an_update_names_what_it_lacks(given: Any, named: Any, message: str) -> 
     with pytest.raises(ConfigError) as caught:
         Update(*given, **named)
     assert message in str(caught.value)
+
+
+def test_a_value_that_is_out_of_bounds_is_named_with_its_update() -> None:
+    for wrong in (lambda: apply_overrides(config(), ["updates.d.every=0"]), lambda: Update("d", None, 3, 4, every=0)):
+        with pytest.raises(ConfigError, match=r"(?m)^updates\.d\.every: expected int > 0, got 0\.$"):
+            wrong()
